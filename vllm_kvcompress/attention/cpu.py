@@ -1,0 +1,290 @@
+"""vLLM's CPU attention backend over compacted requests, on vLLM's own kernel."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_kvcompress.attention.tables import BatchTables, RequestTable
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.paging.spec import CompactableSpec
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.worker.observer import ObservedSpan
+    from vllm_kvcompress.worker.state import CompressionState
+
+
+@dataclass
+class CompactedRows:
+    """The compacted rows of a batch, R requests seen as R·H sequences of G query heads and one KV head.
+
+    Attributes:
+        query_start_loc: `[R·H + 1]` int32.
+        seq_lens: `[L, R·H]` int32, tokens that each head attends over.
+        pages: `[L, R·H, W]` int32.
+        scheduler_metadata: the kernel's work split, one per layer.
+        gather: `[tokens·H]` int64, where the rows' queries are in the batch's `[tokens·H, G, D]`; None when
+            they are all of it, in order.
+    """
+
+    query_start_loc: Tensor
+    seq_lens: Tensor
+    pages: Tensor
+    scheduler_metadata: list[Tensor]
+    gather: Tensor | None
+
+
+@dataclass
+class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
+    """vLLM's metadata of the rows that are not compacted, and beside it what the others need.
+
+    `rest_tokens` indexes the batch's tokens that belong to rows without compaction; None means all, empty none.
+    """
+
+    rest_tokens: Tensor | None = None
+    compacted: CompactedRows | None = None
+    observed: "list[ObservedSpan]" = field(default_factory=list)
+
+
+class CompressedCPUAttentionBackend(CPUAttentionBackend):
+    """CPU attention whose blocks may be compacted."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return CompactableSpec.of(super().customize_spec(spec))
+
+    @staticmethod
+    def get_impl_cls() -> type["CompressedCPUAttentionImpl"]:
+        return CompressedCPUAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["CompressedCPUAttentionMetadataBuilder"]:
+        return CompressedCPUAttentionMetadataBuilder
+
+
+class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Splits a batch into rows that vLLM serves as ever and rows whose heads are sequences."""
+
+    state: "CompressionState | None" = None  # set by the worker once the cache exists
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CPUAttentionMetadata:
+        state = self.state
+        if state is None or not state.active:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        common = common_attn_metadata
+        request_ids = state.rows.request_ids(common.num_reqs)
+        observed = state.observer.spans(request_ids, common.query_start_loc_cpu, common.seq_lens)
+        tables = [state.tables.get(request_id) for request_id in request_ids]
+        rows = [row for row, table in enumerate(tables) if table is not None]
+        if not rows:
+            stock = super().build(common_prefix_len, common, fast_build)
+            return CompressedCPUAttentionMetadata(**vars(stock), observed=observed) if observed else stock
+
+        others = [row for row, table in enumerate(tables) if table is None]
+        rest_tokens = _tokens_of(others, common.query_start_loc_cpu)
+        if others:
+            rest = super().build(common_prefix_len, _only_rows(common, others, rest_tokens), fast_build)
+        else:
+            rest = _no_rows(common)
+        compacted = self._build_compacted(rows, [t for t in tables if t is not None], common, bool(others))
+        metadata = CompressedCPUAttentionMetadata(
+            **vars(rest), rest_tokens=rest_tokens, compacted=compacted, observed=observed
+        )
+        metadata.num_actual_tokens = common.num_actual_tokens
+        return metadata
+
+    def _build_compacted(
+        self, rows: list[int], tables: list[RequestTable], common: CommonAttentionMetadata, mixed: bool
+    ) -> CompactedRows:
+        assert self.state is not None
+        heads = self.num_kv_heads
+        row_index = torch.tensor(rows)
+        seq_lens = common.seq_lens[row_index]
+        for row, table, seq_len in zip(rows, tables, seq_lens.tolist(), strict=True):
+            first = table.boundary // self.block_size
+            num_tail = table.num_tail_blocks(seq_len)
+            if num_tail > table.num_tail:
+                new_blocks = common.block_table_tensor[row, first + table.num_tail : first + num_tail]
+                table.append_tail(new_blocks.to(torch.int64))
+        batch: BatchTables = self.state.batch
+        batch.update(tables)
+
+        query_lens = common.query_start_loc_cpu.diff()[row_index]
+        query_start_loc = torch.zeros(len(rows) * heads + 1, dtype=torch.int32)
+        torch.cumsum(query_lens.repeat_interleave(heads), 0, out=query_start_loc[1:])
+        physical = batch.seq_lens(seq_lens)
+        uniform = bool((physical == physical[0]).all())
+        split = [
+            self._work_split(layer, query_start_loc) for layer in (physical[:1] if uniform else physical)
+        ]
+        in_order = not mixed and common.max_query_len == 1
+        return CompactedRows(
+            query_start_loc=query_start_loc,
+            seq_lens=physical,
+            pages=batch.pages,
+            scheduler_metadata=split * len(physical) if uniform else split,
+            gather=None if in_order else _head_major(rows, common.query_start_loc_cpu, heads),
+        )
+
+    def _work_split(self, seq_lens: Tensor, query_start_loc: Tensor) -> Tensor:
+        return ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=seq_lens.shape[0],
+            num_heads=self.num_heads // self.num_kv_heads,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=self.dtype,
+            query_start_loc=query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+
+
+class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
+    """Runs vLLM's kernel once for rows without compaction and once for the heads of compacted rows."""
+
+    layer_index: int  # both set by the worker once the cache exists
+    pages: Tensor  # `[L·B·H, 1, 2N, D]`, every page of every layer
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        unsupported = {
+            "attention sinks": self.sinks is not None,
+            "ALiBi": self.alibi_slopes is not None,
+            "sliding-window attention": self.sliding_window != -1,
+            "cross-layer KV sharing": self.kv_sharing_target_layer_name is not None,
+            f"{self.attn_type} attention": self.attn_type != AttentionType.DECODER,
+        }
+        for feature, present in unsupported.items():
+            if present:
+                raise KVCompressionError(
+                    f"kv-compression does not support {feature}, which this model uses; "
+                    "serve it without --kv-compression"
+                )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        def stock(query: Tensor, output: Tensor) -> Tensor:
+            return super(CompressedCPUAttentionImpl, self).forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+
+        if not isinstance(attn_metadata, CompressedCPUAttentionMetadata):
+            return stock(query, output)
+        for span in attn_metadata.observed:
+            span.record(self.layer_index, query)
+        if attn_metadata.compacted is None:
+            return stock(query, output)
+        rest = attn_metadata.rest_tokens
+        if rest is not None and len(rest):
+            # The kernel packs its rows' tokens densely, so they are brought together and put back.
+            rest_output = output.new_empty(len(rest), *output.shape[1:])
+            output[rest] = stock(query[rest], rest_output)
+        self._attend_compacted(query, output, attn_metadata)
+        return output
+
+    def _attend_compacted(
+        self, query: Tensor, output: Tensor, metadata: CompressedCPUAttentionMetadata
+    ) -> None:
+        rows = metadata.compacted
+        assert rows is not None
+        num_tokens = metadata.num_actual_tokens
+        shape = (num_tokens * self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        head_query = query[:num_tokens].reshape(shape)
+        head_output = output[:num_tokens].view(shape)
+        key_pages, value_pages = self.pages.chunk(2, dim=2)
+        target = head_output if rows.gather is None else torch.empty_like(head_output[: len(rows.gather)])
+        ops.cpu_attention_with_kv_cache(
+            query=head_query if rows.gather is None else head_query[rows.gather],
+            key_cache=key_pages,
+            value_cache=value_pages,
+            output=target,
+            query_start_loc=rows.query_start_loc,
+            seq_lens=rows.seq_lens[self.layer_index],
+            scale=self.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=rows.pages[self.layer_index],
+            softcap=self.logits_soft_cap,
+            scheduler_metadata=rows.scheduler_metadata[self.layer_index],
+            s_aux=None,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )
+        if rows.gather is not None:
+            head_output[rows.gather] = target
+
+
+def _tokens_of(rows: list[int], query_start_loc: Tensor) -> Tensor:
+    """Indices of the tokens of the given rows, `[tokens]` int64."""
+    bounds = query_start_loc.tolist()
+    return torch.cat(
+        [torch.arange(bounds[row], bounds[row + 1]) for row in rows] or [torch.empty(0, dtype=torch.int64)]
+    )
+
+
+def _head_major(rows: list[int], query_start_loc: Tensor, heads: int) -> Tensor:
+    """Order `(row, head, token)` of the rows' queries as indices into `(token, head)`, `[tokens·H]` int64."""
+    bounds = query_start_loc.tolist()
+    head = torch.arange(heads)[:, None]
+    return torch.cat(
+        [(torch.arange(bounds[row], bounds[row + 1]) * heads + head).reshape(-1) for row in rows]
+    )
+
+
+def _no_rows(common: CommonAttentionMetadata) -> CPUAttentionMetadata:
+    """vLLM's metadata where no row is left for vLLM's own path: it is never handed to the kernel."""
+    return CPUAttentionMetadata(
+        num_actual_tokens=common.num_actual_tokens,
+        max_query_len=common.max_query_len,
+        query_start_loc=common.query_start_loc,
+        max_seq_len=common.max_seq_len,
+        seq_lens=common.seq_lens,
+        block_table=common.block_table_tensor,
+        slot_mapping=common.slot_mapping,
+        scheduler_metadata=None,
+    )
+
+
+def _only_rows(common: CommonAttentionMetadata, rows: list[int], tokens: Tensor) -> CommonAttentionMetadata:
+    """The batch reduced to some of its rows, as vLLM's builder expects one."""
+    index = torch.tensor(rows, dtype=torch.int64)
+    query_lens = common.query_start_loc_cpu.diff()[index]
+    query_start_loc = torch.zeros(len(rows) + 1, dtype=torch.int32)
+    torch.cumsum(query_lens, 0, out=query_start_loc[1:])
+    return common.replace(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=common.seq_lens[index],
+        num_reqs=len(rows),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(query_lens.max()) if rows else 0,
+        block_table_tensor=common.block_table_tensor[index],
+        slot_mapping=common.slot_mapping[tokens],
+    )

@@ -1,0 +1,1 @@
+"""Scheduler side: which blocks a request holds, and when it is compacted."""

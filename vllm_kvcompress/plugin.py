@@ -1,0 +1,143 @@
+"""Every touch on vLLM: the `vllm.general_plugins` entry point.
+
+vLLM calls `register` in every process before any configuration exists. It adds the command-line flag and
+looks at each engine configuration; one that does not ask for compression is handed back untouched.
+"""
+
+import argparse
+import functools
+import json
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.support import check_supported
+
+KEY = "kv_compression"
+_WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.worker.CompressionCPUWorker",
+}
+
+
+def register() -> None:
+    """Install the shim; calling it again does nothing."""
+    if getattr(EngineArgs, "_kv_compression", False):
+        return
+    EngineArgs._kv_compression = True
+    EngineArgs.add_cli_args = staticmethod(_with_flag(EngineArgs.add_cli_args))
+    EngineArgs.from_cli_args = classmethod(_with_flag_value(EngineArgs.from_cli_args.__func__))
+    EngineArgs.create_engine_config = _with_compression(EngineArgs.create_engine_config)
+    InputProcessor._validate_params = _with_request_check(InputProcessor._validate_params)
+
+
+def _with_flag(add_cli_args):
+    @functools.wraps(add_cli_args)
+    def wrapped(parser):
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(
+            title="KVCompression", description="Per-head KV cache compression (vllm-kvcompress)."
+        )
+        group.add_argument(
+            "--kv-compression",
+            type=_flag_value,
+            default=None,
+            metavar="METHOD[:OPTION=VALUE,...]|JSON",
+            help="Prune the KV cache per attention head and return the freed blocks to the scheduler, e.g. "
+            '\'snapkv:budget=0.25\' or \'{"method": "kv_compress", "budget": 0.125}\'. '
+            "`vllm-kvcompress methods` lists methods and options.",
+        )
+        return parser
+
+    return wrapped
+
+
+def _flag_value(text: str) -> dict:
+    try:
+        return KVCompressionConfig.parse(text).to_dict()
+    except KVCompressionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _with_flag_value(from_cli_args):
+    @functools.wraps(from_cli_args)
+    def wrapped(cls, args):
+        engine_args = from_cli_args(cls, args)
+        value = getattr(args, KEY, None)
+        if value is not None:
+            engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: value}
+        return engine_args
+
+    return wrapped
+
+
+def _with_compression(create_engine_config):
+    @functools.wraps(create_engine_config)
+    def wrapped(self, *args, **kwargs):
+        return configure(create_engine_config(self, *args, **kwargs))
+
+    return wrapped
+
+
+def configure(vllm_config: VllmConfig) -> VllmConfig:
+    """Select our scheduler and worker if the configuration asks for compression.
+
+    Raises:
+        KVCompressionError: an option is wrong, or the engine uses a feature that compression does not support.
+    """
+    requested = _requested(vllm_config)
+    if requested is None:
+        return vllm_config
+    config = KVCompressionConfig.parse(requested)
+    if not config.enabled:
+        return vllm_config
+    check_supported(vllm_config)
+    scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
+    if scheduler_config.scheduler_cls is not None or parallel_config.worker_cls not in _WORKERS:
+        raise KVCompressionError(
+            "kv-compression brings its own scheduler and worker class; "
+            "remove --scheduler-cls and --worker-cls, or --kv-compression"
+        )
+    vllm_config.additional_config[KEY] = config.to_dict()
+    kind = "AsyncCompressionScheduler" if scheduler_config.async_scheduling else "CompressionScheduler"
+    scheduler_config.scheduler_cls = f"vllm_kvcompress.paging.scheduler.{kind}"
+    parallel_config.worker_cls = _WORKERS[parallel_config.worker_cls]
+    return vllm_config
+
+
+def _requested(vllm_config: VllmConfig) -> str | dict | None:
+    additional = vllm_config.additional_config
+    return additional.get(KEY) if isinstance(additional, dict) else None
+
+
+def _with_request_check(validate_params):
+    @functools.wraps(validate_params)
+    def wrapped(self, params, *args, **kwargs):
+        # Checked where vLLM checks requests, so that a bad option is the client's error (HTTP 400) and
+        # never reaches the scheduler.
+        if isinstance(params, SamplingParams) and params.extra_args and KEY in params.extra_args:
+            _check_request(self.vllm_config, params.extra_args[KEY])
+        return validate_params(self, params, *args, **kwargs)
+
+    return wrapped
+
+
+def _check_request(vllm_config: VllmConfig, value: object) -> None:
+    requested = _requested(vllm_config)
+    engine = KVCompressionConfig.parse(requested) if requested is not None else None
+    try:
+        if engine is None or not engine.enabled:
+            raise KVCompressionError(
+                "kv_compression was given for a request, but this server runs without it; "
+                "start it with --kv-compression"
+            )
+        if not isinstance(value, str | dict):
+            raise KVCompressionError(
+                f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
+            )
+        engine.for_request(value)
+    except KVCompressionError as error:
+        raise VLLMValidationError(str(error), parameter=KEY) from None

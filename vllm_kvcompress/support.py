@@ -1,0 +1,69 @@
+"""What compression does not support yet, refused at start-up with one line each (DESIGN §8.9)."""
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_kvcompress.config import KVCompressionError
+
+SUPPORTED_VLLM = "0.32."
+CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse an engine configuration that compression cannot serve.
+
+    Raises:
+        KVCompressionError: one line that names the feature and what to do.
+    """
+    for present, feature, remedy in _refusals(vllm_config):
+        if present:
+            raise KVCompressionError(f"kv-compression does not support {feature}; {remedy}")
+
+
+def _refusals(config: VllmConfig):
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    other_model = "serve this model without --kv-compression"
+    text = model.hf_text_config
+    layer_types = set(getattr(text, "layer_types", None) or ())
+    speculative = config.speculative_config
+    yield (
+        not vllm.__version__.startswith(SUPPORTED_VLLM),
+        f"vLLM {vllm.__version__}",
+        f"install vLLM {SUPPORTED_VLLM}*",
+    )
+    yield not current_platform.is_cpu(), f"{current_platform.device_name} devices", "use vLLM's CPU build"
+    yield config.use_v2_model_runner, "Model Runner V2", "set VLLM_USE_V2_MODEL_RUNNER=0"
+    yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
+    yield model.is_encoder_decoder, "encoder-decoder models", other_model
+    yield model.use_mla, "multi-head latent attention (MLA)", other_model
+    yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
+    yield (
+        bool(layer_types - {"full_attention"}) or model.get_sliding_window() is not None,
+        "sliding-window and hybrid attention",
+        other_model,
+    )
+    yield text.model_type == "gpt_oss", "attention sinks", other_model
+    yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
+    yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
+    yield (
+        config.kv_transfer_config is not None or config.ec_transfer_config is not None,
+        "KV and encoder-cache connectors",
+        "remove --kv-transfer-config and --ec-transfer-config",
+    )
+    yield (
+        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        f"the quantized cache --kv-cache-dtype {cache.cache_dtype}",
+        "use --kv-cache-dtype auto",
+    )
+    yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "remove the flag"
+    yield (
+        cache.block_size % CPU_BLOCK_SIZE != 0,
+        f"--block-size {cache.block_size} on CPU",
+        f"use a multiple of {CPU_BLOCK_SIZE}",
+    )
+    yield (
+        speculative is not None and speculative.method not in ("ngram", "suffix"),
+        "speculative decoding with a draft model",
+        "use ngram speculation or none",
+    )
