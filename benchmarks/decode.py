@@ -143,6 +143,8 @@ def steps(args: argparse.Namespace) -> None:
             seconds, compaction_seconds = ask(engine, "steps", args.steps)
             rounds[variant].append(seconds)
             compaction = compaction_seconds or compaction
+    for engine in engines.values():
+        engine.send(None)
     stock = rounds["stock"]
     report = {
         "context": args.context,

@@ -1,4 +1,4 @@
-"""KV-cache compression that stock vLLM can serve with: per-head pruning whose freed blocks are really freed."""
+"""KV-cache compression that stock vLLM can serve with: per-head, and with the freed blocks really freed."""
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 

@@ -86,14 +86,12 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     """Select our scheduler and worker if the configuration asks for compression.
 
     Raises:
-        KVCompressionError: an option is wrong, or the engine uses a feature that compression does not support.
+        KVCompressionError: an option is wrong, or the engine uses an unsupported feature.
     """
     requested = _requested(vllm_config)
     if requested is None:
         return vllm_config
     config = KVCompressionConfig.parse(requested)
-    if not config.enabled:
-        return vllm_config
     check_supported(vllm_config)
     scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
     if scheduler_config.scheduler_cls is not None or parallel_config.worker_cls not in _WORKERS:
@@ -127,9 +125,8 @@ def _with_request_check(validate_params):
 
 def _check_request(vllm_config: VllmConfig, value: object) -> None:
     requested = _requested(vllm_config)
-    engine = KVCompressionConfig.parse(requested) if requested is not None else None
     try:
-        if engine is None or not engine.enabled:
+        if requested is None:
             raise KVCompressionError(
                 "kv_compression was given for a request, but this server runs without it; "
                 "start it with --kv-compression"
@@ -138,6 +135,6 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
             raise KVCompressionError(
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
-        engine.for_request(value)
+        KVCompressionConfig.parse(requested).for_request(value)
     except KVCompressionError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None

@@ -49,7 +49,7 @@ class CompactedRows:
 class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata of the rows that are not compacted, and beside it what the others need.
 
-    `rest_tokens` indexes the batch's tokens that belong to rows without compaction; None means all, empty none.
+    `rest_tokens` are the batch's tokens in rows without compaction; it is set when `compacted` is.
     """
 
     rest_tokens: Tensor | None = None

@@ -1,0 +1,132 @@
+"""Allocations spend the page budget exactly, starve no head, and are optimal for their objective."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress.allocation import ALLOCATIONS, Adaptive, Global, Uniform, select, whole_pages
+
+
+@st.composite
+def problems(draw, max_layers=4, max_heads=4, max_pages=6):
+    layers, heads = draw(st.integers(1, max_layers)), draw(st.integers(1, max_heads))
+    largest, page = draw(st.integers(1, max_pages)), draw(st.integers(1, 5))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    scores = torch.rand(layers, heads, largest * page, generator=generator)
+    if draw(st.booleans()):
+        scores = (scores * 3).round()  # many ties
+    num_sinks = draw(st.integers(0, min(3, largest * page)))
+    scores[..., :num_sinks] = torch.inf
+    smallest = max(1, -(-num_sinks // page))
+    pages = draw(st.integers(layers * heads * smallest, layers * heads * largest))
+    return scores, pages, page, num_sinks
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_the_budget_is_spent_exactly_and_protected_tokens_are_kept(name, problem):
+    scores, num_pages, page, num_sinks = problem
+    counts = ALLOCATIONS[name]().allocate(scores, num_pages, page)
+    assert counts.dtype == torch.int64 and counts.shape == scores.shape[:2]
+    assert int(counts.sum()) == num_pages
+    assert int(counts.min()) >= 1 and int(counts.max()) <= scores.shape[-1] // page
+    kept = select(scores, counts, page)
+    assert kept.shape == (num_pages, page)
+    for run in kept.split(counts.flatten().tolist()):
+        assert set(range(num_sinks)) <= set(run.flatten().tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(max_layers=2, max_heads=2, max_pages=4))
+def test_global_frees_the_cheapest_pages_of_all_splits(problem):
+    scores, num_pages, page, num_sinks = problem
+    layers, heads, num_tokens = scores.shape
+    largest, smallest = num_tokens // page, max(1, -(-num_sinks // page))
+    ascending = scores.view(-1, num_tokens).sort(-1).values
+
+    def cost(counts) -> float:
+        return sum(
+            float(ascending[head, (i + 1) * page - 1])
+            for head, count in enumerate(counts)
+            for i in range(largest - count)
+        )
+
+    best = min(
+        cost(split)
+        for split in itertools.product(range(smallest, largest + 1), repeat=layers * heads)
+        if sum(split) == num_pages
+    )
+    found = cost(Global().allocate(scores, num_pages, page).flatten().tolist())
+    assert found == pytest.approx(best, rel=1e-6)
+
+
+def slow_adaptive(scores, pages, page, alpha, smallest):
+    """Ada-KV in one layer, token by token, then the whole-page split closest to it (brute force)."""
+    heads, num_tokens = scores.shape
+    tokens = sorted(
+        ((-float(scores[h, t]), h, t) for h in range(heads) for t in range(num_tokens)),
+    )[: pages * page]
+    wanted = [
+        ((1 - alpha) * sum(h == head for _, h, _ in tokens) + alpha * pages * page / heads) / page
+        for head in range(heads)
+    ]
+    splits = [
+        split
+        for split in itertools.product(range(smallest, num_tokens // page + 1), repeat=heads)
+        if sum(split) == pages
+    ]
+    return wanted, min(sum((w - c) ** 2 for w, c in zip(wanted, split, strict=True)) for split in splits)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(max_layers=1, max_heads=4, max_pages=4), alpha=st.sampled_from([0.0, 0.2, 0.5, 1.0]))
+def test_adaptive_is_the_whole_page_split_closest_to_ada_kv(problem, alpha):
+    scores, num_pages, page, num_sinks = problem
+    counts = Adaptive(alpha=alpha).allocate(scores, num_pages, page)[0].tolist()
+    smallest = max(1, -(-num_sinks // page))
+    wanted, best = slow_adaptive(scores[0], num_pages, page, alpha, smallest)
+    assert sum((w - c) ** 2 for w, c in zip(wanted, counts, strict=True)) == pytest.approx(best, abs=1e-4)
+
+
+def test_adaptive_gives_every_layer_the_same_share():
+    scores = torch.rand(3, 4, 64)
+    scores[0] += 10
+    assert Adaptive().allocate(scores, 3 * 4 * 2, 8).sum(-1).tolist() == [8, 8, 8]
+
+
+def test_uniform_is_even():
+    assert Uniform().allocate(torch.rand(2, 2, 80), 11, 10).tolist() == [[3, 3], [3, 2]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_whole_pages_keep_their_sum_and_stay_within_one_page_where_bounds_allow(data):
+    wanted = torch.tensor(data.draw(st.lists(st.floats(1, 6), min_size=1, max_size=6)), dtype=torch.float64)
+    pages = round(float(wanted.sum()))
+    if not len(wanted) <= pages <= 6 * len(wanted):
+        return
+    counts = whole_pages(wanted, pages, 1, 6)
+    assert int(counts.sum()) == pages and int(counts.min()) >= 1 and int(counts.max()) <= 6
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@pytest.mark.parametrize("num_pages", [3, 17])
+def test_an_impossible_budget_is_refused(name, num_pages):
+    with pytest.raises(ValueError, match="cannot be split"):
+        ALLOCATIONS[name]().allocate(torch.rand(2, 2, 32), num_pages, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_select_takes_the_highest_scores_in_position_order(problem):
+    scores, num_pages, page, _ = problem
+    counts = Global().allocate(scores, num_pages, page)
+    kept = select(scores, counts, page).split(counts.flatten().tolist())
+    for head, run in enumerate(kept):
+        row = scores.view(-1, scores.shape[-1])[head].tolist()
+        best = sorted(range(len(row)), key=lambda t: (-row[t], t))[: run.numel()]
+        assert run.flatten().tolist() == sorted(best)

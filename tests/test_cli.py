@@ -1,0 +1,30 @@
+"""`vllm-kvcompress methods` lists what can be asked for."""
+
+import json
+
+import pytest
+
+from vllm_kvcompress.allocation import ALLOCATIONS
+from vllm_kvcompress.cli import main
+from vllm_kvcompress.config import METHODS
+
+
+def test_methods_lists_options_paper_and_cost(capsys):
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    for name in (*METHODS, *ALLOCATIONS):
+        assert name in text
+    assert "arXiv 2404.14469" in text and "kernel_size=7" in text and "cost" in text
+
+
+def test_methods_as_json_can_be_parsed(capsys):
+    main(["methods", "--json"])
+    listing = json.loads(capsys.readouterr().out)
+    assert [method["name"] for method in listing["methods"]] == list(METHODS)
+    assert listing["common_options"]["budget"] == 0.25
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate"])
+    assert "invalid choice" in capsys.readouterr().err

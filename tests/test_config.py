@@ -1,0 +1,140 @@
+"""Every form users write means the same, and every mistake is one clear line."""
+
+import pickle
+
+import pytest
+
+from vllm_kvcompress import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import METHODS
+from vllm_kvcompress.policies import POLICIES, Policy, register_policy
+
+FULL = {"method": "snapkv", "budget": 0.5, "allocation": "global", "kernel_size": 5}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "snapkv:budget=0.5,allocation=global,kernel_size=5",
+        '{"method": "snapkv", "budget": 0.5, "allocation": "global", "kernel_size": 5}',
+        FULL,
+        {name: str(value) for name, value in FULL.items()},
+        KVCompressionConfig("snapkv", 0.5, "global", options={"kernel_size": 5}),
+    ],
+    ids=["string", "json", "dict", "strings", "config"],
+)
+def test_every_form_parses_to_the_same_configuration(form):
+    config = KVCompressionConfig.parse(form)
+    assert config == KVCompressionConfig("snapkv", 0.5, "global", options={"kernel_size": 5})
+    assert config.build_policy() == POLICIES["snapkv"](kernel_size=5)
+    assert config.build_allocation().name == "global"
+    assert KVCompressionConfig.parse(config.to_dict()) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.engine_kwargs() == {"additional_config": {"kv_compression": config.to_dict()}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bare_method_name_has_its_presets(method):
+    config = KVCompressionConfig.parse(method)
+    assert config.build_policy().name == METHODS[method].policy
+    assert config.build_allocation().name == METHODS[method].allocation
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("snapkvv", "did you mean 'snapkv'"),
+        ("snapkv:budgets=0.5", "did you mean 'budget'"),
+        ("snapkv:budget=0", "budget"),
+        ("snapkv:budget=1.5", "budget"),
+        ("snapkv:budget=lots", "budget must be float"),
+        ("snapkv:budget", "has no value"),
+        ("snapkv:window=0", "window"),
+        ("snapkv:sink_tokens=-1", "sink_tokens"),
+        ("snapkv:sink_tokens=1.5", "sink_tokens must be int"),
+        ("snapkv:kernel_size=4", "kernel_size"),
+        ("snapkv:pooling=sum", "pooling must be 'max' or 'avg'"),
+        ("snapkv:alpha=0.2", "unknown kv_compression option of snapkv 'alpha'"),
+        ("adakv:alpha=2", "alpha"),
+        ("snapkv:allocation=square", "use one of"),
+        ("{", "not valid JSON"),
+        (3, "must be a string or a dictionary"),
+        ({"method": ["snapkv"]}, "method must be str"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line_that_names_the_option(value, says):
+    with pytest.raises(KVCompressionError) as caught:
+        KVCompressionConfig.parse(value)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_request_overrides_what_it_names():
+    engine = KVCompressionConfig.parse("snapkv:budget=0.5,kernel_size=5,sink_tokens=2")
+    assert engine.for_request(None) is engine
+    assert engine.for_request({"budget": 0.1}) == KVCompressionConfig.parse(
+        "snapkv:budget=0.1,kernel_size=5,sink_tokens=2"
+    )
+    assert not engine.for_request("off").enabled
+    assert engine.for_request("off").plan(10_000, 32) is None
+
+
+def test_a_request_that_names_another_method_keeps_only_options_the_method_has():
+    engine = KVCompressionConfig.parse("adakv:budget=0.5,kernel_size=5,pooling=avg,alpha=0.3")
+    assert engine.for_request("kv_compress") == KVCompressionConfig.parse(
+        "kv_compress:budget=0.5,kernel_size=5"
+    )
+    assert engine.for_request({"allocation": "uniform"}) == KVCompressionConfig.parse(
+        "adakv:budget=0.5,allocation=uniform,kernel_size=5,pooling=avg"
+    )
+    with pytest.raises(KVCompressionError, match="alpha"):
+        engine.for_request("kv_compress:alpha=0.1")
+
+
+def test_a_request_can_opt_in_where_the_engine_leaves_requests_alone():
+    engine = KVCompressionConfig.parse({"method": "snapkv", "enabled": False})
+    assert not engine.for_request(None).enabled
+    assert engine.for_request({"budget": 0.5}).enabled
+
+
+@pytest.mark.parametrize(
+    ("form", "prompt", "block", "wanted"),
+    [
+        ("snapkv:budget=0.25", 1500, 128, (1408, 11, 3)),
+        ("snapkv:budget=0.5", 1500, 32, (1440, 45, 23)),
+        ("snapkv:budget=0.1", 31 * 32, 32, (960, 30, 3)),  # and not ceil(3.0000000000000004)
+        ("snapkv:budget=0.25,window=100", 1500, 32, (1376, 43, 11)),
+        ("streaming_llm:budget=0.25,window=100", 1500, 32, (1376, 43, 11)),
+        ("snapkv:budget=1", 1500, 32, None),  # nothing to free
+        ("snapkv:budget=0.9", 63, 32, None),
+        ("snapkv:budget=0.5", 20, 32, None),
+        ("snapkv:budget=0.1,sink_tokens=50", 200, 32, None),  # the sinks do not fit
+    ],
+)
+def test_the_plan_is_known_before_the_scores(form, prompt, block, wanted):
+    plan = KVCompressionConfig.parse(form).plan(prompt, block)
+    assert (plan and (plan.boundary, plan.source_blocks, plan.kept_blocks)) == wanted
+
+
+def test_a_policy_of_user_code_is_a_method_by_its_name():
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    @dataclass(frozen=True)
+    class Keep(Policy):
+        name: ClassVar[str] = "keep_everything_first"
+        paper: ClassVar[str] = "none"
+        cost: ClassVar[str] = "none"
+        window: int = 8
+        strength: float = 1.0
+
+        def score(self, observation):
+            raise AssertionError("not called")
+
+    register_policy(Keep)
+    try:
+        config = KVCompressionConfig.parse("keep_everything_first:strength=2,window=16")
+        assert config.build_policy() == Keep(window=16, strength=2.0)
+        assert config.build_allocation().name == "uniform"
+        assert config.recent_tokens == 16
+    finally:
+        del POLICIES["keep_everything_first"]

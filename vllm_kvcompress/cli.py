@@ -1,0 +1,87 @@
+"""The `vllm-kvcompress` command."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_kvcompress.allocation import ALLOCATIONS
+from vllm_kvcompress.config import METHODS, KVCompressionConfig, Method
+from vllm_kvcompress.policies import POLICIES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="vllm-kvcompress", description="KV-cache compression for vLLM.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    methods = commands.add_parser("methods", help="list methods, their options, papers and costs")
+    methods.add_argument("--json", action="store_true", help="print JSON instead of text")
+    methods.set_defaults(run=_methods)
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> None:
+    listing = describe_methods()
+    if arguments.json:
+        print(json.dumps(listing, indent=2))
+        return
+    for method in listing["methods"]:
+        print(f"{method['name']}: {method['summary']}")
+        for label in ("paper", "allocation", "cost"):
+            print(f"    {label:<11}{method[label]}")
+        print(f"    {'options':<11}{_assignments(method['options']) or '-'}")
+    print("\nallocations (any method takes any of them: METHOD:allocation=NAME)")
+    for allocation in listing["allocations"]:
+        print(f"    {allocation['name']:<11}{allocation['summary']}")
+        if allocation["options"]:
+            print(f"    {'':<11}options {_assignments(allocation['options'])}")
+    print(f"\noptions of every method: {_assignments(listing['common_options'])}")
+
+
+def describe_methods() -> dict[str, Any]:
+    """Methods, allocations and common options as plain data."""
+    return {
+        "methods": [
+            {
+                "name": name,
+                "summary": preset.summary,
+                "allocation": preset.allocation,
+                "paper": _papers(preset),
+                "cost": POLICIES[preset.policy].cost,
+                "options": _defaults(POLICIES[preset.policy]),
+            }
+            for name, preset in METHODS.items()
+        ],
+        "allocations": [
+            {
+                "name": name,
+                "summary": (cls.__doc__ or "").splitlines()[0],
+                "paper": cls.paper,
+                "options": _defaults(cls),
+            }
+            for name, cls in ALLOCATIONS.items()
+        ],
+        "common_options": {
+            name: value
+            for name, value in _defaults(KVCompressionConfig).items()
+            if name in ("budget", "sink_tokens", "window")
+        },
+    }
+
+
+def _papers(preset: Method) -> str:
+    papers = [POLICIES[preset.policy].paper]
+    if preset.allocation == "adaptive":
+        papers.append(ALLOCATIONS[preset.allocation].paper)
+    return " + ".join(papers)
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _assignments(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={'(method)' if value is None else value}" for name, value in options.items())

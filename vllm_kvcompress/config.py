@@ -1,0 +1,296 @@
+"""What users write: the method, its budget and its options, engine-wide or per request."""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from types import MappingProxyType
+from typing import Any
+
+from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
+from vllm_kvcompress.policies import POLICIES, Policy
+
+DEFAULT_WINDOW = 32
+
+
+class KVCompressionError(ValueError):
+    """A mistake in what the user asked for, said in one line."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A named preset from the literature: a policy and the allocation it is published with."""
+
+    policy: str
+    allocation: str
+    summary: str
+
+
+METHODS: dict[str, Method] = {
+    "streaming_llm": Method("streaming_llm", "uniform", "attention sinks and the most recent tokens"),
+    "snapkv": Method("snapkv", "uniform", "what the prompt's last queries attend to"),
+    "adakv": Method("snapkv", "adaptive", "SnapKV scores; heads of a layer compete for its budget"),
+    "kv_compress": Method("kv_compress", "global", "squared attention; all heads and layers compete"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compacting a request will do, known before its scores are.
+
+    Attributes:
+        boundary: first token that stays raw, a multiple of the block size.
+        source_blocks: raw blocks below the boundary.
+        kept_blocks: blocks of compacted pages that replace them.
+    """
+
+    boundary: int
+    source_blocks: int
+    kept_blocks: int
+
+
+@dataclass(frozen=True)
+class KVCompressionConfig:
+    """How KV caches are compressed.
+
+    Attributes:
+        method: a name listed by `vllm-kvcompress methods`.
+        budget: fraction of the raw bytes below the boundary that is kept, 0 < budget <= 1.
+        allocation: how pages are shared among heads; None for the method's own.
+        sink_tokens: first tokens of a prompt, never dropped.
+        window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
+        options: further hyper-parameters of the policy and the allocation, by name.
+        enabled: False leaves requests uncompressed unless they ask for it themselves.
+
+    Raises:
+        KVCompressionError: an unknown name or a value out of range.
+    """
+
+    method: str = "snapkv"
+    budget: float = 0.25
+    allocation: str | None = None
+    sink_tokens: int = 4
+    window: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        for name, kind in _OWN_TYPES.items():
+            object.__setattr__(self, name, _convert(name, getattr(self, name), kind))
+        _known(self.method, _method_names(), "method", "`vllm-kvcompress methods` lists them")
+        if self.allocation is not None:
+            _known(self.allocation, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
+        if not 0 < self.budget <= 1:
+            raise KVCompressionError(
+                f"budget must be a fraction of the cache to keep, 0 < budget <= 1, got {self.budget}"
+            )
+        if self.sink_tokens < 0:
+            raise KVCompressionError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
+        if self.window is not None and self.window < 1:
+            raise KVCompressionError(f"window must be at least 1, got {self.window}")
+        types = self._option_types()
+        options = {}
+        for name, value in self.options.items():
+            _known(name, {**types, **_OWN_TYPES}, f"option of {self.method}", "see `vllm-kvcompress methods`")
+            options[name] = _convert(name, value, types[name])
+        object.__setattr__(self, "options", MappingProxyType(options))
+        try:
+            self.build_policy(), self.build_allocation()
+        except KVCompressionError:
+            raise
+        except ValueError as error:
+            raise KVCompressionError(f"{self.method}: {error}") from None
+
+    # ------------------------------------------------------------------ reading
+
+    @classmethod
+    def parse(cls, value: "str | Mapping | KVCompressionConfig") -> "KVCompressionConfig":
+        """Read any form users write: `"snapkv:budget=0.25"`, `"off"`, a JSON object, or a dictionary.
+
+        Raises:
+            KVCompressionError: the form, a name or a value is wrong.
+        """
+        return value if isinstance(value, cls) else cls._of(_as_dict(value))
+
+    @classmethod
+    def _of(cls, flat: Mapping[str, Any]) -> "KVCompressionConfig":
+        own = {name: flat[name] for name in _OWN_TYPES if name in flat}
+        return cls(**own, options={name: value for name, value in flat.items() if name not in _OWN_TYPES})
+
+    def for_request(self, value: "str | Mapping | None") -> "KVCompressionConfig":
+        """This configuration with a request's own options on top.
+
+        Naming another method drops this one's hyper-parameters that the other does not have, and its
+        allocation; `"off"` disables compression.
+        """
+        return self if value is None else _for_request(self, _freeze(_as_dict(value)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat JSON-serialisable form that `parse` reads back."""
+        own = {name: getattr(self, name) for name in _OWN_TYPES}
+        return {name: value for name, value in own.items() if value is not None} | dict(self.options)
+
+    def engine_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments for vLLM's `LLM` or `AsyncEngineArgs`."""
+        return {"additional_config": {"kv_compression": self.to_dict()}}
+
+    def __hash__(self) -> int:
+        return hash(_freeze(self.to_dict()))
+
+    def __reduce__(self):
+        return _rebuild, (self.to_dict(),)
+
+    # ------------------------------------------------------------------ meaning
+
+    @property
+    def preset(self) -> Method:
+        """The preset that `method` names; a policy registered by user code is its own, with uniform pages."""
+        return METHODS.get(self.method) or Method(self.method, "uniform", "registered by user code")
+
+    def build_policy(self) -> Policy:
+        """The policy with this configuration's hyper-parameters."""
+        cls = POLICIES[self.preset.policy]
+        options = self._options_of(cls)
+        if self.window is not None and "window" in _field_types(cls):
+            options["window"] = self.window
+        return cls(**options)
+
+    def build_allocation(self) -> Allocation:
+        """The allocation with this configuration's hyper-parameters."""
+        cls = ALLOCATIONS[self.allocation or self.preset.allocation]
+        return cls(**self._options_of(cls))
+
+    @functools.cached_property
+    def observed_window(self) -> int:
+        """Last prompt queries that the policy needs."""
+        return self.build_policy().window
+
+    @property
+    def recent_tokens(self) -> int:
+        """Last prompt tokens that are never dropped."""
+        return self.observed_window or self.window or DEFAULT_WINDOW
+
+    def plan(self, num_prompt_tokens: int, block_size: int) -> Plan | None:
+        """What compacting a prompt would do; None if nothing would be freed or it is disabled.
+
+        Args:
+            num_prompt_tokens: P.
+            block_size: tokens per block.
+        """
+        if not self.enabled:
+            return None
+        source = max(0, num_prompt_tokens - self.recent_tokens) // block_size
+        # Through the decimal form, so that a budget of 0.1 keeps 3 blocks of 30 and not 4.
+        kept = math.ceil(Fraction(str(self.budget)) * source)
+        if kept >= source or self.sink_tokens > kept * block_size:
+            return None
+        return Plan(source * block_size, source, kept)
+
+    def _option_types(self) -> dict[str, Any]:
+        allocation = ALLOCATIONS[self.allocation or self.preset.allocation]
+        return _field_types(POLICIES[self.preset.policy]) | _field_types(allocation)
+
+    def _options_of(self, cls: type) -> dict[str, Any]:
+        return {name: value for name, value in self.options.items() if name in _field_types(cls)}
+
+
+_OWN_TYPES: dict[str, Any] = {
+    f.name: f.type for f in dataclasses.fields(KVCompressionConfig) if f.name != "options"
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _for_request(engine: KVCompressionConfig, request: tuple) -> KVCompressionConfig:
+    override = dict(request)
+    if override == {"enabled": False}:
+        return dataclasses.replace(engine, enabled=False)
+    flat = engine.to_dict()
+    method = override.get("method", engine.method)
+    if method != engine.method:
+        _known(method, _method_names(), "method", "`vllm-kvcompress methods` lists them")
+        flat.pop("allocation", None)
+        other = KVCompressionConfig(method, allocation=override.get("allocation"))
+        flat = {name: v for name, v in flat.items() if name in _OWN_TYPES or name in other._option_types()}
+    elif "allocation" in override:
+        other = KVCompressionConfig(method, allocation=override["allocation"])
+        flat = {name: v for name, v in flat.items() if name in _OWN_TYPES or name in other._option_types()}
+    return KVCompressionConfig._of({**flat, "enabled": True, **override})
+
+
+def _rebuild(flat: dict[str, Any]) -> KVCompressionConfig:
+    return KVCompressionConfig.parse(flat)
+
+
+def _as_dict(value: object) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if not isinstance(value, str):
+        raise KVCompressionError(f"kv_compression must be a string or a dictionary, got {value!r}")
+    text = value.strip()
+    if text == "off":
+        return {"enabled": False}
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise KVCompressionError(f"kv_compression is not valid JSON: {error}") from None
+    method, _, assignments = text.partition(":")
+    parsed: dict[str, Any] = {"method": method}
+    for assignment in filter(None, assignments.split(",")):
+        name, equals, option = (part.strip() for part in assignment.partition("="))
+        if not equals:
+            raise KVCompressionError(
+                f"kv_compression option {assignment!r} has no value; write METHOD:NAME=VALUE,NAME=VALUE"
+            )
+        parsed[name] = option
+    return parsed
+
+
+def _freeze(flat: Mapping[str, Any]) -> tuple:
+    try:
+        hash(frozen := tuple(sorted(flat.items())))
+    except TypeError:
+        raise KVCompressionError(f"kv_compression options must be plain values, got {dict(flat)!r}") from None
+    return frozen
+
+
+def _method_names() -> set[str]:
+    return set(METHODS) | set(POLICIES)
+
+
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _known(name: str, known, what: str, remedy: str) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, [str(n) for n in known], n=1)
+    hint = f"did you mean {close[0]!r}?" if close else remedy
+    raise KVCompressionError(f"unknown kv_compression {what} {name!r}; {hint}")
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    """A value as typed on a command line or in JSON, as the option's own type."""
+    allowed = typing.get_args(kind) or (kind,)
+    if type(None) in allowed and value in (None, "none", "None"):
+        return None
+    if value in allowed:  # a literal
+        return value
+    if isinstance(value, str):
+        try:
+            value = value if str in allowed else json.loads(value.lower())
+        except json.JSONDecodeError:
+            pass
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        wanted = " or ".join(getattr(k, "__name__", repr(k)) for k in allowed if k is not type(None))
+        raise KVCompressionError(f"kv_compression option {name} must be {wanted}, got {value!r}")
+    return value

@@ -1,0 +1,48 @@
+"""SnapKV: what the prompt's last queries attend to."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+
+
+@dataclass(frozen=True)
+class SnapKV(Policy):
+    """Attention that the last `window` queries pay to each token, pooled along tokens.
+
+        s_i = mean over the group of pool( Σ over the window's queries of A )_i
+
+    Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469, §4.
+    Defaults are the paper's: window 32, max pooling with kernel 7. Average pooling counts its zero padding,
+    as the authors' code does, so the edges shrink.
+
+    Deviation: the authors repeat keys per query head and keep tokens per query head. Here a KV head has one
+    score: the mean over its query heads, taken after pooling.
+
+    Attributes:
+        window: w, queries observed.
+        kernel_size: odd width of the pooling, in tokens.
+        pooling: "max" or "avg".
+    """
+
+    name: ClassVar[str] = "snapkv"
+    paper: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469)"
+    cost: ClassVar[str] = "attention of the last w queries over the prompt, once"
+    window: int = 32
+    kernel_size: int = 7
+    pooling: Literal["max", "avg"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
+        if self.pooling not in ("max", "avg"):
+            raise ValueError(f"pooling must be 'max' or 'avg', got {self.pooling!r}")
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        attention = window_attention(observation)[..., : -self.window].sum(2)  # [H, G, P-w]
+        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
+        pooled = pool(attention, self.kernel_size, stride=1, padding=self.kernel_size // 2)
+        return pooled.mean(1)[:, : observation.num_scored]
