@@ -43,7 +43,7 @@ def _with_flag(add_cli_args):
         )
         group.add_argument(
             "--kv-compression",
-            type=_flag_value,
+            action=_FlagAction,
             default=None,
             metavar="METHOD[:OPTION=VALUE,...]|JSON",
             help="Prune the KV cache per attention head and return the freed blocks to the scheduler, e.g. "
@@ -55,11 +55,23 @@ def _with_flag(add_cli_args):
     return wrapped
 
 
-def _flag_value(text: str) -> dict:
-    try:
-        return KVCompressionConfig.parse(text).to_dict()
-    except KVCompressionError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+class _FlagAction(argparse.Action):
+    """Reads any form of the flag; refuses options after an earlier value, which they would replace.
+
+    vLLM's parser moves dotted options behind all other arguments, as one JSON object.
+    """
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        if value.lstrip().startswith("{") and getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(
+                self,
+                "dotted or JSON options cannot be added to an earlier value; "
+                "give method and options in one form, e.g. METHOD:OPTION=VALUE",
+            )
+        try:
+            setattr(namespace, self.dest, KVCompressionConfig.parse(value).to_dict())
+        except KVCompressionError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
 
 
 def _with_flag_value(from_cli_args):

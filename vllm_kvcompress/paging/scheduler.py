@@ -30,7 +30,8 @@ class _Compression:
     def add_request(self, request: Request) -> None:
         super().add_request(request)
         params = request.sampling_params
-        if params is None:  # pooling
+        # A resumable request is a streaming session, whose prompt is never complete: it stays raw.
+        if params is None or request.resumable:
             return
         config = self.compression.for_request((params.extra_args or {}).get("kv_compression"))
         plan = config.plan(request.num_prompt_tokens, self.compacting_manager.block_size)
