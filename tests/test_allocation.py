@@ -7,7 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvcompress.allocation import ALLOCATIONS, Adaptive, Global, Uniform, select, whole_pages
+from vllm_kvcompress.allocation import (
+    ALLOCATIONS,
+    Adaptive,
+    Global,
+    Uniform,
+    get_allocation,
+    select,
+    whole_pages,
+)
 
 
 @st.composite
@@ -109,7 +117,7 @@ def test_whole_pages_keep_their_sum_and_stay_within_one_page_where_bounds_allow(
     pages = round(float(wanted.sum()))
     if not len(wanted) <= pages <= 6 * len(wanted):
         return
-    counts = whole_pages(wanted, pages, 1, 6)
+    counts = whole_pages(wanted, pages, torch.ones(len(wanted), dtype=torch.int64), 6)
     assert int(counts.sum()) == pages and int(counts.min()) >= 1 and int(counts.max()) <= 6
 
 
@@ -130,3 +138,76 @@ def test_select_takes_the_highest_scores_in_position_order(problem):
         row = scores.view(-1, scores.shape[-1])[head].tolist()
         best = sorted(range(len(row)), key=lambda t: (-row[t], t))[: run.numel()]
         assert run.flatten().tolist() == sorted(best)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_heads_with_protected_tokens_of_their_own_get_room_for_them(name, problem, data):
+    scores, _, page, _ = problem
+    layers, heads, num_tokens = scores.shape
+    amounts = st.lists(st.integers(0, num_tokens), min_size=layers * heads, max_size=layers * heads)
+    protected = data.draw(amounts)
+    scores = scores.nan_to_num(posinf=9.0)
+    for row, amount in zip(scores.view(-1, num_tokens), protected, strict=True):
+        row[torch.randperm(num_tokens, generator=torch.Generator().manual_seed(amount))[:amount]] = torch.inf
+    needed = [[max(1, -(-protected[x * heads + y] // page)) for y in range(heads)] for x in range(layers)]
+    # Layers share evenly before their heads compete, but never get less than their heads need.
+    num_pages = data.draw(st.integers(sum(map(sum, needed)), layers * heads * num_tokens // page))
+    counts = ALLOCATIONS[name]().allocate(scores, num_pages, page)
+    assert int(counts.sum()) == num_pages
+    assert (counts >= torch.tensor(needed)).all() and int(counts.max()) <= num_tokens // page
+    runs = select(scores, counts, page).split(counts.flatten().tolist())
+    for row, run in zip(scores.view(-1, num_tokens), runs, strict=True):
+        assert set(row.isposinf().nonzero().flatten().tolist()) <= set(run.flatten().tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_whole_pages_are_the_closest_split_within_the_bounds(data):
+    heads, largest = data.draw(st.integers(1, 4)), 4
+    wanted = data.draw(st.lists(st.floats(0, 6, width=32), min_size=heads, max_size=heads))
+    smallest = data.draw(st.lists(st.integers(1, largest), min_size=heads, max_size=heads))
+    pages = data.draw(st.integers(sum(smallest), heads * largest))
+    counts = whole_pages(torch.tensor(wanted), pages, torch.tensor(smallest), largest).tolist()
+
+    def distance(split) -> float:
+        return sum((w - c) ** 2 for w, c in zip(wanted, split, strict=True))
+
+    splits = itertools.product(*(range(low, largest + 1) for low in smallest))
+    best = min(distance(split) for split in splits if sum(split) == pages)
+    assert sum(counts) == pages and all(low <= c for low, c in zip(smallest, counts, strict=True))
+    assert distance(counts) == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_equal_scores_favour_the_earlier_head(name):
+    counts = ALLOCATIONS[name]().allocate(torch.zeros(1, 4, 32), 10, 8)[0]
+    assert int(counts.sum()) == 10 and (counts.diff() <= 0).all()
+
+
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_a_head_without_numbers_breaks_neither_the_budget_nor_the_other_heads(name):
+    scores = torch.rand(2, 2, 32)
+    scores[0, 1, 3:] = torch.nan
+    scores[..., :2] = torch.inf
+    counts = ALLOCATIONS[name]().allocate(scores, 8, 4)
+    assert int(counts.sum()) == 8 and int(counts.min()) >= 1
+    runs = select(scores, counts, 4).split(counts.flatten().tolist())
+    assert {0, 1, 2} <= set(runs[1].flatten().tolist())
+    best = scores[1, 0].sort(descending=True).indices[: runs[2].numel()]
+    assert runs[2].flatten().tolist() == sorted(best.tolist())
+
+
+def test_allocating_and_selecting_leave_the_scores_alone():
+    scores = torch.rand(2, 2, 32)
+    before = scores.clone()
+    for allocation in ALLOCATIONS.values():
+        select(scores, allocation().allocate(scores, 8, 4), 4)
+    assert torch.equal(scores, before)
+
+
+def test_an_allocation_is_found_by_its_name():
+    assert get_allocation("global") is Global
+    with pytest.raises(ValueError, match="use one of uniform, adaptive, global"):
+        get_allocation("globe")

@@ -1,12 +1,13 @@
 """Every form users write means the same, and every mistake is one clear line."""
 
+import dataclasses
 import pickle
 
 import pytest
 
 from vllm_kvcompress import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.config import METHODS
-from vllm_kvcompress.policies import POLICIES, Policy, register_policy
+from vllm_kvcompress.policies import POLICIES, Policy, get_policy, register_policy
 
 FULL = {"method": "snapkv", "budget": 0.5, "allocation": "global", "kernel_size": 5}
 
@@ -58,6 +59,14 @@ def test_a_bare_method_name_has_its_presets(method):
         ("snapkv:allocation=square", "use one of"),
         ("{", "not valid JSON"),
         (3, "must be a string or a dictionary"),
+        ({1: "snapkv"}, "must be a string or a dictionary"),
+        ("snapkv:method=adakv", "'method' is given twice"),
+        ("snapkv:budget=0.5,budget=0.6", "'budget' is given twice"),
+        ("snapkv:budget=nan", "budget"),
+        ({"method": "snapkv", "budget": True}, "budget must be float, got True"),
+        ({"method": 3}, "method must be str"),
+        ({"method": "snapkv", "kernel_size": [5]}, "kernel_size must be int"),
+        ("streaming_llm:kernel_size=5", "unknown kv_compression option of streaming_llm 'kernel_size'"),
         ({"method": ["snapkv"]}, "method must be str"),
     ],
     ids=str,
@@ -66,6 +75,55 @@ def test_mistakes_are_one_line_that_names_the_option(value, says):
     with pytest.raises(KVCompressionError) as caught:
         KVCompressionConfig.parse(value)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value", [{"method": 5}, {1: 2}, {"window": {1}}, {"kernle_size": 3}, "adakvv", 7], ids=str
+)
+def test_mistakes_of_a_request_are_one_line_too(value):
+    with pytest.raises(KVCompressionError) as caught:
+        KVCompressionConfig().for_request(value)
+    assert "\n" not in str(caught.value)
+
+
+def test_own_options_hidden_among_the_methods_are_refused():
+    for name in ("budget", "window"):
+        with pytest.raises(KVCompressionError, match=f"give {name} by itself"):
+            KVCompressionConfig(options={name: 1})
+
+
+@pytest.mark.parametrize(
+    "value", ["off", " off ", {"method": "off"}, {"enabled": "false"}, '{"method": "off"}']
+)
+def test_off_in_any_form_disables(value):
+    assert not KVCompressionConfig.parse(value).enabled
+    assert not KVCompressionConfig().for_request(value).enabled
+
+
+def test_what_one_request_wrote_does_not_change_what_another_means():
+    engine = KVCompressionConfig()
+    assert engine.for_request({"budget": 1}).budget == 1.0
+    with pytest.raises(KVCompressionError, match="got True"):
+        engine.for_request({"budget": True})
+
+
+@pytest.mark.parametrize("text", [".5", "5e-1", "0.50"])
+def test_numbers_are_read_as_people_write_them(text):
+    assert KVCompressionConfig.parse({"budget": text}).budget == 0.5
+
+
+def test_no_recent_token_is_scored_by_fewer_queries_than_its_policy_needs():
+    for method in METHODS:
+        for window in (None, 1, 8, 64):
+            config = KVCompressionConfig(method, window=window)
+            assert config.recent_tokens >= max(config.observed_window, window or 0)
+    assert KVCompressionConfig("streaming_llm").observed_window == 0
+    assert KVCompressionConfig("streaming_llm").recent_tokens == 32
+
+
+def test_presets_name_their_papers():
+    assert "2404.14469" in METHODS["adakv"].paper and "2407.11550" in METHODS["adakv"].paper
+    assert METHODS["streaming_llm"].cost.startswith("none")
 
 
 def test_a_request_overrides_what_it_names():
@@ -138,3 +196,20 @@ def test_a_policy_of_user_code_is_a_method_by_its_name():
         assert config.recent_tokens == 16
     finally:
         del POLICIES["keep_everything_first"]
+
+
+def test_a_policy_that_cannot_be_configured_or_hides_another_is_refused():
+    class Bare(Policy):
+        name = "bare"
+
+        def score(self, observation):
+            raise AssertionError("not called")
+
+    with pytest.raises(ValueError, match="must be a dataclass"):
+        register_policy(Bare)
+    taken = dataclasses.dataclass(frozen=True)(type("Other", (Bare,), {"name": "snapkv"}))
+    with pytest.raises(ValueError, match="'snapkv' is taken"):
+        register_policy(taken)
+    assert get_policy("snapkv") is POLICIES["snapkv"]
+    with pytest.raises(ValueError, match="unknown policy 'bare'"):
+        get_policy("bare")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_kvcompress.allocation import ALLOCATIONS
-from vllm_kvcompress.config import METHODS, KVCompressionConfig, Method
+from vllm_kvcompress.config import METHODS, KVCompressionConfig
 from vllm_kvcompress.policies import POLICIES
 
 
@@ -49,8 +49,8 @@ def describe_methods() -> dict[str, Any]:
                 "name": name,
                 "summary": preset.summary,
                 "allocation": preset.allocation,
-                "paper": _papers(preset),
-                "cost": POLICIES[preset.policy].cost,
+                "paper": preset.paper,
+                "cost": preset.cost,
                 "options": _defaults(POLICIES[preset.policy]),
             }
             for name, preset in METHODS.items()
@@ -72,15 +72,8 @@ def describe_methods() -> dict[str, Any]:
     }
 
 
-def _papers(preset: Method) -> str:
-    papers = [POLICIES[preset.policy].paper]
-    if preset.allocation == "adaptive":
-        papers.append(ALLOCATIONS[preset.allocation].paper)
-    return " + ".join(papers)
-
-
 def _defaults(cls: type) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: f.default for f in dataclasses.fields(cls)}
 
 
 def _assignments(options: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
@@ -16,6 +16,7 @@ from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
 from vllm_kvcompress.policies import POLICIES, Policy
 
 DEFAULT_WINDOW = 32
+_BOOLEANS = {"true": True, "false": False}
 
 
 class KVCompressionError(ValueError):
@@ -29,6 +30,19 @@ class Method:
     policy: str
     allocation: str
     summary: str
+
+    @property
+    def paper(self) -> str:
+        """Title and arXiv id; the allocation's too where it is a method of its own."""
+        papers = [POLICIES[self.policy].paper]
+        if self.allocation == "adaptive":
+            papers.append(ALLOCATIONS[self.allocation].paper)
+        return " + ".join(papers)
+
+    @property
+    def cost(self) -> str:
+        """One line on what scoring a prompt takes."""
+        return POLICIES[self.policy].cost
 
 
 METHODS: dict[str, Method] = {
@@ -82,7 +96,7 @@ class KVCompressionConfig:
     def __post_init__(self) -> None:
         for name, kind in _OWN_TYPES.items():
             object.__setattr__(self, name, _convert(name, getattr(self, name), kind))
-        _known(self.method, _method_names(), "method", "`vllm-kvcompress methods` lists them")
+        _known(self.method, [*METHODS, *POLICIES], "method", "`vllm-kvcompress methods` lists them")
         if self.allocation is not None:
             _known(self.allocation, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
         if not 0 < self.budget <= 1:
@@ -96,7 +110,9 @@ class KVCompressionConfig:
         types = self._option_types()
         options = {}
         for name, value in self.options.items():
-            _known(name, {**types, **_OWN_TYPES}, f"option of {self.method}", "see `vllm-kvcompress methods`")
+            if name in _OWN_TYPES:
+                raise KVCompressionError(f"give {name} by itself, not among the method's options")
+            _known(name, [*types, *_OWN_TYPES], f"option of {self.method}", "see `vllm-kvcompress methods`")
             options[name] = _convert(name, value, types[name])
         object.__setattr__(self, "options", MappingProxyType(options))
         try:
@@ -125,10 +141,14 @@ class KVCompressionConfig:
     def for_request(self, value: "str | Mapping | None") -> "KVCompressionConfig":
         """This configuration with a request's own options on top.
 
-        Naming another method drops this one's hyper-parameters that the other does not have, and its
-        allocation; `"off"` disables compression.
+        Naming another method drops this one's allocation and the hyper-parameters that the other does not
+        have; budget, sink_tokens and window stay. `"off"` disables compression; any other value enables it
+        where the engine's default is off.
+
+        Raises:
+            KVCompressionError: as for `parse`.
         """
-        return self if value is None else _for_request(self, _freeze(_as_dict(value)))
+        return self if value is None else _for_request(self, _frozen(_as_dict(value)))
 
     def to_dict(self) -> dict[str, Any]:
         """A flat JSON-serialisable form that `parse` reads back."""
@@ -140,7 +160,7 @@ class KVCompressionConfig:
         return {"additional_config": {"kv_compression": self.to_dict()}}
 
     def __hash__(self) -> int:
-        return hash(_freeze(self.to_dict()))
+        return hash(_frozen(self.to_dict()))
 
     def __reduce__(self):
         return _rebuild, (self.to_dict(),)
@@ -173,7 +193,7 @@ class KVCompressionConfig:
     @property
     def recent_tokens(self) -> int:
         """Last prompt tokens that are never dropped."""
-        return self.observed_window or self.window or DEFAULT_WINDOW
+        return max(self.observed_window, self.window or 0) or DEFAULT_WINDOW
 
     def plan(self, num_prompt_tokens: int, block_size: int) -> Plan | None:
         """What compacting a prompt would do; None if nothing would be freed or it is disabled.
@@ -205,21 +225,14 @@ _OWN_TYPES: dict[str, Any] = {
 
 
 @functools.lru_cache(maxsize=1024)
-def _for_request(engine: KVCompressionConfig, request: tuple) -> KVCompressionConfig:
-    override = dict(request)
-    if override == {"enabled": False}:
-        return dataclasses.replace(engine, enabled=False)
-    flat = engine.to_dict()
-    method = override.get("method", engine.method)
-    if method != engine.method:
-        _known(method, _method_names(), "method", "`vllm-kvcompress methods` lists them")
+def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConfig:
+    override = json.loads(request)
+    flat = engine.to_dict() | {"enabled": True}
+    if override.get("method", engine.method) != engine.method:
         flat.pop("allocation", None)
-        other = KVCompressionConfig(method, allocation=override.get("allocation"))
-        flat = {name: v for name, v in flat.items() if name in _OWN_TYPES or name in other._option_types()}
-    elif "allocation" in override:
-        other = KVCompressionConfig(method, allocation=override["allocation"])
-        flat = {name: v for name, v in flat.items() if name in _OWN_TYPES or name in other._option_types()}
-    return KVCompressionConfig._of({**flat, "enabled": True, **override})
+    own = {name: value for name, value in (flat | override).items() if name in ("method", "allocation")}
+    kept = KVCompressionConfig(**own)._option_types().keys() | _OWN_TYPES.keys()
+    return KVCompressionConfig._of({name: flat[name] for name in flat.keys() & kept} | override)
 
 
 def _rebuild(flat: dict[str, Any]) -> KVCompressionConfig:
@@ -227,16 +240,18 @@ def _rebuild(flat: dict[str, Any]) -> KVCompressionConfig:
 
 
 def _as_dict(value: object) -> dict[str, Any]:
-    if isinstance(value, Mapping):
-        return dict(value)
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        flat = dict(value)
+        if flat.get("method") == "off":
+            del flat["method"]
+            flat["enabled"] = False
+        return flat
     if not isinstance(value, str):
         raise KVCompressionError(f"kv_compression must be a string or a dictionary, got {value!r}")
     text = value.strip()
-    if text == "off":
-        return {"enabled": False}
     if text.startswith("{"):
         try:
-            return json.loads(text)
+            return _as_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise KVCompressionError(f"kv_compression is not valid JSON: {error}") from None
     method, _, assignments = text.partition(":")
@@ -247,31 +262,30 @@ def _as_dict(value: object) -> dict[str, Any]:
             raise KVCompressionError(
                 f"kv_compression option {assignment!r} has no value; write METHOD:NAME=VALUE,NAME=VALUE"
             )
+        if name in parsed:
+            raise KVCompressionError(f"kv_compression option {name!r} is given twice; remove one")
         parsed[name] = option
-    return parsed
+    return _as_dict(parsed)
 
 
-def _freeze(flat: Mapping[str, Any]) -> tuple:
+def _frozen(flat: Mapping[str, Any]) -> str:
+    # As JSON rather than as a tuple, in which 1 and True would be the same value.
     try:
-        hash(frozen := tuple(sorted(flat.items())))
-    except TypeError:
-        raise KVCompressionError(f"kv_compression options must be plain values, got {dict(flat)!r}") from None
-    return frozen
+        return json.dumps(flat, sort_keys=True)
+    except (TypeError, ValueError):
+        raise KVCompressionError(f"kv_compression options must be plain values, got {flat!r}") from None
 
 
-def _method_names() -> set[str]:
-    return set(METHODS) | set(POLICIES)
-
-
+@functools.cache
 def _field_types(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _known(name: str, known, what: str, remedy: str) -> None:
+def _known(name: str, known: Collection[str], what: str, remedy: str) -> None:
     if name in known:
         return
-    close = difflib.get_close_matches(name, [str(n) for n in known], n=1)
+    close = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else remedy
     raise KVCompressionError(f"unknown kv_compression {what} {name!r}; {hint}")
 
@@ -283,11 +297,12 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         return None
     if value in allowed:  # a literal
         return value
-    if isinstance(value, str):
+    for read in (int, float, _BOOLEANS.__getitem__) if isinstance(value, str) and str not in allowed else ():
         try:
-            value = value if str in allowed else json.loads(value.lower())
-        except json.JSONDecodeError:
-            pass
+            value = read(value.lower())
+            break
+        except (KeyError, ValueError):
+            continue
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:

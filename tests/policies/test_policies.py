@@ -121,7 +121,13 @@ def test_scores_of_a_bfloat16_cache_are_float32(name):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("snapkv", {"kernel_size": 4}), ("snapkv", {"pooling": "sum"}), ("kv_compress", {"kernel_size": 0})],
+    [
+        ("snapkv", {"kernel_size": 4}),
+        ("snapkv", {"pooling": "sum"}),
+        ("kv_compress", {"kernel_size": 0}),
+        ("snapkv", {"window": 0}),
+        ("kv_compress", {"window": 0}),
+    ],
 )
 def test_hyper_parameters_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):

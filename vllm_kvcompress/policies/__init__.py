@@ -1,19 +1,46 @@
 """Which tokens matter: one file per method."""
 
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+import dataclasses
+
+from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
 from vllm_kvcompress.policies.kv_compress import KVCompress
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 
-__all__ = ["POLICIES", "LayerObservation", "Policy", "register_policy"]
+__all__ = ["POLICIES", "LayerObservation", "Policy", "get_policy", "register_policy", "window_attention"]
 
 POLICIES: dict[str, type[Policy]] = {}
 
 
 def register_policy(cls: type[Policy]) -> type[Policy]:
-    """Make a policy known by its `name`; a class decorator for user code."""
+    """Make a policy known by its `name`; a class decorator for user code.
+
+    The name is then a method too, with the `uniform` allocation. Defining the same class again, as notebooks
+    do, replaces it.
+
+    Raises:
+        ValueError: it is not a dataclass with a name, or another policy has that name.
+    """
+    if not dataclasses.is_dataclass(cls) or not isinstance(getattr(cls, "name", None), str):
+        raise ValueError(f"policy {cls.__qualname__} must be a dataclass with a class variable `name`")
+    known = POLICIES.get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ValueError(
+            f"policy name {cls.name!r} is taken by {known.__module__}.{known.__qualname__}; choose another"
+        )
     POLICIES[cls.name] = cls
     return cls
+
+
+def get_policy(name: str) -> type[Policy]:
+    """The policy of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"unknown policy {name!r}; use one of {', '.join(POLICIES)}")
+    return POLICIES[name]
 
 
 for _policy in (StreamingLLM, SnapKV, KVCompress):

@@ -39,14 +39,18 @@ class Policy(ABC):
         paper: title and arXiv id.
         cost: one line on what scoring a prompt takes.
         reads_keys: False if keys, values and queries may be empty (`[H, P, 0]`).
-        window: w, the number of last prompt queries it needs.
+        window: w, the number of last prompt queries it needs; 0 for none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
     reads_keys: ClassVar[bool] = True
-    window: int
+
+    @property
+    def window(self) -> int:
+        """w; a policy that looks at queries has a field of this name."""
+        return 0
 
     @abstractmethod
     def score(self, observation: LayerObservation) -> Tensor:
@@ -60,6 +64,9 @@ class Policy(ABC):
 def window_attention(observation: LayerObservation) -> Tensor:
     """Causal attention of the observation window over the whole prompt, the window included.
 
+        A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap
+
+    One matrix product per KV head serves its whole group: nothing is repeated per query head.
     Logits and softmax are float32 whatever the model's dtype: in bf16 most scores of a long prompt tie.
 
     Returns:
@@ -68,9 +75,9 @@ def window_attention(observation: LayerObservation) -> Tensor:
     window, heads, group, size = observation.queries.shape
     num_tokens = observation.keys.shape[1]
     queries = observation.queries.permute(1, 2, 0, 3).reshape(heads, group * window, size).float()
-    logits = queries @ observation.keys.float().transpose(1, 2) * observation.scale
-    if observation.logits_soft_cap:
-        logits = observation.logits_soft_cap * torch.tanh(logits / observation.logits_soft_cap)
+    logits = (queries @ observation.keys.float().transpose(1, 2)).mul_(observation.scale)
+    if cap := observation.logits_soft_cap:
+        logits.div_(cap).tanh_().mul_(cap)
     logits = logits.view(heads, group, window, num_tokens)
     future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
     logits[..., num_tokens - window :].masked_fill_(future, -torch.inf)

@@ -15,8 +15,12 @@ class KVCompress(Policy):
 
         s_i = Σ over the group of maxpool( Σ over the window's queries of A² )_i
 
+    A is `[H, G, w, P]`, softmaxed over the window too; pooling runs over the tokens before the window,
+    [0, P - w), and the first T of them are the scores `[H, T]`.
+
     Source: Rehg, "KV-Compress: Paged KV-Cache Compression with Variable Compression Rates per Attention
-    Head", arXiv 2410.00161, §4. Meant for the `global` allocation, which is the paper's block eviction.
+    Head", arXiv 2410.00161. Meant for the `global` allocation, which is the paper's block eviction.
+    Deviation: the prompt is compressed once; the paper goes on compressing while it decodes.
 
     Attributes:
         window: w, queries observed; the paper uses 8 to 32.
@@ -30,6 +34,8 @@ class KVCompress(Policy):
     kernel_size: int = 7
 
     def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token, got {self.window}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
 

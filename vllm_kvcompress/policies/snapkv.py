@@ -15,12 +15,16 @@ class SnapKV(Policy):
 
         s_i = mean over the group of pool( Σ over the window's queries of A )_i
 
-    Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469, §4.
+    A is `[H, G, w, P]`, softmaxed over the window too; pooling runs over the tokens before the window,
+    [0, P - w), and the first T of them are the scores `[H, T]`.
+
+    Source: Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation", arXiv 2404.14469.
     Defaults are the paper's: window 32, max pooling with kernel 7. Average pooling counts its zero padding,
     as the authors' code does, so the edges shrink.
 
-    Deviation: the authors repeat keys per query head and keep tokens per query head. Here a KV head has one
-    score: the mean over its query heads, taken after pooling.
+    Deviations: the authors repeat keys per query head and keep tokens per query head; here a KV head has one
+    score, the mean over its query heads, taken after pooling. Their softmax is rounded to the model's dtype
+    before it is summed; here everything stays float32.
 
     Attributes:
         window: w, queries observed.
@@ -36,6 +40,8 @@ class SnapKV(Policy):
     pooling: Literal["max", "avg"] = "max"
 
     def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token, got {self.window}")
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
         if self.pooling not in ("max", "avg"):

@@ -13,6 +13,8 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 class StreamingLLM(Policy):
     """Keep the first tokens and the most recent ones: a token's score is its position.
 
+        s_i = i, the same for every head: `[H, T]`
+
     The sinks are the configuration's `sink_tokens`, which no method ever drops.
 
     Source: Xiao et al., "Efficient Streaming Language Models with Attention Sinks", arXiv 2309.17453, §3.2.
@@ -23,7 +25,6 @@ class StreamingLLM(Policy):
     paper: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453)"
     cost: ClassVar[str] = "none: reads neither queries nor keys"
     reads_keys: ClassVar[bool] = False
-    window: ClassVar[int] = 0
 
     def score(self, observation: LayerObservation) -> Tensor:
         heads = observation.keys.shape[0]
