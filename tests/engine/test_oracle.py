@@ -1,0 +1,306 @@
+"""Kept tokens and logits after compaction, against plain eager Hugging Face attention.
+
+Nothing here calls the code under test: attention is written out below, scores and
+allocations follow the papers' formulas in loops, and what a head dropped is a mask.
+"""
+
+import copy
+import heapq
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+import pytest
+import torch
+from harness import BLOCK_SIZE, SINKS, WINDOW, sampling, tokens
+from torch import Tensor
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+
+# Two float32 implementations of one model agree to about this much in a score.
+NEAR_TIE = 1e-4
+
+# method, allocation that it should get, budget, prompt length, the request's options
+CASES = {
+    "snapkv": ("snapkv", "uniform", 0.25, 1201, "snapkv:budget=0.25"),
+    "snapkv, global": ("snapkv", "global", 0.25, 1201, {"allocation": "global"}),
+    "adakv": ("snapkv", "adaptive", 0.25, 1201, "adakv:budget=0.25"),
+    "kv_compress": ("kv_compress", "global", 0.125, 1201, {"method": "kv_compress", "budget": 0.125}),
+    "kv_compress, block edge": ("kv_compress", "global", 0.3, 640, "kv_compress:budget=0.3"),
+    "kv_compress, uniform": ("kv_compress", "uniform", 0.5, 640, "kv_compress:budget=0.5,allocation=uniform"),
+    "kv_compress, adaptive": (
+        "kv_compress",
+        "adaptive",
+        0.5,
+        640,
+        "kv_compress:budget=0.5,allocation=adaptive",
+    ),
+    "streaming_llm": ("streaming_llm", "uniform", 0.5, 640, "streaming_llm:budget=0.5"),
+}
+
+
+# ---------------------------------------------------------------------- the model, with per-head masks
+
+
+@dataclass
+class Attention:
+    """What the attention function below reads and leaves behind.
+
+    Attributes:
+        queries: per layer `[Hq, tokens, D]` of the last pass, after RoPE.
+        keys: per layer `[H, tokens, D]`, likewise, with those of earlier passes.
+        hidden: per layer `[H, tokens]`, True where a KV head dropped a token; None for full attention.
+    """
+
+    queries: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    hidden: Tensor | None = None
+
+
+ATTENTION = Attention({}, {})
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, **_):
+    """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]` that leaves out what each KV head dropped."""
+    layer, group = module.layer_idx, module.num_key_value_groups
+    ATTENTION.queries[layer], ATTENTION.keys[layer] = query[0], key[0]
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    mask = torch.zeros(query.shape[1], num_queries, num_keys)
+    mask.masked_fill_(torch.ones(num_queries, num_keys).triu(num_keys - num_queries + 1).bool(), -torch.inf)
+    if ATTENTION.hidden is not None:
+        hidden = ATTENTION.hidden[layer].repeat_interleave(group, 0)
+        mask[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], -torch.inf)
+    weights = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling + mask
+    output = weights.softmax(-1) @ value.repeat_interleave(group, 1)
+    return output.transpose(1, 2), None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt run once, uncompressed: its queries and keys as in `Attention`, and its cache."""
+
+    ids: list[int]
+    queries: dict[int, Tensor]
+    keys: dict[int, Tensor]
+    cache: DynamicCache
+    first_logits: Tensor
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2):
+    AttentionInterface.register("oracle", eager_attention)
+    return AutoModelForCausalLM.from_pretrained(
+        smollm2, dtype=torch.float32, attn_implementation="oracle"
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(reference, long_ids):
+    known = {}
+
+    @torch.inference_mode()
+    def run(num_tokens: int) -> Prompt:
+        if num_tokens not in known:
+            ids = long_ids(num_tokens, seed=7)
+            ATTENTION.hidden = None
+            out = reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
+            known[num_tokens] = Prompt(
+                ids, dict(ATTENTION.queries), dict(ATTENTION.keys), out.past_key_values, out.logits[0, -1]
+            )
+        return known[num_tokens]
+
+    return run
+
+
+@torch.inference_mode()
+def continue_on_kept(reference, prompt: Prompt, answer: list[int], hidden: Tensor) -> Tensor:
+    """Log-probabilities `[len(answer), V]` when every answer token sees only what the heads kept."""
+    ATTENTION.hidden = hidden
+    try:
+        out = reference(
+            torch.tensor([answer[:-1]]), past_key_values=copy.deepcopy(prompt.cache), use_cache=True
+        )
+    finally:
+        ATTENTION.hidden = None
+    return torch.cat([prompt.first_logits[None], out.logits[0]]).log_softmax(-1)
+
+
+# ---------------------------------------------------------------------- scores, in loops
+
+
+def attention_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
+    """`[L, H, T]`: attention of the last w prompt queries, pooled per query head, then summed over the group.
+
+    SnapKV takes the mean over the group, which orders the tokens in the same way.
+    """
+    num_prompt = len(prompt.ids)
+    layers = []
+    for layer, keys in prompt.keys.items():
+        queries = prompt.queries[layer]
+        heads, size = keys.shape[0], keys.shape[2]
+        group = queries.shape[0] // heads
+        total = torch.zeros(heads, boundary, dtype=torch.float64)
+        for query_head in range(heads * group):
+            window = queries[query_head, num_prompt - WINDOW :].double()
+            logits = window @ keys[query_head // group].double().T / math.sqrt(size)
+            for i in range(WINDOW):
+                logits[i, num_prompt - WINDOW + i + 1 :] = -torch.inf
+            weights = logits.softmax(-1)[:, : num_prompt - WINDOW]
+            paid = (weights**2 if squared else weights).sum(0)
+            # The best of each token and its three neighbours on either side; none lie beyond the edges.
+            around = torch.nn.functional.pad(paid, (3, 3), value=-1.0).unfold(0, 7, 1)
+            total[query_head // group] += around.amax(-1)[:boundary]
+        layers.append(total)
+    return torch.stack(layers)
+
+
+def scores_of(method: str, prompt: Prompt, boundary: int, known={}) -> Tensor:  # noqa: B006 (a memo)
+    key = method, len(prompt.ids)
+    if key not in known:
+        if method == "streaming_llm":
+            heads = prompt.keys[0].shape[0]
+            known[key] = (
+                torch.arange(boundary, dtype=torch.float64).expand(len(prompt.keys), heads, -1).clone()
+            )
+        else:
+            known[key] = attention_scores(prompt, boundary, squared=method == "kv_compress")
+        known[key][:, :, :SINKS] = torch.inf
+    return known[key]
+
+
+# ---------------------------------------------------------------------- allocations, in loops
+
+
+def uniform_counts(scores: Tensor, blocks: int) -> list[list[int]]:
+    layers, heads, _ = scores.shape
+    return [[blocks] * heads for _ in range(layers)]
+
+
+def adaptive_counts(scores: Tensor, blocks: int, alpha: float = 0.2) -> list[list[int]]:
+    """Ada-KV, with token budgets turned into whole pages by largest remainder."""
+    layers, heads, num_tokens = scores.shape
+    counts = []
+    for layer in range(layers):
+        pooled = [(-float(scores[layer, h, i]), h, i) for h in range(heads) for i in range(num_tokens)]
+        taken = [h for _, h, _ in heapq.nsmallest(heads * blocks * BLOCK_SIZE, pooled)]
+        wanted = [((1 - alpha) * taken.count(h) / BLOCK_SIZE + alpha * blocks) for h in range(heads)]
+        pages = [max(1, math.floor(w)) for w in wanted]
+        while sum(pages) < heads * blocks:
+            neediest = max(range(heads), key=lambda h: wanted[h] - pages[h])
+            pages[neediest] += 1
+        assert sum(pages) == heads * blocks
+        counts.append(pages)
+    return counts
+
+
+def page_costs(scores: Tensor, layer: int, head: int) -> list[float]:
+    """Cost of freeing the head's first page, second page, ...: the best token that must go for it."""
+    return sorted(scores[layer, head].tolist())[BLOCK_SIZE - 1 :: BLOCK_SIZE]
+
+
+def global_counts(scores: Tensor, blocks: int) -> list[list[int]]:
+    """KV-Compress: free the page that costs least, again and again; a head's last page stays."""
+    layers, heads, num_tokens = scores.shape
+    largest = num_tokens // BLOCK_SIZE
+    counts = [[largest] * heads for _ in range(layers)]
+    costs = {(layer, h): page_costs(scores, layer, h) for layer in range(layers) for h in range(heads)}
+    cheapest = [(cost[0], key) for key, cost in costs.items() if largest > 1]
+    heapq.heapify(cheapest)
+    for _ in range(layers * heads * (largest - blocks)):
+        _, (layer, h) = heapq.heappop(cheapest)
+        counts[layer][h] -= 1
+        if counts[layer][h] > 1:
+            heapq.heappush(cheapest, (costs[layer, h][largest - counts[layer][h]], (layer, h)))
+    return counts
+
+
+COUNTS = {"uniform": uniform_counts, "adaptive": adaptive_counts, "global": global_counts}
+
+
+# ---------------------------------------------------------------------- the tests
+
+
+@pytest.fixture(params=CASES, scope="module")
+def case(request, shared_engine, prompts):
+    """One case, run: its prompt, its compaction and its output."""
+    method, allocation, budget, num_tokens, options = CASES[request.param]
+    prompt = prompts(num_tokens)
+    shared_engine.forget_prefixes()
+    name = shared_engine.add(prompt.ids, sampling(16, options, logprobs=5))
+    shared_engine.finish()
+    boundary = (num_tokens - WINDOW) // BLOCK_SIZE * BLOCK_SIZE
+    blocks = math.ceil(Fraction(str(budget)) * (boundary // BLOCK_SIZE))
+    return (
+        prompt,
+        scores_of(method, prompt, boundary),
+        allocation,
+        blocks,
+        shared_engine.compaction_of(name),
+        shared_engine.outputs.pop(name),
+    )
+
+
+def test_page_counts_are_those_of_the_allocation(case):
+    _, scores, allocation, blocks, compaction, _ = case
+    layers, heads, num_tokens = scores.shape
+    assert len(compaction.job.destination) == blocks
+    assert compaction.job.boundary == num_tokens
+    assert compaction.counts.shape == (layers, heads)
+    assert int(compaction.counts.sum()) == blocks * layers * heads
+    got, expected = compaction.counts.tolist(), COUNTS[allocation](scores, blocks)
+    if allocation == "global" and got != expected:
+        # Only pages that cost the same may change places: no page that went cost more than one that stayed.
+        dearest_gone, cheapest_kept = 0.0, math.inf
+        for layer in range(layers):
+            for head in range(heads):
+                costs = page_costs(scores, layer, head)
+                gone = len(costs) - got[layer][head]
+                dearest_gone = max([dearest_gone, *costs[:gone]])
+                if got[layer][head] > 1:
+                    cheapest_kept = min(cheapest_kept, costs[gone])
+        assert dearest_gone <= cheapest_kept * (1 + NEAR_TIE)
+    else:
+        assert got == expected
+
+
+def test_kept_tokens_are_the_best_of_each_head(case):
+    _, scores, _, _, compaction, _ = case
+    exchanged = total = 0
+    for layer, of_heads in enumerate(compaction.positions()):
+        for head, kept in enumerate(of_heads):
+            assert kept == sorted(set(kept)), "positions ascend, each once"
+            assert kept[:SINKS] == list(range(SINKS))
+            score = scores[layer, head]
+            best = set(score.sort(descending=True, stable=True).indices[: len(kept)].tolist())
+            missing, surplus = sorted(best - set(kept)), sorted(set(kept) - best)
+            if missing:
+                assert score[missing].max() <= score[surplus].min() * (1 + NEAR_TIE), (layer, head)
+            exchanged, total = exchanged + len(missing), total + len(kept)
+    assert exchanged <= total / 1000, "near ties must be rare, or the comparison shows nothing"
+
+
+def test_logits_after_compaction_are_those_of_attention_over_the_kept_tokens(case, reference):
+    prompt, scores, _, _, compaction, output = case
+    hidden = torch.ones(scores.shape, dtype=torch.bool)
+    for layer, of_heads in enumerate(compaction.positions()):
+        for head, kept in enumerate(of_heads):
+            hidden[layer, head, kept] = False
+    answer = tokens(output)
+    expected = continue_on_kept(reference, prompt, answer, hidden)
+    assert len(output.outputs[0].logprobs) == len(answer)
+    for index, top in enumerate(output.outputs[0].logprobs):
+        assert int(expected[index].argmax()) == answer[index]
+        for token, logprob in top.items():
+            assert logprob.logprob == pytest.approx(float(expected[index, token]), abs=1e-2), index
+
+
+def test_the_oracle_tells_compacted_from_full_attention(case, reference):
+    # Otherwise the test above would also pass for a plugin that drops nothing.
+    prompt, scores, _, _, _, output = case
+    nothing = torch.zeros(scores.shape, dtype=torch.bool)
+    full = continue_on_kept(reference, prompt, tokens(output), nothing)
+    off = max(
+        abs(logprob.logprob - float(full[index, token]))
+        for index, top in enumerate(output.outputs[0].logprobs)
+        for token, logprob in top.items()
+    )
+    assert off > 3e-2
