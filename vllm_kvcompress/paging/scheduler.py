@@ -1,5 +1,7 @@
 """vLLM's schedulers, extended by the decision when a request is compacted (DESIGN §3, §6)."""
 
+import time
+
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +42,13 @@ class _Compression:
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         jobs = self._compact_due()
+        while self._all_wait() and len(self.running) > 1:
+            # Requests that share blocks in a full pool wait for each other. Once one of them is gone, the
+            # others hold blocks of their own and are compacted before it can come back.
+            victim = max(self.running, key=lambda request: (request.priority, request.arrival_time))
+            self.running.remove(victim)
+            self._preempt_request(victim, time.monotonic())
+            jobs += self._compact_due()
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
         output.kv_compression = CompressionStep(
@@ -54,11 +63,12 @@ class _Compression:
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        # A preempted request replays prompt and output. Its output must be computed again on compacted
-        # context, as it was the first time, so no chunk may run past the prompt's end.
-        until_prompt_end = request.num_prompt_tokens - num_computed_tokens
-        if until_prompt_end > 0 and self._pending(request):
-            num_new_tokens = min(num_new_tokens, until_prompt_end)
+        # Whatever follows the prompt is computed on compacted context, also when a preempted request replays
+        # its output or the pool has no room for the compaction yet: a request's answer must not depend on
+        # how full the pool was. So no chunk runs past the prompt's end before the request is compacted.
+        if self._pending(request):
+            until_prompt_end = request.num_prompt_tokens - num_computed_tokens
+            num_new_tokens = min(num_new_tokens, max(until_prompt_end, 0))
         return num_new_tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
@@ -85,14 +95,19 @@ class _Compression:
         request_id = request.request_id
         return request_id in self._plans and request_id not in self.compacting_manager.compacted
 
+    def _due(self, request: Request) -> bool:
+        return self._pending(request) and request.num_computed_tokens >= request.num_prompt_tokens
+
     def _compact_due(self) -> list[Job]:
         return [
             job
             for request in self.running
-            if self._pending(request)
-            and request.num_computed_tokens >= request.num_prompt_tokens
-            and (job := self._compact(request)) is not None
+            if self._due(request) and (job := self._compact(request)) is not None
         ]
+
+    def _all_wait(self) -> bool:
+        """Whether requests run, but each of them waits for blocks to be compacted into."""
+        return bool(self.running) and all(self._due(request) for request in self.running)
 
     def _compact(self, request: Request) -> Job | None:
         manager = self.compacting_manager
@@ -101,7 +116,7 @@ class _Compression:
         row = manager.req_to_blocks[request.request_id]
         tail = tuple(block.block_id for block in row[plan.source_blocks : num_prompt_blocks])
         swapped = manager.compact(request.request_id, plan.source_blocks, plan.kept_blocks)
-        if swapped is None:  # tried again at the next step
+        if swapped is None:  # it waits, and is tried again at the next step
             return None
         source, destination = swapped
         return Job(
