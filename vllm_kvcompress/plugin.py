@@ -104,6 +104,8 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     if requested is None:
         return vllm_config
     config = KVCompressionConfig.parse(requested)
+    if not config.enabled:  # "off" is the same as not asking
+        return vllm_config
     check_supported(vllm_config)
     scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
     if scheduler_config.scheduler_cls is not None or parallel_config.worker_cls not in _WORKERS:
@@ -138,7 +140,8 @@ def _with_request_check(validate_params):
 def _check_request(vllm_config: VllmConfig, value: object) -> None:
     requested = _requested(vllm_config)
     try:
-        if requested is None:
+        engine = KVCompressionConfig.parse("off" if requested is None else requested)
+        if not engine.enabled:
             raise KVCompressionError(
                 "kv_compression was given for a request, but this server runs without it; "
                 "start it with --kv-compression"
@@ -147,6 +150,6 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
             raise KVCompressionError(
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
-        KVCompressionConfig.parse(requested).for_request(value)
+        engine.for_request(value)
     except KVCompressionError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None

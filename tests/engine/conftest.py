@@ -13,6 +13,15 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 
+@pytest.fixture(scope="package", autouse=True)
+def nothing_compiled():
+    """vLLM compiles a piece of its sampler for every new batch shape, 10 s each."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 @pytest.fixture(scope="package")
 def shared_engine(smollm2):
     """SnapKV at budget 0.25 unless a request asks for something else."""

@@ -213,7 +213,7 @@ class Engine:
         for id in job.destination:
             block = self.pool.blocks[id]
             assert block.ref_cnt == 1 and block.block_hash is None
-            assert not any(block in row for row in self.manager.req_to_blocks.values())
+            assert not any(block is other for row in self.manager.req_to_blocks.values() for other in row)
 
     def check_accounts(self) -> None:
         """Every block is free or held, compacted ones by one request alone; references are counted right."""
