@@ -31,8 +31,11 @@ class Engine:
     """An in-process vLLM engine that is stepped by hand."""
 
     def __init__(self, variant: str, args: argparse.Namespace) -> None:
+        import torch
         from vllm import LLM
 
+        # vLLM compiles a piece of its sampler for each new batch size; that is not what is measured here.
+        torch.compiler.set_stance("force_eager")
         self.variant, self.args = variant, args
         self.llm = LLM(
             str(args.model or smollm2()),
