@@ -85,7 +85,7 @@ def in_own_process(engine: str, args: argparse.Namespace) -> dict:
         with log.open("w") as stdout:
             done = subprocess.run(command, env=engine_environment(), stdout=stdout)
         if done.returncode:
-            sys.exit(f"{log.read_text()[-4000:]}\nerror: the {engine} engine failed, see above")
+            sys.exit(f"{log.read_text()[-4000:]}\nerror: {engine} engine ended with {done.returncode}")
         return json.loads(report.read_text())
 
 

@@ -180,11 +180,11 @@ def test_the_flag_alone_configures_the_engine(engine_args, smollm2):
     assert made.parallel_config.worker_cls.startswith("vllm_kvcompress.")
 
 
-def test_off_configures_the_engine_for_requests_that_ask_themselves(engine_args, smollm2):
+def test_off_leaves_the_engine_configuration_stock(engine_args, smollm2):
     made = engine_args("--model", str(smollm2), "--max-model-len", "1024", "--kv-compression", "off")
     made = made.create_engine_config()
-    assert made.scheduler_config.scheduler_cls.startswith("vllm_kvcompress.")
-    assert made.additional_config[KEY]["enabled"] is False
+    assert made.scheduler_config.scheduler_cls is None
+    assert made.parallel_config.worker_cls.startswith("vllm.")
 
 
 def test_register_again_changes_nothing(parser):

@@ -1,0 +1,189 @@
+"""A real `vllm serve --kv-compression` over HTTP, through the openai client (DESIGN §8.3, §8.9).
+
+The pool holds four raw prompts of the length used here. Every test leaves it empty.
+"""
+
+import itertools
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from vllm_serve import Server, serve
+
+pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
+
+BLOCK_SIZE = 32
+PROMPT_TOKENS = 1000
+NUM_BLOCKS = 4 * (PROMPT_TOKENS // BLOCK_SIZE + 4) + 1  # one is vLLM's null block
+
+
+@pytest.fixture(scope="module")
+def server(smollm2, tmp_path_factory):
+    flags = ["--kv-compression", "snapkv:budget=0.25", "--block-size", str(BLOCK_SIZE)]
+    flags += ["--max-model-len", "4096", "--enforce-eager", "--num-gpu-blocks-override", str(NUM_BLOCKS)]
+    with serve(smollm2, *flags, folder=tmp_path_factory.mktemp("server")) as running:
+        yield running
+    assert running.process.returncode == 0, running.log_tail()
+
+
+@pytest.fixture(autouse=True)
+def server_log(server: Server):
+    """What the server logged meanwhile; pytest shows it with a test that failed."""
+    written = server.log.stat().st_size
+    yield
+    with open(server.log, errors="replace") as log:
+        log.seek(written)
+        print(log.read())
+
+
+@pytest.fixture(autouse=True)
+def every_block_is_returned(server: Server, server_log):
+    yield
+    deadline = time.monotonic() + 60
+    while (now := server.metrics())["vllm:kv_cache_usage_perc"] or now["vllm:num_requests_running"]:
+        assert time.monotonic() < deadline, "blocks are still held after every request has ended"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def client(server: Server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=500) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def complete(server: Server, client: openai.OpenAI):
+    """`complete(prompt, kv_compression=None, **options)`: greedy, always `max_tokens` tokens."""
+    salts = itertools.count()
+
+    def complete(prompt: str, kv_compression: object = None, max_tokens: int = 16, **options):
+        # A salt of its own: no request starts from another's prefix, so equal requests compute equal numbers.
+        extra = {"ignore_eos": True, "cache_salt": f"salt-{next(salts)}"}
+        if kv_compression is not None:
+            extra["vllm_xargs"] = {"kv_compression": kv_compression}
+        return client.completions.create(
+            model=server.model,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=0,
+            extra_body=extra,
+            **options,
+        )
+
+    return complete
+
+
+@pytest.fixture(scope="module")
+def prompt(long_texts) -> str:
+    return long_texts(PROMPT_TOKENS)
+
+
+def text_of(completion) -> str:
+    return completion.choices[0].text
+
+
+# ---------------------------------------------------------------------- answers
+
+
+def test_a_streamed_completion_is_the_completion(complete, prompt):
+    whole = complete(prompt, max_tokens=32)
+    assert whole.usage.prompt_tokens == PROMPT_TOKENS
+    assert whole.usage.completion_tokens == 32
+    pieces = [text_of(chunk) for chunk in complete(prompt, max_tokens=32, stream=True)]
+    assert len(pieces) > 8
+    assert "".join(pieces) == text_of(whole)
+
+
+def test_a_streamed_chat_is_the_chat(server, client, long_texts):
+    messages = [{"role": "user", "content": long_texts(500) + "\n\nWho is at Netherfield?"}]
+    ask = {"model": server.model, "messages": messages, "max_completion_tokens": 24, "temperature": 0}
+    whole = client.chat.completions.create(**ask, extra_body={"cache_salt": "whole"})
+    assert whole.choices[0].message.content
+    chunks = client.chat.completions.create(**ask, stream=True, extra_body={"cache_salt": "streamed"})
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(pieces) == whole.choices[0].message.content
+
+
+# ---------------------------------------------------------------------- memory
+
+
+def test_more_requests_run_at_once_than_fit_raw(server, complete, long_texts):
+    options = [None] * 4 + ["snapkv:budget=0.1", "streaming_llm"]
+    prompts = [long_texts(PROMPT_TOKENS, seed=seed) for seed in range(len(options))]
+    before, running = server.metrics(), 0.0
+    with ThreadPoolExecutor(len(options)) as pool:
+        asked = [pool.submit(complete, *ask, max_tokens=32) for ask in zip(prompts, options, strict=True)]
+        while not all(request.done() for request in asked):
+            running = max(running, server.metrics()["vllm:num_requests_running"])
+            time.sleep(0.1)
+    answers = [request.result() for request in asked]
+    assert [answer.usage.completion_tokens for answer in answers] == [32] * len(options)
+    assert len({text_of(answer) for answer in answers}) == len(options)
+    assert running == len(options)
+    assert server.metrics()["vllm:num_preemptions_total"] == before["vllm:num_preemptions_total"]
+
+
+@pytest.mark.parametrize(
+    ("option", "below_boundary"),
+    [("off", 30), (None, 8), ("snapkv:budget=0.1", 3), ("streaming_llm:budget=0.5", 15)],
+)
+def test_a_request_holds_the_blocks_of_its_budget(server, complete, prompt, option, below_boundary):
+    # 30 blocks lie below the boundary, which is 1000 - 32 tokens, rounded down; the budget's share of them is
+    # kept. The tail to token 1024 is 2 blocks more, and 3 if the answer gets that far before it is looked at.
+    stream = complete(prompt, option, max_tokens=64, stream=True)
+    for _ in itertools.islice(stream, 8):
+        pass
+    now = server.metrics()
+    stream.close()
+    assert now["vllm:num_requests_running"] == 1
+    held = now["vllm:kv_cache_usage_perc"] * (NUM_BLOCKS - 1)
+    assert round(held, 3) in (below_boundary + 2, below_boundary + 3)
+
+
+# ---------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("snapvk", "did you mean 'snapkv'"),
+        ("snapkv:budget=7", "budget must be"),
+        ("snapkv:budget=little", "option budget must be"),
+        ("snapkv:budgte=0.1", "did you mean 'budget'"),
+        ("snapkv:window", "'window' has no value"),
+        ('{"method": 3}', "method"),
+        ('{"method": "snapkv",}', "not valid JSON"),
+        (0.1, "must be a string"),
+    ],
+)
+def test_a_wrong_option_is_a_bad_request_and_the_server_goes_on(complete, prompt, option, named, stream):
+    # vLLM checks a request when its first token is asked for. A stream has sent its HTTP status by then, and
+    # carries the same error as its first event.
+    with pytest.raises(openai.APIError if stream else openai.BadRequestError) as refused:
+        for _ in complete(prompt, option, max_tokens=4, stream=stream):
+            pass
+    error = refused.value.body
+    assert (error["code"], error["param"]) == (400, "kv_compression")
+    assert named in error["message"] and len(error["message"].splitlines()) == 1
+    assert text_of(complete("Netherfield Park is let", max_tokens=2))
+
+
+def test_a_wrong_option_of_a_chat_is_a_bad_request(server, client):
+    with pytest.raises(openai.BadRequestError, match="budget must be"):
+        client.chat.completions.create(
+            model=server.model,
+            messages=[{"role": "user", "content": "Hello"}],
+            extra_body={"vllm_xargs": {"kv_compression": "snapkv:budget=7"}},
+        )
+
+
+# ---------------------------------------------------------------------- requests that end early
+
+
+def test_a_client_that_hangs_up_frees_its_blocks(complete, prompt):
+    stream = complete(prompt, max_tokens=2000, stream=True)
+    for _ in itertools.islice(stream, 3):
+        pass
+    stream.close()  # `every_block_is_returned` waits for them
