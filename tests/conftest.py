@@ -6,6 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("shared_machine", deadline=None)  # the first example also pays for imports
+settings.load_profile("shared_machine")
 
 # Read by vLLM and its libraries when they are first imported, so set before any test module imports them.
 # What the caller has set stays.
