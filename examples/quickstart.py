@@ -13,7 +13,6 @@ keeps its first digits and drops the others (see it with `--option kernel_size=7
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,7 +28,7 @@ PLACES = [
 ]  # fmt: skip
 DEFAULT_OPTIONS = {method: ["kernel_size=15"] for method in ("snapkv", "adakv", "kv_compress")}
 BLOCK_SIZE = 32  # tokens
-PROMPT_TOKENS = 1900
+PROMPT_TOKENS = 1500
 ANSWER_TOKENS = 64
 FITTING_STOCK = 4
 BLOCKS_PER_REQUEST = -(-(PROMPT_TOKENS + ANSWER_TOKENS) // BLOCK_SIZE)
@@ -41,7 +40,7 @@ def main() -> None:
     parser.add_argument("--method", default="snapkv", help="as listed by `vllm-kvcompress methods`")
     parser.add_argument("--budget", type=float, default=0.25, help="fraction of the KV bytes that may stay")
     parser.add_argument("--option", action="append", metavar="NAME=VALUE", help="of the method")
-    parser.add_argument("--requests", type=int, default=len(PLACES), help="requests to submit at once")
+    parser.add_argument("--requests", type=int, default=12, help="requests to submit at once")
     parser.add_argument("--model", type=Path, help="checkpoint to use instead of SmolLM2-135M-Instruct")
     parser.add_argument("--engine", choices=("stock", "compressed"), help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
@@ -75,6 +74,8 @@ def compression(args: argparse.Namespace) -> str:
 
 def in_own_process(engine: str, args: argparse.Namespace) -> dict:
     """Run one engine in a fresh process, so that neither sees the other's memory, and return its report."""
+    from vllm_kvcompress.evaluation.host import engine_environment
+
     say(f"{engine}: starting vLLM")
     with tempfile.TemporaryDirectory() as folder:
         report, log = Path(folder) / "report.json", Path(folder) / "log"
@@ -83,34 +84,21 @@ def in_own_process(engine: str, args: argparse.Namespace) -> dict:
         command += [f"--option={option}" for option in args.option]
         command += ["--requests", str(args.requests), "--model", str(args.model)]
         with log.open("w") as stdout:
-            done = subprocess.run(command, env=engine_environment(), stdout=stdout)
+            environment = engine_environment() | {"PYTHONWARNINGS": "ignore"}
+            done = subprocess.run(command, env=environment, stdout=stdout)
         if done.returncode:
             sys.exit(f"{log.read_text()[-4000:]}\nerror: {engine} engine ended with {done.returncode}")
         return json.loads(report.read_text())
 
 
-def engine_environment() -> dict[str, str]:
-    """All cores, the OpenMP library of vLLM's CPU build, the scheduler in the engine's process, no hub."""
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", cores),
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if openmp.exists():
-        environment["LD_PRELOAD"] = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(openmp)]))
-    return {**os.environ, **environment}
-
-
 def run_engine(args: argparse.Namespace) -> dict:
+    import torch
     from vllm import LLM
 
+    from vllm_kvcompress.evaluation.host import engine_dtype
+
+    # vLLM compiles a piece of its sampler for each new batch size; here that would outlast the answers.
+    torch.compiler.set_stance("force_eager")
     options = {}
     if args.engine == "compressed":
         from vllm_kvcompress import KVCompressionConfig
@@ -118,6 +106,7 @@ def run_engine(args: argparse.Namespace) -> dict:
         options = KVCompressionConfig.parse(compression(args)).engine_kwargs()
     llm = LLM(
         str(args.model),
+        dtype=engine_dtype(),
         block_size=BLOCK_SIZE,
         num_gpu_blocks_override=POOL_BLOCKS,
         max_model_len=POOL_BLOCKS * BLOCK_SIZE // 2,

@@ -3,11 +3,15 @@
 import argparse
 import dataclasses
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm_kvcompress.allocation import ALLOCATIONS
-from vllm_kvcompress.config import METHODS, KVCompressionConfig
+from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.evaluation.host import engine_environment
+from vllm_kvcompress.models import ModelUnavailable
 from vllm_kvcompress.policies import POLICIES
 
 
@@ -18,9 +22,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods = commands.add_parser("methods", help="list methods, their options, papers and costs")
     methods.add_argument("--json", action="store_true", help="print JSON instead of text")
     methods.set_defaults(run=_methods)
+    _add_measuring(commands)
     arguments = parser.parse_args(argv)
-    arguments.run(arguments)
+    try:
+        arguments.run(arguments)
+    except (KVCompressionError, ModelUnavailable) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _add_measuring(commands: Any) -> None:
+    """The commands that run engines; vLLM is imported only once one of them runs."""
+    from vllm_kvcompress.evaluation import bench, evaluate, inspection
+
+    for name, module, summary in (
+        ("eval", evaluate, "quality of every method and budget against the full cache"),
+        ("bench", bench, "memory and speed, stock vLLM against compressed"),
+        ("inspect", inspection, "which heads keep how much of a prompt"),
+    ):
+        parser = commands.add_parser(name, help=summary, description=module.__doc__.partition("\n\n")[0])
+        module.add_arguments(parser)
+        parser.set_defaults(run=_in_engine_environment(module.run))
+
+
+def _in_engine_environment(run: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """Start this command again where it has every core and the right OpenMP library, unless it has them."""
+
+    def wrapped(arguments: argparse.Namespace) -> None:
+        environment = engine_environment()
+        if environment != dict(os.environ):
+            os.execve(
+                sys.executable, [sys.executable, "-m", "vllm_kvcompress.cli", *sys.argv[1:]], environment
+            )
+        run(arguments)
+
+    return wrapped
 
 
 def _methods(arguments: argparse.Namespace) -> None:
@@ -78,3 +115,7 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _assignments(options: dict[str, Any]) -> str:
     return ", ".join(f"{name}={'(method)' if value is None else value}" for name, value in options.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

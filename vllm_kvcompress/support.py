@@ -1,4 +1,4 @@
-"""What compression does not support yet, refused at start-up with one line each (DESIGN §8.9)."""
+"""What compression does not support yet, refused at start-up with one line each."""
 
 import vllm
 from vllm.config import VllmConfig

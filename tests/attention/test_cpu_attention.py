@@ -1,4 +1,4 @@
-"""Attention over compacted pages equals dense attention over exactly the kept tokens (DESIGN §8.7)."""
+"""Attention over compacted pages equals dense attention over exactly the kept tokens."""
 
 from types import SimpleNamespace
 
@@ -90,7 +90,7 @@ def batch(rows: list[tuple[int, int]], block_table: torch.Tensor) -> CommonAtten
 
 
 def expected_pages(layers: Layers, counts, destination, tail, layer: int, head: int) -> list[int]:
-    """Pages of one head, spelled out from DESIGN §2 without the code under test."""
+    """Pages of one head, spelled out without the code under test."""
     grid = layers.grid
     per_block = grid.num_layers * grid.num_heads
     flat = counts.flatten().tolist()

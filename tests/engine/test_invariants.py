@@ -1,4 +1,4 @@
-"""DESIGN §8: stock where nothing is due, Jobs that all run, batches that do not matter, refusals."""
+"""Stock where nothing is due, Jobs that all run, batches that do not matter, refusals."""
 
 import json
 

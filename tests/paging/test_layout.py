@@ -1,4 +1,4 @@
-"""Linear pages of a compacted request are distinct, and are the pages of its blocks (DESIGN §2)."""
+"""Linear pages of a compacted request are distinct, and are the pages of its blocks."""
 
 import torch
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A real `vllm serve --kv-compression` over HTTP, through the openai client (DESIGN §8.3, §8.9).
+"""A real `vllm serve --kv-compression` over HTTP, through the openai client.
 
 The pool holds four raw prompts of the length used here. Every test leaves it empty.
 """

@@ -1,4 +1,4 @@
-"""Block tables in which every KV head is a sequence of its own (DESIGN §4)."""
+"""Block tables in which every KV head is a sequence of its own."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Where a page lies: the arithmetic that ties linear pages to vLLM's blocks (DESIGN §2)."""
+"""Where a page lies: the arithmetic that ties linear pages to vLLM's blocks."""
 
 from dataclasses import dataclass
 

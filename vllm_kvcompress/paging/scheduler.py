@@ -1,4 +1,4 @@
-"""vLLM's schedulers, extended by the decision when a request is compacted (DESIGN §3, §6)."""
+"""vLLM's schedulers, extended by the decision when a request is compacted."""
 
 import time
 

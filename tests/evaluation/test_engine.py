@@ -1,0 +1,91 @@
+"""The evaluation's engine on the small model, against plain transformers."""
+
+import math
+
+import pytest
+import torch
+
+LENGTH, CONTINUED = 400, 12
+SNAPKV = "snapkv:budget=0.25"
+
+
+@pytest.fixture(scope="module")
+def engine(smollm2):
+    from vllm_kvcompress.evaluation.engine import Engine
+
+    with torch.compiler.set_stance("force_eager"):
+        yield Engine(smollm2, 2048, num_gpu_blocks_override=400)
+
+
+@pytest.fixture(scope="module")
+def tokens(engine):
+    from vllm_kvcompress.evaluation.retrieval import default_prose
+
+    return engine.tokenizer.encode(default_prose()[:8000])[: LENGTH + CONTINUED]
+
+
+@pytest.fixture(scope="module")
+def oracle(smollm2, tokens):
+    """Log-probabilities of transformers at each forced position, all in one pass."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0]
+    return logits[LENGTH - 1 : -1].log_softmax(-1)
+
+
+def test_teacher_forcing_equals_transformers(engine, tokens, oracle):
+    from vllm_kvcompress.evaluation.engine import FULL, Ask, Divergence, Reference
+
+    prompt, forced = tokens[:LENGTH], tokens[LENGTH:]
+    reference = Reference()
+    engine.run([Ask(prompt, FULL, forced, reference)])
+    assert sorted(reference.rows) == list(range(CONTINUED))
+    recorder = Divergence(reference, forced)
+    compressed = Divergence(reference, forced)
+    engine.run([Ask(prompt, FULL, forced, recorder), Ask(prompt, SNAPKV, forced, compressed)])
+    for position, token in enumerate(forced):
+        expected = float(oracle[position][token])
+        # The model's bfloat16 rounding is in this where the engine runs in bfloat16.
+        assert -recorder.surprise[position] == pytest.approx(expected, abs=0.15)
+        assert recorder.kl[position] == pytest.approx(0.0, abs=1e-2)
+    # The first token is sampled before compaction; the others feel it.
+    assert compressed.kl[0] == pytest.approx(0.0, abs=1e-2)
+    assert max(compressed.kl.values()) > 0.02
+    assert all(math.isfinite(value) for value in compressed.kl.values())
+
+
+def test_variants_side_by_side_hold_what_their_plans_say(engine, tokens):
+    from vllm_kvcompress.config import KVCompressionConfig
+    from vllm_kvcompress.evaluation.engine import FULL, Ask
+
+    specs = [FULL, SNAPKV, "kv_compress:budget=0.5", "streaming_llm:budget=0.125"]
+    outcomes = engine.run([Ask(tokens[:LENGTH], spec, max_tokens=4, ignore_eos=True) for spec in specs])
+    raw = -(-(LENGTH + 1) // engine.block_size)
+    for spec, outcome in zip(specs, outcomes, strict=True):
+        plan = None if spec == FULL else KVCompressionConfig.parse(spec).plan(LENGTH, engine.block_size)
+        held = raw if plan is None else raw - plan.source_blocks + plan.kept_blocks
+        assert outcome.kept_fraction == held / raw, spec
+        assert (outcome.compaction_seconds > 0) == (plan is not None), spec
+
+
+def test_a_question_after_the_document_is_read_on_top_of_it(engine):
+    from vllm_kvcompress.evaluation.engine import FULL, Ask
+
+    document = engine.tokenizer.encode("The pass key of the mill is 48213. " * 12)
+    question = engine.tokenizer.encode("The pass key of the mill is", add_special_tokens=False)
+    (outcome,) = engine.run([Ask(document, FULL, question, max_tokens=7, stop=(".",))])
+    assert outcome.text.strip() == "48213"
+
+
+def test_kept_tokens_of_a_prompt(engine, tokens):
+    counts = engine.compactions(tokens[:LENGTH], "adakv:budget=0.25")
+    layers, heads = counts.shape
+    assert (layers, heads) == (30, 3)
+    assert bool((counts.sum(1) == counts.sum(1)[0]).all())  # Ada-KV shares out each layer's budget
+    assert len(counts.unique()) > 1
+
+
+def test_decode_step_is_timed(engine, tokens):
+    assert 0 < engine.step_seconds(tokens[:LENGTH], SNAPKV, 2, 3) < 60

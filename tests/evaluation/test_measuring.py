@@ -1,0 +1,221 @@
+"""The arithmetic of the evaluation: variants, stored results, intervals, the table, hidden facts."""
+
+import json
+import math
+
+import pytest
+
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.evaluation import bench, report, retrieval
+from vllm_kvcompress.evaluation.evaluate import Store, Variant, split_methods, variants
+
+
+def test_methods_are_split_where_a_method_begins():
+    given = "adakv,snapkv:allocation=global,window=16,kv_compress"
+    assert split_methods(given) == ["adakv", "snapkv:allocation=global,window=16", "kv_compress"]
+
+
+def test_variants_start_with_the_full_cache():
+    rows = variants(["snapkv:window=16", "adakv"], [0.5, 0.125])
+    assert [row.spec for row in rows] == [
+        "off",
+        "snapkv:window=16,budget=0.5",
+        "snapkv:window=16,budget=0.125",
+        "adakv:budget=0.5",
+        "adakv:budget=0.125",
+    ]
+    assert [row.budget for row in rows] == [None, 0.5, 0.125, 0.5, 0.125]
+
+
+@pytest.mark.parametrize("method", ["snapkw", "snapkv:windwo=3", "snapkv:budget=0.5"])
+def test_a_wrong_method_is_one_line(method):
+    with pytest.raises(KVCompressionError) as error:
+        variants([method], [0.25])
+    assert "\n" not in str(error.value)
+
+
+def test_a_store_goes_on_where_a_run_was_ended(tmp_path):
+    path = tmp_path / "results.jsonl"
+    Store(path, {"seed": 0}).add(("ask", "a"), score=1.0)
+    with path.open("a") as file:
+        file.write('{"key": ["ask", "b"], "sco')  # the power went
+    again = Store(path, {"seed": 0})
+    assert ("ask", "a") in again and ("ask", "b") not in again
+    again.add(("ask", "b"), score=0.0)
+    third = Store(path, {"seed": 0})
+    assert third.results["ask", "a"]["score"] == 1.0
+    assert third.results["ask", "b"]["score"] == 0.0
+
+
+def test_a_store_refuses_other_settings(tmp_path):
+    Store(tmp_path / "r.jsonl", {"seed": 0})
+    with pytest.raises(KVCompressionError, match="other settings"):
+        Store(tmp_path / "r.jsonl", {"seed": 1})
+
+
+def test_wilson_interval():
+    # Brown, Cai, DasGupta 2001: p = 0.5, n = 10 gives 0.2366 to 0.7634.
+    got = report.share([1.0] * 5 + [0.0] * 5)
+    assert (got["low"], got["high"]) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert report.share([1.0] * 4)["high"] == 1.0
+    assert report.share([]) is None
+
+
+def test_mean_interval():
+    got = report.mean([1.0, 2.0, 3.0])
+    assert got["value"] == 2.0
+    assert got["high"] - got["value"] == pytest.approx(1.96 / math.sqrt(3))
+    assert math.isnan(report.mean([1.0])["low"])
+
+
+def results_of(scores: dict[str, dict[str, list[float]]]) -> dict:
+    """Results of `scores[variant][task]`, the same inside and after."""
+    made = {}
+    for variant, tasks in scores.items():
+        for task, values in tasks.items():
+            for number, score in enumerate(values):
+                for mode in ("inside", "after"):
+                    made["ask", f"{task}/{number}", mode, variant] = {
+                        "task": task,
+                        "length": 512,
+                        "depth": 0.1 if task == "needle" else None,
+                        "score": score,
+                        "kept_fraction": 1.0 if variant == "off" else 0.3,
+                        "kept_bytes": 3e6,
+                        "compaction_seconds": 0.0 if variant == "off" else 0.05,
+                        "seconds": 2.0,
+                    }
+        made["kl", "kl_prose/0", variant] = {
+            "task": "kl_prose",
+            "length": 512,
+            "kl": [0.0, 0.2],
+            "surprise": [math.log(4), math.log(9)],
+            "seconds": 1.0,
+        }
+        made["step", variant] = {"seconds": 0.1 if variant == "off" else 0.05}
+    return made
+
+
+ROWS = [Variant("off"), Variant("snapkv:budget=0.25", "snapkv", 0.25)]
+SETTINGS = {"model": "/models/some", "lengths": [512], "block_size": 32, "seed": 0}
+
+
+@pytest.fixture
+def summary():
+    scores = {
+        "off": {"needle": [1.0, 1.0], "json": [0.0, 0.0]},
+        "snapkv:budget=0.25": {"needle": [1.0, 0.0], "json": [1.0, 1.0]},
+    }
+    return report.summarise(SETTINGS, ROWS, results_of(scores))
+
+
+def test_a_task_that_the_full_cache_does_not_solve_is_left_out(summary):
+    assert summary["left_out"] == {"inside": ["json"], "after": ["json"]}
+    assert summary["rows"][1]["inside"]["value"] == 0.5  # the needle's alone
+    assert summary["rows"][1]["inside"]["n"] == 2
+
+
+def test_the_table_shows_what_was_measured(summary):
+    lines = report.table(summary).splitlines()
+    (row,) = [line for line in lines if line.startswith("| snapkv")][:1]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["snapkv", "0.25", "30 %"]
+    assert cells[5] == "50 %"  # of the full cache's
+    assert cells[8] == "0.100"  # mean KL on prose
+    assert cells[10] == "6.00"  # perplexity: the square root of 4 * 9
+    assert cells[12] == "2.5 %"  # 0.05 s over a prefill of 2 s
+    assert cells[13] == "0.50"
+    assert any("Left out of *inside*: json" in line for line in lines)
+
+
+def test_the_summary_is_plain_data(summary):
+    assert json.loads(json.dumps(summary))["rows"][1]["label"] == "snapkv"
+
+
+def test_needle_cells_lie_at_their_depth_and_length(summary):
+    needle = summary["needle"]
+    assert (needle["depths"], needle["lengths"]) == ([0.1], [512])
+    assert needle["cells"]["snapkv:budget=0.25"]["inside"] == [[0.5]]
+
+
+class Words:
+    """A tokenizer whose tokens are words with the white space before them."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[str]:
+        words, current = [], ""
+        for letter in text:
+            if letter.isspace() and current.strip():
+                words.append(current)
+                current = ""
+            current += letter
+        return [*words, current] if current else words
+
+    def decode(self, token_ids: list[str]) -> str:
+        return "".join(token_ids)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return retrieval.documents(Words(), [600, 1200], 5, retrieval.default_prose())
+
+
+def test_documents_have_their_length(documents):
+    for document in documents:
+        # A line break counts as a token of its own where a line is encoded by itself.
+        assert abs(len(Words().encode(document.text)) - document.length) <= 0.05 * document.length
+
+
+def test_every_answer_is_in_its_document_and_only_there(documents):
+    for document in documents:
+        for sample in document.samples:
+            assert sample.document == document.text
+            flat = " ".join(document.text.split())
+            assert all(answer in flat for answer in sample.answers)
+            assert not any(answer in sample.question for answer in sample.answers)
+            perfect = " " + ", ".join(sample.answers)
+            assert sample.metric(perfect, sample.answers) == 1.0
+            assert sample.metric(" nothing of the kind", sample.answers) == 0.0
+
+
+def test_facts_lie_about_where_they_are_said_to(documents):
+    for document in documents:
+        for sample in document.samples:
+            if sample.depth is not None:
+                at = document.text.index(sample.answers[0]) / len(document.text)
+                assert abs(at - sample.depth) < 0.3, sample.id  # facts stand between paragraphs
+
+
+def test_the_grid_covers_all_depths(documents):
+    needles = [s for d in documents for s in d.samples if s.task == "needle"]
+    assert sorted({s.depth for s in needles}) == sorted(retrieval.DEPTHS)
+
+
+def test_documents_are_the_same_every_time(documents):
+    assert documents == retrieval.documents(Words(), [600, 1200], 5, retrieval.default_prose())
+
+
+def test_prose_goes_on_where_the_document_ends(documents):
+    prose = retrieval.default_prose()
+    for document in documents:
+        end = document.text.splitlines()[-1]
+        assert end[-40:] + document.continuation[:40] in prose
+
+
+def test_too_little_prose_is_one_line():
+    with pytest.raises(ValueError, match="fewer than a document of 600"):
+        retrieval.documents(Words(), [600], 1, "A short text.")
+
+
+def test_four_needles_count_each():
+    assert retrieval.share_found(" 11111, 22222 and 9.", ("11111", "22222", "33333", "44444")) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("throughput", "said"), [(1.8, "Compression pays under"), (1.01, "does not pay"), (0.9, "does not pay")]
+)
+def test_bench_says_where_compression_does_not_pay(throughput, said):
+    assert said in bench.verdict(throughput, "pressure")
+
+
+def test_ratios_are_of_pairs():
+    assert bench._ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]

@@ -1,0 +1,86 @@
+"""Every refusal is one line that names the feature; what is not refused passes."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.platforms import current_platform
+
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.support import check_supported
+
+
+def engine_config(**changes):
+    """What `check_supported` reads of a `VllmConfig`, with dotted changes."""
+    config = SimpleNamespace(
+        use_v2_model_runner=False,
+        model_config=SimpleNamespace(
+            runner_type="generate",
+            is_encoder_decoder=False,
+            use_mla=False,
+            is_hybrid=False,
+            is_attention_free=False,
+            get_sliding_window=lambda: None,
+            hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 2, model_type="llama"),
+        ),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False, block_size=32),
+        kv_transfer_config=None,
+        ec_transfer_config=None,
+        speculative_config=None,
+    )
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        place = config
+        for parent in parents:
+            place = getattr(place, parent)
+        assert hasattr(place, name)
+        setattr(place, name, value)
+    return config
+
+
+REFUSED = {
+    "Model Runner V2": {"use_v2_model_runner": True},
+    "the pooling runner": {"model_config__runner_type": "pooling"},
+    "encoder-decoder models": {"model_config__is_encoder_decoder": True},
+    "multi-head latent attention": {"model_config__use_mla": True},
+    "state-space": {"model_config__is_hybrid": True},
+    "linear layers": {"model_config__is_attention_free": True},
+    "sliding-window": {"model_config__get_sliding_window": lambda: 4096},
+    "hybrid attention": {
+        "model_config__hf_text_config__layer_types": ["full_attention", "sliding_attention"]
+    },
+    "attention sinks": {"model_config__hf_text_config__model_type": "gpt_oss"},
+    "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
+    "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
+    "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
+    "encoder-cache connectors": {"ec_transfer_config": SimpleNamespace()},
+    "the quantized cache --kv-cache-dtype fp8": {"cache_config__cache_dtype": "fp8"},
+    "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
+    "--block-size 16": {"cache_config__block_size": 16},
+    "speculative decoding with a draft model": {"speculative_config": SimpleNamespace(method="eagle")},
+}
+
+on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="these are the limits on CPU")
+
+
+@on_cpu
+@pytest.mark.parametrize("feature", REFUSED)
+def test_a_refusal_is_one_line_that_names_the_feature(feature):
+    with pytest.raises(KVCompressionError) as error:
+        check_supported(engine_config(**REFUSED[feature]))
+    assert feature in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "accepted",
+    [
+        {},
+        {"speculative_config": SimpleNamespace(method="ngram")},
+        {"cache_config__block_size": 64},
+        {"cache_config__cache_dtype": "float32"},
+    ],
+)
+def test_what_is_supported_passes(accepted):
+    check_supported(engine_config(**accepted))

@@ -1,0 +1,50 @@
+"""What a benchmark needs and may not be here: its files and its packages. Each absence is one clear line."""
+
+import importlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class DataMissing(ValueError):
+    """A benchmark's file is not there; the message names the file and where to get it."""
+
+
+def records(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Objects of a JSON-lines file, each checked to have the fields.
+
+    Raises:
+        ValueError: a line is not a JSON object, a field is absent, or there are no lines.
+    """
+    number = 0
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):  # noqa: B007
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                record = None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: not a JSON object")
+            if absent := [field for field in fields if field not in record]:
+                raise ValueError(f"{path}, line {number}: no field {', '.join(absent)}")
+            yield record
+    if not number:
+        raise ValueError(f"{path} is empty")
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ModuleNotFoundError(
+            f"{module} is not installed: pip install 'vllm-kvcompress[{extra}]'", name=module
+        ) from None

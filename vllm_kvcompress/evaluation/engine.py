@@ -1,0 +1,258 @@
+"""A vLLM engine in this process, asked the same question under many compression settings."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.evaluation.host import engine_dtype
+
+FULL = "off"  # the variant that keeps the full cache
+_SCRIPT = "kvcompress_script"
+
+
+class Recorder(Protocol):
+    """Sees the logits `[V]`, float32, from which each forced token would have been sampled."""
+
+    def __call__(self, position: int, logits: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One request.
+
+    Attributes:
+        prompt: token ids; they are computed, then compacted.
+        variant: `FULL`, or what `--kv-compression` would be given.
+        forced: tokens the request outputs first, whatever the model says: they are decoded on top of the
+            compacted prompt.
+        recorder: sees the logits at each forced position.
+        max_tokens: free greedy tokens after the forced ones.
+        stop: texts that end the free output.
+    """
+
+    prompt: Sequence[int]
+    variant: str = FULL
+    forced: Sequence[int] = ()
+    recorder: Recorder | None = None
+    max_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass
+class Outcome:
+    """What became of a request.
+
+    Attributes:
+        text: the free output.
+        kept_fraction: pool blocks it held when it decoded its second token, over those of the full cache.
+        compaction_seconds: time its compaction took; 0 for the full cache.
+    """
+
+    text: str = ""
+    kept_fraction: float = 1.0
+    compaction_seconds: float = 0.0
+
+
+class Engine:
+    """Runs requests of different variants side by side in one engine with prefix caching.
+
+    The prompt's raw blocks are computed once; each variant then computes only what its observation window
+    needs and compacts a request of its own. What it keeps does not depend on what was cached.
+    """
+
+    def __init__(self, model: str | Path, max_model_len: int, block_size: int = 32, **options: Any) -> None:
+        torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
+        self.llm = LLM(
+            str(model),
+            dtype=engine_dtype(),
+            max_model_len=max_model_len,
+            block_size=block_size,
+            max_num_seqs=64,
+            enforce_eager=True,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            seed=0,
+            logits_processors=[ScriptedTokens],
+            **KVCompressionConfig().engine_kwargs(),
+            **options,
+        )
+        self.tokenizer = self.llm.get_tokenizer()
+        self.block_size = block_size
+        core = self.llm.llm_engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.compactor = core.model_executor.driver_worker.worker.compactor
+        self._ids = count()
+        self._compacted: dict[str, float] = {}  # internal request id -> seconds
+        self._time_compactions()
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of the cache per token, all layers."""
+        (group,) = self.scheduler.kv_cache_config.kv_cache_groups
+        return group.kv_cache_spec.page_size_bytes * len(group.layer_names) / self.block_size
+
+    def run(self, asks: Sequence[Ask]) -> list[Outcome]:
+        """Serve all requests at once and return their outcomes in order.
+
+        Raises:
+            RuntimeError: a request was preempted or not compacted as asked; its figures would mean nothing.
+        """
+        engine = self.llm.llm_engine
+        outcomes = {str(next(self._ids)): (ask, Outcome()) for ask in asks}
+        for name, (ask, _) in outcomes.items():
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=max(1, len(ask.forced) + ask.max_tokens),
+                ignore_eos=ask.ignore_eos or not ask.max_tokens,
+                output_kind=RequestOutputKind.CUMULATIVE,
+                extra_args={"kv_compression": ask.variant, _SCRIPT: _Script(ask.forced, ask.recorder)},
+            )
+            engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
+        measured: set[str] = set()
+        while engine.has_unfinished_requests():
+            done = engine.step()
+            for request in list(self.scheduler.running):
+                name = request.request_id.rpartition("-")[0]  # vLLM adds a suffix to the id it is given
+                if request.num_preemptions:
+                    raise RuntimeError("a request was preempted: give the engine a larger cache")
+                if name in outcomes and name not in measured and request.num_output_tokens >= 2:
+                    measured.add(name)
+                    raw = -(-request.num_computed_tokens // self.block_size)
+                    outcome = outcomes[name][1]
+                    outcome.kept_fraction = self._held(request.request_id) / raw
+                    outcome.compaction_seconds = self._compacted.pop(request.request_id, 0.0)
+            ended = []
+            for output in done:
+                ask, outcome = outcomes[output.request_id]
+                free = output.outputs[0].token_ids[len(ask.forced) :]
+                outcome.text = self.tokenizer.decode(free, skip_special_tokens=True)
+                cut = [at for stop in ask.stop if (at := outcome.text.find(stop)) >= 0]
+                if cut:
+                    outcome.text = outcome.text[: min(cut)]
+                    if not output.finished:
+                        ended.append(output.request_id)
+            if ended:
+                engine.abort_request(ended)
+        return [outcome for _, outcome in outcomes.values()]
+
+    def compactions(self, prompt: Sequence[int], variant: str) -> Tensor:
+        """Kept tokens of every layer and head, `[L, H]`, when this prompt is compacted."""
+        seen: list[Tensor] = []
+        listener = lambda job, counts, kept: seen.append(counts * self.block_size)  # noqa: E731
+        self.compactor.listeners.append(listener)
+        try:
+            self.run([Ask(prompt, variant, max_tokens=2, ignore_eos=True)])
+        finally:
+            self.compactor.listeners.remove(listener)
+        if not seen:
+            raise RuntimeError(f"{variant} leaves a prompt of {len(prompt)} tokens as it is: nothing to show")
+        return seen[0]
+
+    def step_seconds(self, prompt: Sequence[int], variant: str, batch: int, steps: int) -> float:
+        """Median seconds of a decode step of `batch` requests with this prompt."""
+        engine = self.llm.llm_engine
+        names = [str(next(self._ids)) for _ in range(batch)]
+        for name in names:
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=4 * steps + 64,
+                ignore_eos=True,
+                extra_args={"kv_compression": variant},
+            )
+            engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
+        while len(self.scheduler.running) < batch or any(
+            request.num_output_tokens < 2 for request in self.scheduler.running
+        ):
+            engine.step()
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            engine.step()
+            times.append(time.perf_counter() - begin)
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        return sorted(times)[len(times) // 2]
+
+    def _held(self, request_id: str) -> int:
+        return self.scheduler.compacting_manager.held_blocks(request_id)
+
+    def _time_compactions(self) -> None:
+        run = self.compactor.run
+
+        def timed(job, queries):
+            begin = time.perf_counter()
+            table = run(job, queries)
+            self._compacted[job.request_id] = time.perf_counter() - begin
+            return table
+
+        self.compactor.run = timed
+
+
+@dataclass
+class _Script:
+    """Forces a request's first tokens."""
+
+    tokens: Sequence[int]
+    recorder: Recorder | None = None
+
+    def __deepcopy__(self, memo: dict) -> "_Script":
+        return self  # vLLM copies sampling parameters; the recorder must stay the caller's
+
+    def __call__(self, output_ids: list[int], logits: Tensor) -> Tensor:
+        position = len(output_ids)
+        if position >= len(self.tokens):
+            return logits
+        if self.recorder is not None:
+            self.recorder(position, logits)
+        forced = torch.full_like(logits, -torch.inf)
+        forced[self.tokens[position]] = 0
+        return forced
+
+
+class ScriptedTokens(AdapterLogitsProcessor):
+    """Applies the scripts that requests carry."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> "_Script | None":
+        return (params.extra_args or {}).get(_SCRIPT)
+
+
+@dataclass
+class Reference:
+    """Remembers the full cache's log-probabilities at each forced position."""
+
+    rows: dict[int, Tensor] = field(default_factory=dict)
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        self.rows[position] = logits.float().log_softmax(-1)
+
+
+@dataclass
+class Divergence:
+    """KL divergence to the full cache, and surprise at the true token, per position, in nats."""
+
+    reference: Reference
+    tokens: Sequence[int]
+    kl: dict[int, float] = field(default_factory=dict)
+    surprise: dict[int, float] = field(default_factory=dict)
+
+    def __call__(self, position: int, logits: Tensor) -> None:
+        ours = logits.float().log_softmax(-1)
+        full = self.reference.rows[position]
+        self.kl[position] = float(kl_div(ours, full, reduction="sum", log_target=True))
+        self.surprise[position] = -float(ours[self.tokens[position]])
