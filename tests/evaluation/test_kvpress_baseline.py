@@ -43,7 +43,7 @@ def test_ratio_gives_the_exact_count() -> None:
 
 def test_without_kvpress_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "kvpress", None)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(ModuleNotFoundError) as error:
         baseline.generate(tmp_path, [], "inside", "snapkv", 0.25)
     assert str(error.value) == (
         "the kvpress comparison needs kvpress: "

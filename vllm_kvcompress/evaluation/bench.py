@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
 
 START_SECONDS = 300
 FITTING = 4  # requests that the pool holds without compression
@@ -54,14 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the tables."""
     KVCompressionConfig.parse(arguments.compression)
-    if arguments.model is None:
-        from vllm_kvcompress.models import smollm2
-
-        arguments.model = str(smollm2())
     parts = {"steps": measure_steps, "serve": measure_serving}
     chosen = [part for part in arguments.parts.split(",") if part]
     if not chosen or set(chosen) - set(parts):
         raise KVCompressionError(f"--parts takes {', '.join(parts)}, got {arguments.parts!r}")
+    arguments.model = checkpoint(arguments.model)
     begin = time.perf_counter()
     result = {"settings": {k: v for k, v in vars(arguments).items() if k not in ("run", "output")}}
     for part in chosen:

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from vllm_kvcompress.config import KVCompressionError
 
-class DataMissing(ValueError):
+
+class DataMissing(KVCompressionError):
     """A benchmark's file is not there; the message names the file and where to get it."""
 
 
@@ -16,7 +18,7 @@ def records(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Objects of a JSON-lines file, each checked to have the fields.
 
     Raises:
-        ValueError: a line is not a JSON object, a field is absent, or there are no lines.
+        KVCompressionError: a line is not a JSON object, a field is absent, or there are no lines.
     """
     number = 0
     with path.open(encoding="utf-8") as file:
@@ -26,12 +28,12 @@ def records(path: Path, fields: Sequence[str]) -> Iterator[dict[str, Any]]:
             except json.JSONDecodeError:
                 record = None
             if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number}: not a JSON object")
+                raise KVCompressionError(f"{path}, line {number}: not a JSON object")
             if absent := [field for field in fields if field not in record]:
-                raise ValueError(f"{path}, line {number}: no field {', '.join(absent)}")
+                raise KVCompressionError(f"{path}, line {number}: no field {', '.join(absent)}")
             yield record
     if not number:
-        raise ValueError(f"{path} is empty")
+        raise KVCompressionError(f"{path} is empty")
 
 
 def require(module: str, extra: str) -> ModuleType:

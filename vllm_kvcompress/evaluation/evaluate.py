@@ -16,6 +16,7 @@ from typing import Any
 from vllm_kvcompress import __version__
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import report, retrieval
+from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
 from vllm_kvcompress.evaluation.samples import Sample
 
 FULL = "off"
@@ -130,7 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
     methods, budgets = split_methods(arguments.methods), _numbers(arguments.budgets, float)
     rows = _kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
     lengths = _numbers(arguments.lengths, int)
-    model = arguments.model or _default_model()
+    tasks = _tasks(arguments.tasks)
+    model = checkpoint(arguments.model)
     settings = {
         "model": str(model),
         "variants": [variant.spec for variant in rows],
@@ -148,7 +150,6 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path("kvcompress-eval") / Path(model).name
     store = Store(folder / "results.jsonl", settings)
     begin = time.perf_counter()
-    tasks = _tasks(arguments.tasks)
     samples = _measure(arguments, model, tasks, rows, lengths, store)
     harness_table = _harness(tasks, arguments, model, rows, folder)
     settings |= {"argv": sys.argv, "seconds": round(time.perf_counter() - begin), **_machine()}
@@ -216,7 +217,7 @@ def _kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[
         for budget in budgets:
             try:
                 flat = matching_config(method, budget).to_dict()
-            except ValueError as error:
+            except KVCompressionError as error:
                 raise KVCompressionError(f"--kvpress: {error}") from None
             options = ",".join(f"{k}={v}" for k, v in flat.items() if k not in ("method", "enabled"))
             rows.append(Variant(f"{method}:{options}", method, budget))
@@ -226,7 +227,6 @@ def _kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[
 def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, folder: Path) -> str:
     """The same samples through kvpress on transformers, next to ours."""
     from vllm_kvcompress.evaluation import kvpress_baseline as kvpress
-    from vllm_kvcompress.evaluation.host import engine_dtype
 
     pairs = [("full", 1.0), *((method, budget) for method in methods for budget in budgets)]
     asked = [kvpress.Variant(mode, *pair) for pair in pairs for mode in MODES]
@@ -348,7 +348,6 @@ def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder
     if not names:
         return ""
     from vllm_kvcompress.evaluation import harness
-    from vllm_kvcompress.evaluation.host import engine_dtype
 
     settings = {
         row.spec: {} if row.spec == FULL else KVCompressionConfig.parse(row.spec).engine_kwargs()
@@ -385,12 +384,6 @@ def _numbers(given: str, kind: type) -> list:
         return [kind(part) for part in given.split(",")]
     except ValueError:
         raise KVCompressionError(f"{given!r} is not a comma-separated list of numbers") from None
-
-
-def _default_model() -> Path:
-    from vllm_kvcompress.models import smollm2
-
-    return smollm2()
 
 
 def _tokenizer(model):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.datafiles import require
 
 EXTRA = "harness"
@@ -19,7 +20,7 @@ GENERATION = "generate_until"
 BACK_END = "lm_eval.models.vllm_causallms"
 
 
-class TaskRefused(ValueError):
+class TaskRefused(KVCompressionError):
     """Compression cannot change a task's result."""
 
 
@@ -84,7 +85,7 @@ def run_one(
 
     Raises:
         TaskRefused: a task only scores log-likelihoods; found before an engine starts.
-        ValueError: a task is not known.
+        KVCompressionError: a task is not known.
         ModuleNotFoundError: lm_eval is not installed.
     """
     require("lm_eval", EXTRA)
@@ -116,7 +117,9 @@ def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     """
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
     if unknown:
-        raise ValueError(f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists what it has")
+        raise KVCompressionError(
+            f"lm_eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists what it has"
+        )
     chosen: list[Any] = []
     output_types: dict[str, str] = {}
     for name in names:

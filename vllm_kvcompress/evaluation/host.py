@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from vllm_kvcompress.config import KVCompressionError
+
 
 def engine_environment() -> dict[str, str]:
     """Environment variables for a process that runs a vLLM engine: all cores, no model hub, quiet logs.
@@ -28,6 +30,26 @@ def engine_environment() -> dict[str, str]:
     if openmp.exists() and str(openmp) not in preloaded:
         environment["LD_PRELOAD"] = ":".join(filter(None, [preloaded, str(openmp)]))
     return environment
+
+
+def checkpoint(given: str | None) -> str:
+    """The checkpoint that a command was given, or the quick start's model.
+
+    Raises:
+        KVCompressionError: it cannot be read.
+    """
+    if given is None:
+        from vllm_kvcompress.models import smollm2
+
+        return str(smollm2())
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(given)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise KVCompressionError(f"cannot read a model from {given}: {reason}") from None
+    return given
 
 
 def engine_dtype() -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import retrieval
+from vllm_kvcompress.evaluation.host import checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Compact one prompt and show it."""
     config = KVCompressionConfig.parse(arguments.compression)
-    if arguments.model is None:
-        from vllm_kvcompress.models import smollm2
-
-        arguments.model = str(smollm2())
+    arguments.model = checkpoint(arguments.model)
     from vllm_kvcompress.evaluation import pictures
     from vllm_kvcompress.evaluation.engine import Engine
 

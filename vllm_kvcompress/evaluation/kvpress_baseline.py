@@ -52,7 +52,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.samples import Sample
 from vllm_kvcompress.policies import SnapKV
 
@@ -84,12 +84,12 @@ def matching_config(method: str, budget: float, kernel_size: int = KERNEL_SIZE) 
     """The plugin's configuration that is nearest to what kvpress does.
 
     Raises:
-        ValueError: kvpress is not run with that method here.
+        KVCompressionError: kvpress is not run with that method here.
     """
     if method == "full":
         return KVCompressionConfig(enabled=False)
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+        raise KVCompressionError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if method == "streaming_llm":
         return KVCompressionConfig(method, budget, sink_tokens=SINK_TOKENS, window=WINDOW)
     options: dict[str, Any] = {"pooling": "avg", "kernel_size": kernel_size}
@@ -115,17 +115,17 @@ def make_press(method: str, ratio: float, kernel_size: int = KERNEL_SIZE) -> Any
     """kvpress's press of that method; None for "full".
 
     Raises:
-        RuntimeError: kvpress is not installed.
-        ValueError: kvpress is not run with that method here.
+        ModuleNotFoundError: kvpress is not installed.
+        KVCompressionError: kvpress is not run with that method here.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+        raise KVCompressionError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if method == "full":
         return None
     try:
         from kvpress import AdaKVPress, SnapKVPress, StreamingLLMPress
     except ImportError as error:
-        raise RuntimeError(
+        raise ModuleNotFoundError(
             "the kvpress comparison needs kvpress: "
             "pip install --no-deps kvpress==0.5.5 and, for it, fire==0.6.* and datasets"
         ) from error
@@ -165,11 +165,11 @@ def generate(
         system does not tell).
 
     Raises:
-        RuntimeError: kvpress is not installed.
-        ValueError: an unknown mode or method; or kvpress's Ada-KV found no key to mask with.
+        ModuleNotFoundError: kvpress is not installed.
+        KVCompressionError: an unknown mode or method; or kvpress's Ada-KV found no key to mask with.
     """
     if mode not in MODES:
-        raise ValueError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
+        raise KVCompressionError(f"unknown mode {mode!r}; use one of {', '.join(MODES)}")
     make_press(method, 0.0, kernel_size)  # mistakes are told before the model is loaded
     model, tokenizer = _load(str(model_dir), str(dtype).removeprefix("torch."))
     rows = []
@@ -201,11 +201,11 @@ def compare(
         tokens are dropped, and the `samples` themselves with their `score`.
 
     Raises:
-        RuntimeError: kvpress is not installed.
-        ValueError: there are no samples, or a variant is wrong.
+        ModuleNotFoundError: kvpress is not installed.
+        KVCompressionError: there are no samples, or a variant is wrong.
     """
     if not samples:
-        raise ValueError("nothing to compare: samples is empty")
+        raise KVCompressionError("nothing to compare: samples is empty")
     results = []
     for variant in variants:
         rows = generate(

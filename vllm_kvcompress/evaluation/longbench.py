@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.datafiles import DataMissing, records, require
 from vllm_kvcompress.evaluation.samples import Metric, Sample
 
@@ -297,14 +298,14 @@ def load(
 
     Raises:
         DataMissing: a task's file is not there.
-        ValueError: an unknown task, or a line that is not a sample.
+        KVCompressionError: an unknown task, or a line that is not a sample.
         ModuleNotFoundError: a package that a task's metric needs is not installed.
     """
     samples: list[Sample] = []
     for name in TASKS if tasks is None else tasks:
         task = TASKS.get(name.removesuffix("_e"))
         if task is None:
-            raise ValueError(f"LongBench has no task {name!r}; it has {', '.join(TASKS)}")
+            raise KVCompressionError(f"LongBench has no task {name!r}; it has {', '.join(TASKS)}")
         for package in PACKAGES.get(task.score, ()):
             require(package, EXTRA)
         before, after = task.prompt.split("{context}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Protocol
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.samples import Sample, first_number, starts_with
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -79,12 +80,12 @@ def documents(
         seed: of the facts and their places.
 
     Raises:
-        ValueError: the prose is shorter than a document.
+        KVCompressionError: the prose is shorter than a document.
     """
     paragraphs = [line for line in prose.splitlines() if line.strip()]
     sizes = [len(tokenizer.encode(line + "\n", add_special_tokens=False)) for line in paragraphs]
     if sum(sizes) < max(lengths):
-        raise ValueError(f"the text has {sum(sizes)} tokens, fewer than a document of {max(lengths)}")
+        raise KVCompressionError(f"the text has {sum(sizes)} tokens, fewer than a document of {max(lengths)}")
     made = []
     for repetition in range(repetitions):
         for length in lengths:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.datafiles import DataMissing, records
 from vllm_kvcompress.evaluation.samples import Metric, Sample
 
@@ -90,12 +91,12 @@ def load(
 
     Raises:
         DataMissing: a task's file is not there.
-        ValueError: an unknown task, or a line that is not a sample of it.
+        KVCompressionError: an unknown task, or a line that is not a sample of it.
     """
     samples: list[Sample] = []
     for task in TASKS if tasks is None else tasks:
         if task not in TASKS:
-            raise ValueError(f"RULER has no task {task!r}; it has {', '.join(TASKS)}")
+            raise KVCompressionError(f"RULER has no task {task!r}; it has {', '.join(TASKS)}")
         for length, path in _files(Path(folder), task, lengths):
             for record in itertools.islice(records(path, FIELDS), limit):
                 samples.append(_sample(task, length, path, record))
@@ -130,7 +131,7 @@ def _sample(task: str, length: int | None, path: Path, record: dict[str, Any]) -
     starts = [match.start() for match in re.finditer(rf"\s*{category.question}", text)]
     if not starts or not answers:
         lacks = "outputs are empty" if starts else "input lacks the question of the official template"
-        raise ValueError(f"{path}, index {record['index']}: the {lacks}")
+        raise KVCompressionError(f"{path}, index {record['index']}: the {lacks}")
     document, question = text[: starts[-1]], text[starts[-1] :]
     prefix = record.get("answer_prefix", "")
     if not question.endswith(prefix):  # older files have no such field: it is in their input

@@ -1,0 +1,111 @@
+"""`eval`, `bench` and `inspect` as a user runs them, small, on the small model: what they print and leave."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def command(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_kvcompress.cli", *arguments], capture_output=True, text=True, timeout=500
+    )
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+EVAL = ["--methods", "snapkv,kv_compress", "--budgets", "0.25", "--lengths", "512", "--repetitions", "1"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(smollm2, tmp_path_factory):
+    """A small evaluation and the folder it left."""
+    folder = tmp_path_factory.mktemp("eval")
+    arguments = ["eval", str(smollm2), *EVAL, "--kl-tokens", "8", "--output", str(folder)]
+    arguments += ["--tasks", "needle,recall,kl"]
+    return arguments, folder, command(*arguments).stdout
+
+
+def test_eval_shows_every_variant(evaluated):
+    _, folder, printed = evaluated
+    assert printed.count("| full cache ") >= 2  # of the main table and of the tasks
+    for method in ("snapkv", "kv_compress"):
+        assert re.search(rf"^\| {method} +\| 0.25 ", printed, re.M)
+    summary = json.loads((folder / "summary.json").read_text())
+    full, snapkv, _ = summary["rows"]
+    assert full["kept_fraction"] == 1.0 and full["kl"]["prose"]["value"] == 0.0
+    # 512 tokens: 15 blocks below the boundary of which 4 stay, and 1 or 2 of the tail.
+    assert 0.25 < snapkv["kept_fraction"] < 0.4
+    assert snapkv["kl"]["prose"]["value"] > 0
+    assert summary["settings"]["vllm"].startswith("0.32")
+
+
+def test_eval_leaves_its_table_and_pictures(evaluated):
+    _, folder, printed = evaluated
+    assert (folder / "table.md").read_text().strip() in printed
+    assert is_picture(folder / "quality.png") and is_picture(folder / "needle.png")
+
+
+def test_eval_goes_on_where_it_was_ended(evaluated):
+    arguments, folder, _ = evaluated
+    path = folder / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-3]))
+    command(*arguments)
+    again = path.read_text().splitlines(keepends=True)
+    assert again[: len(lines) - 3] == lines[:-3]  # nothing was measured twice
+    assert len(again) == len(lines)
+
+
+def test_inspect_draws_the_kept_fraction(smollm2, tmp_path):
+    printed = command("inspect", str(smollm2), "--tokens", "600", "--output", str(tmp_path)).stdout
+    assert "adakv:budget=0.25" in printed
+    kept = json.loads((tmp_path / "kept.json").read_text())["kept"]
+    assert len(kept) == 30 and len(kept[0]) == 3
+    # 17 blocks of 600 - 32 tokens, of which 5 stay: the layers' shares are alike, the heads' are not.
+    assert [sum(layer) / 3 for layer in kept] == pytest.approx([5 / 17] * 30)
+    assert len({share for layer in kept for share in layer}) > 1
+    assert is_picture(tmp_path / "kept.png")
+
+
+def test_bench_compares_with_stock(smollm2, tmp_path):
+    arguments = ["--contexts", "512", "--batch", "2", "--rounds", "2", "--steps", "3", "--requests", "8"]
+    arguments += ["--prompt", "600", "--output-tokens", "16", "--server-rounds", "1"]
+    printed = command("bench", str(smollm2), *arguments, "--output", str(tmp_path)).stdout
+    result = json.loads((tmp_path / "bench.json").read_text())
+    pressure = result["serve"]["regimes"]["pressure"]["runs"]
+    assert pressure["stock"][0]["at_once"] == 4  # as many as the pool was made for
+    assert pressure["compressed"][0]["at_once"] > 4
+    assert 0 < pressure["compressed"][0]["peak_blocks"] <= result["serve"]["pool_blocks"]
+    assert result["steps"]["rows"][0]["compaction_seconds"] > 0
+    assert "does not pay with short prompts" in printed
+    assert is_picture(tmp_path / "decode_time.png")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "--methods", "snapkw"],
+        ["eval", "--tasks", "needel"],
+        ["eval", "--lengths", "many"],
+        ["eval", "--tasks", "ruler"],
+        ["eval", "nowhere/to/be/found"],
+        ["bench", "--parts", "stepps"],
+        ["bench", "--compression", "snapkv:budget=2"],
+        ["inspect", "--compression", "adakv:budget=1"],
+    ],
+)
+def test_mistakes_are_one_line(smollm2, arguments):
+    if arguments[0] != "eval" or "nowhere/to/be/found" not in arguments:
+        arguments = [arguments[0], str(smollm2), *arguments[1:]]
+    done = command(*arguments, check=False)
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), done.stderr[-1000:]
