@@ -209,5 +209,30 @@ def test_allocating_and_selecting_leave_the_scores_alone():
 
 def test_an_allocation_is_found_by_its_name():
     assert get_allocation("global") is Global
-    with pytest.raises(ValueError, match="use one of uniform, adaptive, global"):
+    with pytest.raises(ValueError, match="use one of uniform, adaptive, pyramid, global"):
         get_allocation("globe")
+
+
+def test_pyramid_falls_on_a_line_and_spends_exactly_the_budget():
+    # 5 layers of 2 heads, 64 tokens in pages of 4; 80 pages: a mean of 32 tokens, the last layer ⌊32/20⌋ = 1,
+    # the first 63, so the line is 63, 47.5, 32, 16.5, 1 tokens.
+    counts = ALLOCATIONS["pyramid"]().allocate(torch.rand(5, 2, 64), 80, 4)
+    assert int(counts.sum()) == 80
+    for layer, tokens in zip(counts.tolist(), [63, 47.5, 32, 16.5, 1], strict=True):
+        for pages in layer:
+            assert abs(4 * pages - tokens) <= 4
+
+
+def test_a_pyramid_that_would_overflow_is_cut_at_all_tokens():
+    # A mean of 40 of 64 tokens: the first layer would get 78, so it gets 64 and the last 16.
+    counts = ALLOCATIONS["pyramid"]().allocate(torch.rand(3, 1, 64), 30, 4)
+    assert counts.flatten().tolist() == [16, 10, 4]
+
+
+def test_pyramid_of_one_layer_is_the_mean():
+    assert ALLOCATIONS["pyramid"]().allocate(torch.rand(1, 2, 64), 8, 4).tolist() == [[4, 4]]
+
+
+def test_a_pyramid_needs_a_positive_beta():
+    with pytest.raises(ValueError, match="beta must be at least 1"):
+        ALLOCATIONS["pyramid"](beta=0)

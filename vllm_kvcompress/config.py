@@ -35,7 +35,7 @@ class Method:
     def paper(self) -> str:
         """Title and arXiv id; the allocation's too where it is a method of its own."""
         papers = [POLICIES[self.policy].paper]
-        if self.allocation == "adaptive":
+        if self.allocation in ("adaptive", "pyramid"):
             papers.append(ALLOCATIONS[self.allocation].paper)
         return " + ".join(papers)
 
@@ -49,7 +49,11 @@ METHODS: dict[str, Method] = {
     "streaming_llm": Method("streaming_llm", "uniform", "attention sinks and the most recent tokens"),
     "snapkv": Method("snapkv", "uniform", "what the prompt's last queries attend to"),
     "adakv": Method("snapkv", "adaptive", "SnapKV scores; heads of a layer compete for its budget"),
+    "pyramidkv": Method("snapkv", "pyramid", "SnapKV scores; lower layers keep more"),
     "kv_compress": Method("kv_compress", "global", "squared attention; all heads and layers compete"),
+    "tova": Method("tova", "uniform", "what the last token attends to, all heads of a layer together"),
+    "knorm": Method("knorm", "uniform", "keys of small norm"),
+    "keydiff": Method("keydiff", "uniform", "keys unlike the others"),
 }
 
 

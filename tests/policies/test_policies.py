@@ -132,3 +132,33 @@ def test_scores_of_a_bfloat16_cache_are_float32(name):
 def test_hyper_parameters_out_of_range_are_refused(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         POLICIES[name](**options)
+
+
+@settings(max_examples=25, deadline=None)
+@given(**{name: SHAPES[name] for name in ("rest", "heads", "group", "softcap", "seed")})
+def test_tova_is_the_last_querys_attention_averaged_over_all_heads(rest, heads, group, softcap, seed):
+    observation = observe(rest + 1, 1, heads, group, softcap=softcap, seed=seed)
+    attention = naive_attention(observation)
+    wanted = sum(attention[h, g, 0, :rest] for h in range(heads) for g in range(group)) / (heads * group)
+    score = POLICIES["tova"]().score(observation)
+    torch.testing.assert_close(score.double(), wanted.expand(heads, rest), atol=1e-5, rtol=1e-4)
+
+
+def test_knorm_keeps_small_keys():
+    observation = observe(20, 0, 2, 1, scored=16)
+    score = POLICIES["knorm"]().score(observation)
+    for head in range(2):
+        for token in range(16):
+            norm = math.sqrt(sum(float(x) ** 2 for x in observation.keys[head, token]))
+            assert float(score[head, token]) == pytest.approx(-norm, rel=1e-5)
+
+
+def test_keydiff_is_the_cosine_to_the_mean_direction_of_all_keys():
+    observation = observe(20, 0, 2, 1, scored=16)
+    score = POLICIES["keydiff"]().score(observation)
+    for head in range(2):
+        keys = [key.double() / key.double().norm() for key in observation.keys[head]]
+        mean = sum(keys) / len(keys)
+        for token in range(16):
+            cosine = float(keys[token] @ mean) / float(mean.norm())
+            assert float(score[head, token]) == pytest.approx(-cosine, abs=1e-5)

@@ -3,9 +3,12 @@
 import dataclasses
 
 from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+from vllm_kvcompress.policies.keydiff import KeyDiff
+from vllm_kvcompress.policies.knorm import Knorm
 from vllm_kvcompress.policies.kv_compress import KVCompress
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
+from vllm_kvcompress.policies.tova import TOVA
 
 __all__ = ["POLICIES", "LayerObservation", "Policy", "get_policy", "register_policy", "window_attention"]
 
@@ -43,5 +46,5 @@ def get_policy(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-for _policy in (StreamingLLM, SnapKV, KVCompress):
+for _policy in (StreamingLLM, SnapKV, KVCompress, TOVA, Knorm, KeyDiff):
     register_policy(_policy)

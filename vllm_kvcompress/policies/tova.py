@@ -1,0 +1,34 @@
+"""TOVA: what the last token attends to, all heads of a layer together."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+
+
+@dataclass(frozen=True)
+class TOVA(Policy):
+    """Attention that the prompt's last query pays to each token, averaged over all heads of the layer.
+
+        s_i = mean over all query heads of A_i,  A the attention of the last query
+
+    Every head of a layer has the same scores, so with the `uniform` allocation a layer keeps one set of
+    tokens.
+
+    Source: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104. Deviation: the paper drops a
+    token at each step, of prefill too; here the prompt is compacted once, by the attention of its last token.
+    """
+
+    name: ClassVar[str] = "tova"
+    paper: ClassVar[str] = "Transformers are Multi-State RNNs (arXiv 2401.06104)"
+    cost: ClassVar[str] = "attention of the last query over the prompt, once"
+
+    @property
+    def window(self) -> int:
+        return 1
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        attention = window_attention(observation)[:, :, -1, : observation.num_scored]  # [H, G, T]
+        return attention.mean((0, 1)).expand(attention.shape[0], -1).contiguous()
