@@ -29,7 +29,7 @@ def evaluated(smollm2, tmp_path_factory):
     """A small evaluation and the folder it left."""
     folder = tmp_path_factory.mktemp("eval")
     arguments = ["eval", str(smollm2), *EVAL, "--kl-tokens", "8", "--output", str(folder)]
-    arguments += ["--tasks", "needle,recall,kl"]
+    arguments += ["--tasks", "needle,recall,kl", "--baselines", "fp8"]
     return arguments, folder, command(*arguments).stdout
 
 
@@ -39,7 +39,9 @@ def test_eval_shows_every_variant(evaluated):
     for method in ("snapkv", "kv_compress"):
         assert re.search(rf"^\| {method} +\| 0.25 ", printed, re.M)
     summary = json.loads((folder / "summary.json").read_text())
-    full, snapkv, _ = summary["rows"]
+    full, snapkv, _, fp8 = summary["rows"]
+    assert fp8["label"] == "stock, fp8 cache" and fp8["kept_fraction"] == 0.5  # of bfloat16
+    assert 0 < fp8["kl"]["prose"]["value"] < snapkv["kl"]["prose"]["value"]
     assert full["kept_fraction"] == 1.0 and full["kl"]["prose"]["value"] == 0.0
     # 512 tokens: 15 blocks below the boundary of which 4 stay, and 1 or 2 of the tail.
     assert 0.25 < snapkv["kept_fraction"] < 0.4

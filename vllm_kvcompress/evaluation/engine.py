@@ -72,7 +72,16 @@ class Engine:
     needs and compacts a request of its own. What it keeps does not depend on what was cached.
     """
 
-    def __init__(self, model: str | Path, max_model_len: int, block_size: int = 32, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        max_model_len: int,
+        block_size: int = 32,
+        kv_cache_dtype: str = "auto",
+        **options: Any,
+    ) -> None:
+        """Start vLLM; with a quantized cache it is stock, and serves the full cache only."""
+        self.stock = kv_cache_dtype != "auto"
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.llm = LLM(
             str(model),
@@ -85,17 +94,27 @@ class Engine:
             disable_log_stats=True,
             seed=0,
             logits_processors=[ScriptedTokens],
-            **KVCompressionConfig().engine_kwargs(),
+            kv_cache_dtype=kv_cache_dtype,
+            **({} if self.stock else KVCompressionConfig().engine_kwargs()),
             **options,
         )
         self.tokenizer = self.llm.get_tokenizer()
         self.block_size = block_size
         core = self.llm.llm_engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self.compactor = core.model_executor.driver_worker.worker.compactor
         self._ids = count()
         self._compacted: dict[str, float] = {}  # internal request id -> seconds
-        self._time_compactions()
+        if not self.stock:
+            self.compactor = core.model_executor.driver_worker.worker.compactor
+            self._time_compactions()
+
+    @property
+    def cache_fraction(self) -> float:
+        """Bytes of a cached number over those of the checkpoint's precision; 1 if it is not quantized."""
+        if not self.stock:
+            return 1.0
+        (group,) = self.scheduler.kv_cache_config.kv_cache_groups
+        return group.kv_cache_spec.dtype.itemsize / self.llm.llm_engine.model_config.hf_config.dtype.itemsize
 
     @property
     def token_bytes(self) -> float:
@@ -117,7 +136,7 @@ class Engine:
                 max_tokens=max(1, len(ask.forced) + ask.max_tokens),
                 ignore_eos=ask.ignore_eos or not ask.max_tokens,
                 output_kind=RequestOutputKind.CUMULATIVE,
-                extra_args={"kv_compression": ask.variant, _SCRIPT: _Script(ask.forced, ask.recorder)},
+                extra_args={**self._compression(ask.variant), _SCRIPT: _Script(ask.forced, ask.recorder)},
             )
             engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
         measured: set[str] = set()
@@ -131,7 +150,8 @@ class Engine:
                     measured.add(name)
                     raw = -(-request.num_computed_tokens // self.block_size)
                     outcome = outcomes[name][1]
-                    outcome.kept_fraction = self._held(request.request_id) / raw
+                    held = raw if self.stock else self._held(request.request_id)
+                    outcome.kept_fraction = held / raw * self.cache_fraction
                     outcome.compaction_seconds = self._compacted.pop(request.request_id, 0.0)
             ended = []
             for output in done:
@@ -169,7 +189,7 @@ class Engine:
                 temperature=0,
                 max_tokens=4 * steps + 64,
                 ignore_eos=True,
-                extra_args={"kv_compression": variant},
+                extra_args=self._compression(variant),
             )
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
         while len(self.scheduler.running) < batch or any(
@@ -185,6 +205,9 @@ class Engine:
         while engine.has_unfinished_requests():
             engine.step()
         return sorted(times)[len(times) // 2]
+
+    def _compression(self, variant: str) -> dict[str, str]:
+        return {} if self.stock else {"kv_compression": variant}
 
     def _held(self, request_id: str) -> int:
         return self.scheduler.compacting_manager.held_blocks(request_id)

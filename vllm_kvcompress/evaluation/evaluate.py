@@ -20,6 +20,7 @@ from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
 from vllm_kvcompress.evaluation.samples import Sample
 
 FULL = "off"
+STOCK = "stock:"
 MODES = ("inside", "after")
 KL_TASKS = ("kl_prose", "kl_repeat")
 SUITES = ("longbench", "ruler", "harness")
@@ -52,6 +53,11 @@ def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
             KVCompressionConfig.parse(spec)
             rows.append(Variant(spec, method, budget))
     return rows
+
+
+def baselines(given: str) -> list[Variant]:
+    """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`."""
+    return [Variant(f"{STOCK}{dtype}", f"stock, {dtype} cache") for dtype in filter(None, given.split(","))]
 
 
 class Store:
@@ -92,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="streaming_llm,snapkv,adakv,kv_compress",
         help="comma-separated; options as in METHOD:NAME=VALUE,NAME=VALUE",
     )
+    parser.add_argument(
+        "--baselines",
+        default="",
+        help="stock vLLM with a quantized cache as further rows: comma-separated --kv-cache-dtype, as fp8",
+    )
     parser.add_argument("--budgets", default="0.5,0.25,0.125", help="fractions of the KV bytes that may stay")
     parser.add_argument(
         "--tasks",
@@ -131,6 +142,7 @@ def run(arguments: argparse.Namespace) -> None:
     methods, budgets = split_methods(arguments.methods), _numbers(arguments.budgets, float)
     rows = _kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
     lengths = _numbers(arguments.lengths, int)
+    rows += baselines(arguments.baselines)
     tasks = _tasks(arguments.tasks)
     model = checkpoint(arguments.model)
     settings = {
@@ -150,18 +162,24 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path("kvcompress-eval") / Path(model).name
     store = Store(folder / "results.jsonl", settings)
     begin = time.perf_counter()
-    samples = _measure(arguments, model, tasks, rows, lengths, store)
-    harness_table = _harness(tasks, arguments, model, rows, folder)
-    settings |= {"argv": sys.argv, "seconds": round(time.perf_counter() - begin), **_machine()}
-    summary = report.summarise(settings, rows, store.results)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1))
-    table = report.table(summary) + harness_table
+    own = [task for task in tasks if not task.startswith("harness:")]
+    samples = _measure(arguments, model, own, rows, lengths, store) if own else []
+    tables = []
+    if own:
+        settings |= {"argv": sys.argv, "seconds": round(time.perf_counter() - begin), **_machine()}
+        summary = report.summarise(settings, rows, store.results)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        tables.append(report.table(summary))
+        report.draw(summary, folder)
+    if own != tasks:
+        tables.append(
+            _harness([t.partition(":")[2] for t in tasks if t not in own], arguments, model, rows, folder)
+        )
     if arguments.kvpress:
-        table += _kvpress_table(arguments, model, methods, budgets, samples, store, folder)
-    (folder / "table.md").write_text(table)
-    print(table)
-    written = report.draw(summary, folder)
-    print(f"{settings['seconds']} s; results, table and {written} pictures are in {folder}")
+        tables.append(_kvpress_table(arguments, model, methods, budgets, samples, store, folder))
+    (folder / "table.md").write_text("\n".join(tables))
+    print("\n".join(tables))
+    print(f"{time.perf_counter() - begin:.0f} s; results, tables and pictures are in {folder}")
 
 
 def _measure(
@@ -179,18 +197,24 @@ def _measure(
     limit = AutoConfig.from_pretrained(str(model)).get_text_config().max_position_embeddings
     benchmarks = _benchmark_samples(tasks, arguments, tokenizer, limit)
     longest = max([*lengths, *(len(tokenizer.encode(s.document + s.question)) for s in benchmarks)])
-    engine = Engine(model, min(limit, longest + ROOM), arguments.block_size)
+    length = min(limit, longest + ROOM)
+    texts = [
+        _continuation(tokenizer, document, task, arguments.kl_tokens)
+        for document in documents
+        for task in KL_TASKS
+        if task in tasks
+    ]
+    references: dict[str, Any] = {}  # of the full cache, for engines that cannot serve it
 
-    def work() -> Iterator[tuple[str, Callable[[], None]]]:
+    def work(engine, rows: list[Variant], later: list[Variant]) -> Iterator[tuple[str, Callable[[], None]]]:
         for document in documents:
             for sample in document.samples:
                 if sample.task in tasks:
                     for mode in MODES:
                         yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
-            for task in KL_TASKS:
-                if task in tasks:
-                    text = _continuation(tokenizer, document, task, arguments.kl_tokens)
-                    yield f"{task} {document.name}", partial(_diverge, engine, text, rows, store)
+            for text in texts:
+                if text["document"] == document.name:
+                    yield text["id"], partial(_diverge, engine, text, rows, later, store, references)
         for sample in benchmarks:
             for mode in MODES:
                 yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
@@ -198,13 +222,23 @@ def _measure(
         for row in rows:
             yield f"decode time {row.spec}", partial(_time_step, engine, prompt, row, store)
 
-    with tqdm(list(work()), smoothing=0.05) as bar:
-        try:
-            for name, measure in bar:
+    def measure(engine, *rows: list[Variant]) -> None:
+        with tqdm(list(work(engine, *rows)), smoothing=0.05) as bar:
+            for name, step in bar:
                 bar.set_description(name)
-                measure()
-        except KeyboardInterrupt:
-            print("interrupted: what was measured is reported; the same command goes on", file=sys.stderr)
+                step()
+
+    stock = [row for row in rows if row.spec.startswith(STOCK)]
+    try:
+        ours = [row for row in rows if row not in stock]
+        measure(Engine(model, length, arguments.block_size), ours, stock)
+        for row in stock:
+            blocks = STEP_BATCH * -(-length // arguments.block_size) + 1
+            dtype = row.spec.removeprefix(STOCK)
+            engine = Engine(model, length, arguments.block_size, dtype, num_gpu_blocks_override=blocks)
+            measure(engine, [row], [])
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is reported; the same command goes on", file=sys.stderr)
     return [s for d in documents for s in d.samples if s.task in tasks] + benchmarks
 
 
@@ -266,29 +300,45 @@ def _ask(engine, sample: Sample, mode: str, rows: list[Variant], store: Store) -
                 score=sample.metric(outcome.text, sample.answers),
                 text=outcome.text,
                 kept_fraction=outcome.kept_fraction,
-                kept_bytes=outcome.kept_fraction * len(prompt) * engine.token_bytes,
+                kept_bytes=outcome.kept_fraction / engine.cache_fraction * len(prompt) * engine.token_bytes,
                 compaction_seconds=outcome.compaction_seconds,
                 prompt_tokens=len(prompt),
                 seconds=time.perf_counter() - begin,
             )
 
 
-def _diverge(engine, text: dict[str, Any], rows: list[Variant], store: Store) -> None:
+def _diverge(
+    engine,
+    text: dict[str, Any],
+    rows: list[Variant],
+    later: list[Variant],
+    store: Store,
+    references: dict[str, Any],
+) -> None:
+    """KL divergence and surprise of every row on one text.
+
+    The full cache's log-probabilities are left among the references, for rows that come later.
+    """
     from vllm_kvcompress.evaluation.engine import Ask, Divergence, Reference
 
-    missing = [row for row in rows if ("kl", text["id"], row.spec) not in store]
-    if not missing:
+    unmeasured = [row for row in rows + later if ("kl", text["id"], row.spec) not in store]
+    if not unmeasured:
         return
-    reference = Reference()
+    missing = [row for row in unmeasured if row in rows]
     begin = time.perf_counter()
-    engine.run([Ask(text["prompt"], FULL, text["tokens"], reference)])
+    if not engine.stock:
+        references[text["id"]] = Reference()
+        engine.run([Ask(text["prompt"], FULL, text["tokens"], references[text["id"]])])
     prefill = time.perf_counter() - begin
-    recorders = [Divergence(reference, text["tokens"]) for _ in missing]
-    if any(row.spec == FULL for row in missing):  # against itself: its KL is 0 by definition
-        for position, logits in reference.rows.items():
-            recorders[[r.spec for r in missing].index(FULL)](position, logits)
-    rest = [(row, rec) for row, rec in zip(missing, recorders, strict=True) if row.spec != FULL]
-    engine.run([Ask(text["prompt"], row.spec, text["tokens"], recorder) for row, recorder in rest])
+    recorders = [Divergence(references[text["id"]], text["tokens"]) for _ in missing]
+    asks = []
+    for row, recorder in zip(missing, recorders, strict=True):
+        if row.spec == FULL:  # against itself
+            for position, logits in references[text["id"]].rows.items():
+                recorder(position, logits)
+        else:
+            asks.append(Ask(text["prompt"], row.spec, text["tokens"], recorder))
+    engine.run(asks)
     for row, recorder in zip(missing, recorders, strict=True):
         after = [position for position in sorted(recorder.kl) if position > 0]
         store.add(
@@ -312,6 +362,7 @@ def _continuation(tokenizer, document: retrieval.Document, task: str, count: int
         prompt = prompt + prompt[at : at + KL_CUE]
     # One more than is measured: the first token is sampled before the prompt is compacted.
     return {
+        "document": document.name,
         "task": task,
         "id": f"{task}/{document.name}",
         "prompt": prompt,
@@ -343,10 +394,7 @@ def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: i
 
 
 def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder: Path) -> str:
-    """lm-evaluation-harness's tasks under every variant; a table, empty without such tasks."""
-    names = [n for task in tasks if task.startswith("harness:") for n in task.partition(":")[2].split("+")]
-    if not names:
-        return ""
+    """A table of lm-evaluation-harness's tasks under every variant."""
     from vllm_kvcompress.evaluation import harness
 
     settings = {
@@ -354,6 +402,7 @@ def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder
         for row in rows
     }
     options = {"dtype": engine_dtype(), "enforce_eager": True, "block_size": arguments.block_size}
+    names = [name for task in tasks for name in task.split("+")]
     results = harness.run(str(model), names, settings, arguments.limit, options, arguments.data)
     (folder / "harness.json").write_text(json.dumps(results, indent=1))
     lines = [
@@ -362,7 +411,7 @@ def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder
         for task, metrics in by_task.items()
         for metric, measured in metrics.items()
     ]
-    return "\n".join(["", "| variant | task | metric | value |", "| --- | --- | --- | --- |", *lines]) + "\n"
+    return "\n".join(["| variant | task | metric | value |", "| --- | --- | --- | --- |", *lines]) + "\n"
 
 
 def _tasks(given: str) -> list[str]:

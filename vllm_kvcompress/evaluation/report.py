@@ -183,6 +183,8 @@ def table(summary: Mapping[str, Any]) -> str:
     counts = [f"{mode} n={full[mode]['n']}" for mode in ("inside", "after") if full[mode]]
     texts = [f"KL {kind} n={full['kl'][kind]['n']} texts" for kind in KINDS if full["kl"][kind]]
     lines += ["", "; ".join(counts + texts)]
+    if any(row["variant"].startswith("stock:") for row in rows):
+        lines.append("A quantized cache's kept KV is over the cache in the checkpoint's own precision.")
     if prefill:
         lines.append(f"Compaction is over the full cache's prefill of {longest} tokens, {prefill:.1f} s.")
     for mode, tasks in summary["left_out"].items():
@@ -246,11 +248,11 @@ def kvpress_table(
             ]
         )
     title = f"The same prompts and kept fractions, {model}: this plugin beside kvpress on transformers."
-    return "\n".join(["", title, "", *_markdown(head, body)]) + "\n"
+    return "\n".join([title, "", *_markdown(head, body)]) + "\n"
 
 
-def draw(summary: Mapping[str, Any], folder: Path) -> int:
-    """Write the pictures next to the table; how many there are."""
+def draw(summary: Mapping[str, Any], folder: Path) -> None:
+    """Write the pictures next to the table."""
     from vllm_kvcompress.evaluation import pictures
 
     name = Path(summary["settings"]["model"]).name
@@ -258,16 +260,10 @@ def draw(summary: Mapping[str, Any], folder: Path) -> int:
         summary["rows"], folder / "quality.png", f"{name}: quality against memory"
     )
     needle = summary["needle"]
-    if not needle["depths"]:
-        return 1
-    pictures.needle_heatmaps(
-        needle["cells"],
-        needle["lengths"],
-        needle["depths"],
-        folder / "needle.png",
-        f"{name}: facts found, by depth and document length",
-    )
-    return 2
+    if needle["depths"]:
+        title = f"{name}: facts found, by depth and document length"
+        cells, lengths, depths = needle["cells"], needle["lengths"], needle["depths"]
+        pictures.needle_heatmaps(cells, lengths, depths, folder / "needle.png", title)
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
