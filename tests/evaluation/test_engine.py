@@ -36,7 +36,8 @@ def oracle(smollm2, tokens):
 
 
 def test_teacher_forcing_equals_transformers(engine, tokens, oracle):
-    from vllm_kvcompress.evaluation.engine import FULL, Ask, Divergence, Reference
+    from vllm_kvcompress.evaluation.engine import Ask, Divergence, Reference
+    from vllm_kvcompress.evaluation.variants import FULL
 
     prompt, forced = tokens[:LENGTH], tokens[LENGTH:]
     reference = Reference()
@@ -58,7 +59,8 @@ def test_teacher_forcing_equals_transformers(engine, tokens, oracle):
 
 def test_variants_side_by_side_hold_what_their_plans_say(engine, tokens):
     from vllm_kvcompress.config import KVCompressionConfig
-    from vllm_kvcompress.evaluation.engine import FULL, Ask
+    from vllm_kvcompress.evaluation.engine import Ask
+    from vllm_kvcompress.evaluation.variants import FULL
 
     specs = [FULL, SNAPKV, "kv_compress:budget=0.5", "streaming_llm:budget=0.125"]
     outcomes = engine.run([Ask(tokens[:LENGTH], spec, max_tokens=4, ignore_eos=True) for spec in specs])
@@ -71,7 +73,8 @@ def test_variants_side_by_side_hold_what_their_plans_say(engine, tokens):
 
 
 def test_a_question_after_the_document_is_read_on_top_of_it(engine):
-    from vllm_kvcompress.evaluation.engine import FULL, Ask
+    from vllm_kvcompress.evaluation.engine import Ask
+    from vllm_kvcompress.evaluation.variants import FULL
 
     document = engine.tokenizer.encode("The pass key of the mill is 48213. " * 12)
     question = engine.tokenizer.encode("The pass key of the mill is", add_special_tokens=False)

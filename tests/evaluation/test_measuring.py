@@ -6,8 +6,9 @@ import math
 import pytest
 
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.evaluation import bench, report, retrieval
-from vllm_kvcompress.evaluation.evaluate import Store, Variant, split_methods, variants
+from vllm_kvcompress.evaluation import bench, report, retrieval, stepped
+from vllm_kvcompress.evaluation.store import Store
+from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
 
 
 def test_methods_are_split_where_a_method_begins():
@@ -218,4 +219,4 @@ def test_bench_says_where_compression_does_not_pay(throughput, said):
 
 
 def test_ratios_are_of_pairs():
-    assert bench._ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]
+    assert stepped.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]

@@ -16,8 +16,8 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.evaluation.variants import FULL
 
-FULL = "off"  # the variant that keeps the full cache
 _SCRIPT = "kvcompress_script"
 
 

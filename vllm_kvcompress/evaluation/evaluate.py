@@ -1,14 +1,13 @@
 """The `vllm-kvcompress eval` command: what each method and budget costs in quality, in the real engine."""
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,76 +17,23 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import report, retrieval
 from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
 from vllm_kvcompress.evaluation.samples import Sample
+from vllm_kvcompress.evaluation.store import Store
+from vllm_kvcompress.evaluation.variants import (
+    FULL,
+    STOCK,
+    Variant,
+    baselines,
+    kvpress_variants,
+    split_methods,
+    variants,
+)
 
-FULL = "off"
-STOCK = "stock:"
 MODES = ("inside", "after")
 KL_TASKS = ("kl_prose", "kl_repeat")
 SUITES = ("longbench", "ruler", "harness")
 KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
 ROOM = 512  # tokens that a question and its answer may take
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of the table: `off`, or what `--kv-compression` would be given."""
-
-    spec: str
-    label: str = "full cache"
-    budget: float | None = None
-
-
-def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """The full cache, then each method at each budget.
-
-    Raises:
-        KVCompressionError: a method or an option of it is wrong.
-    """
-    rows = [Variant(FULL)]
-    for method in methods:
-        if "budget=" in method:
-            raise KVCompressionError(f"{method}: give budgets with --budgets")
-        for budget in budgets:
-            spec = f"{method}{',' if ':' in method else ':'}budget={budget:g}"
-            KVCompressionConfig.parse(spec)
-            rows.append(Variant(spec, method, budget))
-    return rows
-
-
-def baselines(given: str) -> list[Variant]:
-    """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`."""
-    return [Variant(f"{STOCK}{dtype}", f"stock, {dtype} cache") for dtype in filter(None, given.split(","))]
-
-
-class Store:
-    """Results as JSON lines, in the order they were made; what is there is not measured again.
-
-    The first line holds the settings. A run with other settings is refused.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.results: dict[tuple[str, ...], dict[str, Any]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else [json.dumps(settings)]
-        if json.loads(lines[0]) != settings:
-            raise KVCompressionError(
-                f"{path} holds results of other settings; choose another --output or remove it"
-            )
-        for line in lines[1:]:
-            with contextlib.suppress(json.JSONDecodeError):  # the line during which an earlier run was ended
-                result = json.loads(line)
-                self.results[tuple(result["key"])] = result
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in [settings, *self.results.values()]))
-
-    def __contains__(self, key: tuple[str, ...]) -> bool:
-        return key in self.results
-
-    def add(self, key: tuple[str, ...], **values: Any) -> None:
-        self.results[key] = {"key": list(key), **values}
-        with self.path.open("a") as file:
-            file.write(json.dumps(self.results[key]) + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -126,21 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="folder of results; a run that finds its own goes on")
 
 
-def split_methods(given: str) -> list[str]:
-    """`"adakv,snapkv:allocation=global,window=16"` as two methods."""
-    methods: list[str] = []
-    for part in given.split(","):
-        if methods and "=" in part and ":" not in part:
-            methods[-1] += "," + part
-        elif part:
-            methods.append(part)
-    return methods
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the table."""
     methods, budgets = split_methods(arguments.methods), _numbers(arguments.budgets, float)
-    rows = _kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
+    rows = kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
     lengths = _numbers(arguments.lengths, int)
     rows += baselines(arguments.baselines)
     tasks = _tasks(arguments.tasks)
@@ -242,22 +177,6 @@ def _measure(
     return [s for d in documents for s in d.samples if s.task in tasks] + benchmarks
 
 
-def _kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """The full cache, then each method set as kvpress has it."""
-    from vllm_kvcompress.evaluation.kvpress_baseline import matching_config
-
-    rows = [Variant(FULL)]
-    for method in methods:
-        for budget in budgets:
-            try:
-                flat = matching_config(method, budget).to_dict()
-            except KVCompressionError as error:
-                raise KVCompressionError(f"--kvpress: {error}") from None
-            options = ",".join(f"{k}={v}" for k, v in flat.items() if k not in ("method", "enabled"))
-            rows.append(Variant(f"{method}:{options}", method, budget))
-    return rows
-
-
 def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, folder: Path) -> str:
     """The same samples through kvpress on transformers, next to ours."""
     from vllm_kvcompress.evaluation import kvpress_baseline as kvpress
@@ -266,7 +185,7 @@ def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, fo
     asked = [kvpress.Variant(mode, *pair) for pair in pairs for mode in MODES]
     compared = kvpress.compare(model, samples, asked, arguments.block_size, engine_dtype())
     (folder / "kvpress.json").write_text(json.dumps(compared, indent=1))
-    specs = dict(zip(pairs, (row.spec for row in _kvpress_variants(methods, budgets)), strict=True))
+    specs = dict(zip(pairs, (row.spec for row in kvpress_variants(methods, budgets)), strict=True))
     ours: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for key, result in store.results.items():
         if key[0] == "ask":

@@ -1,0 +1,183 @@
+"""Decode steps of engines stepped by hand, one process each: stock, idle and compressed, alternating."""
+
+import argparse
+import contextlib
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.evaluation.host import engine_dtype
+
+
+class SteppedEngine:
+    """An in-process engine; runs in a process of its own."""
+
+    def __init__(self, variant: str, arguments: argparse.Namespace) -> None:
+        import torch
+        from vllm import LLM
+
+        torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
+        self.variant = variant
+        longest = max(_contexts(arguments))
+        config = KVCompressionConfig.parse(arguments.compression)
+        self.llm = LLM(
+            arguments.model,
+            dtype=engine_dtype(),
+            enforce_eager=True,
+            max_model_len=longest + 1024,
+            block_size=arguments.block_size,
+            num_gpu_blocks_override=2 * arguments.batch * (longest + 1024) // arguments.block_size,
+            max_num_seqs=max(16, arguments.batch),
+            seed=0,
+            disable_log_stats=True,
+            **({} if variant == "stock" else config.engine_kwargs()),
+        )
+        self.engine = self.llm.llm_engine
+        core = self.engine.engine_core.engine_core
+        self.scheduler = core.scheduler
+        self.compactions: list[float] = []
+        if variant != "stock":
+            self._time_compactions(core.model_executor.driver_worker.worker.compactor)
+
+    def _time_compactions(self, compactor) -> None:
+        run = compactor.run
+
+        def timed(*arguments):
+            begin = time.perf_counter()
+            result = run(*arguments)
+            self.compactions.append(time.perf_counter() - begin)
+            return result
+
+        compactor.run = timed
+
+    def prefill(self, context: int, batch: int) -> dict[str, Any]:
+        """Bring `batch` requests to decoding; each prompt goes on where that of a shorter context ended."""
+        from vllm import SamplingParams
+
+        self.compactions.clear()
+        # With the engine configured, but the request left as it is.
+        extra = {"kv_compression": "off"} if self.variant == "idle" else None
+        params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, extra_args=extra)
+        self.names = [f"{context}-{index}" for index in range(batch)]
+        for index, name in enumerate(self.names):
+            prompt = [(index * 7919 + position * 104729) % 40000 + 100 for position in range(context)]
+            self.engine.add_request(name, {"prompt_token_ids": prompt}, params)
+        begin = time.perf_counter()
+        while len(self.scheduler.running) < batch or any(
+            request.num_output_tokens < 3 for request in self.scheduler.running
+        ):
+            self.engine.step()
+        return {"seconds": time.perf_counter() - begin, "compactions": list(self.compactions)}
+
+    def steps(self, count: int) -> float:
+        """Median seconds of a decode step."""
+        times = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.engine.step()
+            times.append(time.perf_counter() - begin)
+        return statistics.median(times)
+
+    def end(self) -> None:
+        """Abort the requests."""
+        self.engine.abort_request(self.names)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def _serve_engine(connection, variant: str, arguments: argparse.Namespace) -> None:
+    engine = SteppedEngine(variant, arguments)
+    connection.send("ready")
+    while (call := connection.recv()) is not None:
+        name, *given = call
+        connection.send(getattr(engine, name)(*given))
+
+
+@contextlib.contextmanager
+def _engines(variants: Sequence[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    for variant in variants:
+        connections[variant], theirs = context.Pipe()
+        process = context.Process(target=_serve_engine, args=(theirs, variant, arguments), daemon=True)
+        process.start()
+        processes.append(process)
+        theirs.close()
+        _receive(connections[variant], variant)
+    try:
+        yield connections
+    finally:
+        for connection in connections.values():
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        for process in processes:
+            process.join(30)
+            process.kill()
+
+
+def _receive(connection, variant: str) -> Any:
+    try:
+        return connection.recv()
+    except EOFError:
+        raise KVCompressionError(f"the {variant} engine ended; its error is above") from None
+
+
+def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Decode step time of stock, idle and compressed at each context length, alternating."""
+    from tqdm import tqdm
+
+    variants = ("stock", "idle", "compressed")
+    contexts = _contexts(arguments)
+    rows = []
+    with (
+        _engines(variants, arguments) as engines,
+        tqdm(total=len(contexts) * (len(variants) + arguments.rounds), desc="decode steps") as bar,
+    ):
+
+        def ask(variant: str, *call: Any) -> Any:
+            engines[variant].send(call)
+            return _receive(engines[variant], variant)
+
+        computed = 0  # tokens of each prompt that are in the prefix cache already
+        for context in contexts:
+            prefill = {}
+            for variant in variants:
+                prefill[variant] = ask(variant, "prefill", context, arguments.batch)
+                bar.update()
+            times: dict[str, list[float]] = {variant: [] for variant in variants}
+            for _ in range(arguments.rounds):
+                for variant in variants:
+                    time.sleep(0.3)  # let the other's OpenMP threads stop spinning
+                    times[variant].append(ask(variant, "steps", arguments.steps))
+                bar.update()
+            for variant in variants:
+                ask(variant, "end")
+            seconds = prefill["stock"]["seconds"] * context / (context - computed) / arguments.batch
+            compaction = statistics.median(prefill["compressed"]["compactions"])
+            rows.append(
+                {
+                    "context": context,
+                    "step_seconds": {variant: statistics.median(t) for variant, t in times.items()},
+                    "over_stock": {v: ratios(t, times["stock"]) for v, t in times.items() if v != "stock"},
+                    "prefill_seconds": seconds,
+                    "compaction_seconds": compaction,
+                }
+            )
+            computed = context // arguments.block_size * arguments.block_size
+    return {"batch": arguments.batch, "rows": rows}
+
+
+def _contexts(arguments: argparse.Namespace) -> list[int]:
+    try:
+        return sorted(int(part) for part in arguments.contexts.split(","))
+    except ValueError:
+        raise KVCompressionError(f"--contexts {arguments.contexts!r} is not a list of numbers") from None
+
+
+def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Lowest, median and highest ratio of paired measurements."""
+    each = sorted(a / b for a, b in zip(values, base, strict=True))
+    return [each[0], statistics.median(each), each[-1]]

@@ -1,0 +1,67 @@
+"""Rows of the table: the full cache, methods at budgets, stock vLLM's own quantized caches."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+
+FULL = "off"  # the full cache, as a request asks for it
+STOCK = "stock:"  # before a `--kv-cache-dtype` of stock vLLM
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: `off`, or what `--kv-compression` would be given."""
+
+    spec: str
+    label: str = "full cache"
+    budget: float | None = None
+
+
+def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
+    """The full cache, then each method at each budget.
+
+    Raises:
+        KVCompressionError: a method or an option of it is wrong.
+    """
+    rows = [Variant(FULL)]
+    for method in methods:
+        if "budget=" in method:
+            raise KVCompressionError(f"{method}: give budgets with --budgets")
+        for budget in budgets:
+            spec = f"{method}{',' if ':' in method else ':'}budget={budget:g}"
+            KVCompressionConfig.parse(spec)
+            rows.append(Variant(spec, method, budget))
+    return rows
+
+
+def split_methods(given: str) -> list[str]:
+    """`"adakv,snapkv:allocation=global,window=16"` as two methods."""
+    methods: list[str] = []
+    for part in given.split(","):
+        if methods and "=" in part and ":" not in part:
+            methods[-1] += "," + part
+        elif part:
+            methods.append(part)
+    return methods
+
+
+def baselines(given: str) -> list[Variant]:
+    """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`."""
+    return [Variant(f"{STOCK}{dtype}", f"stock, {dtype} cache") for dtype in filter(None, given.split(","))]
+
+
+def kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
+    """The full cache, then each method set as kvpress has it."""
+    from vllm_kvcompress.evaluation.kvpress_baseline import matching_config
+
+    rows = [Variant(FULL)]
+    for method in methods:
+        for budget in budgets:
+            try:
+                flat = matching_config(method, budget).to_dict()
+            except KVCompressionError as error:
+                raise KVCompressionError(f"--kvpress: {error}") from None
+            options = ",".join(f"{k}={v}" for k, v in flat.items() if k not in ("method", "enabled"))
+            rows.append(Variant(f"{method}:{options}", method, budget))
+    return rows
