@@ -91,6 +91,7 @@ def results_of(scores: dict[str, dict[str, list[float]]]) -> dict:
             "length": 512,
             "kl": [0.0, 0.2],
             "surprise": [math.log(4), math.log(9)],
+            "kept_fraction": 1.0 if variant == "off" else 0.3,
             "seconds": 1.0,
         }
         made["step", variant] = {"seconds": 0.1 if variant == "off" else 0.05}
@@ -114,6 +115,13 @@ def test_a_task_that_the_full_cache_does_not_solve_is_left_out(summary):
     assert summary["left_out"] == {"inside": ["json"], "after": ["json"]}
     assert summary["rows"][1]["inside"]["value"] == 0.5  # the needle's alone
     assert summary["rows"][1]["inside"]["n"] == 2
+
+
+def test_without_questions_memory_comes_from_the_continuations():
+    results = {key: r for key, r in results_of({"off": {}, "snapkv:budget=0.25": {}}).items()}
+    rows = report.summarise(SETTINGS, ROWS, results)["rows"]
+    assert [row["kept_fraction"] for row in rows] == [1.0, 0.3]
+    assert rows[1]["inside"] is None
 
 
 def test_the_table_shows_what_was_measured(summary):

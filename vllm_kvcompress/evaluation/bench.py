@@ -18,6 +18,7 @@ from vllm_kvcompress.evaluation.host import checkpoint
 from vllm_kvcompress.evaluation.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.stepped import measure_steps, ratios
 
+REGIMES = {"pressure": "under memory pressure", "short": "with short prompts in a roomy pool"}
 PAYS = 1.05  # a throughput ratio below it is not worth a lossy cache
 
 
@@ -76,7 +77,7 @@ def table(result: dict[str, Any]) -> str:
 def _serving_table(serve: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     lines = []
     for name, regime in serve["regimes"].items():
-        title = "Under memory pressure" if name == "pressure" else "Where the pool is never full"
+        title = REGIMES[name].capitalize()
         lines += [
             f"{title}: {settings['requests']} requests of {regime['prompt']} + {settings['output_tokens']} "
             f"tokens at once, a pool of {serve['pool_blocks']} blocks.",
@@ -101,10 +102,9 @@ def _serving_table(serve: dict[str, Any], settings: dict[str, Any]) -> list[str]
 
 def verdict(throughput: float, regime: str) -> str:
     """One line that says whether compression pays, from the ratio of output tokens per second."""
-    where = "under memory pressure" if regime == "pressure" else "with short prompts in a roomy pool"
     if throughput >= PAYS:
-        return f"Compression pays {where}: {throughput:.2f} times the output tokens per second."
-    return f"Compression does not pay {where}: {throughput:.2f} times the output tokens per second."
+        return f"Compression pays {REGIMES[regime]}: {throughput:.2f} times the output tokens per second."
+    return f"Compression does not pay {REGIMES[regime]}: {throughput:.2f} times the output tokens per second."
 
 
 def _steps_table(steps: dict[str, Any]) -> list[str]:
@@ -145,3 +145,21 @@ def _draw(result: dict[str, Any], folder: Path) -> None:
             folder / "decode_time.png",
             title,
         )
+    if "serve" in result:
+        rows = []
+        for name, regime in result["serve"]["regimes"].items():
+            stock, ours = (regime["runs"][variant] for variant in ("stock", "compressed"))
+            at_once = ratios([r["at_once"] for r in ours], [r["at_once"] for r in stock])
+            throughput = regime["over_stock"]["output_throughput"]
+            rows.append(
+                {
+                    "label": f"{REGIMES[name]}, {regime['prompt']} tokens",
+                    "requests_ratio": at_once[1],
+                    "throughput_ratio": throughput[1],
+                    "spread": {
+                        "requests_ratio": (at_once[0], at_once[2]),
+                        "throughput_ratio": (throughput[0], throughput[2]),
+                    },
+                }
+            )
+        pictures.concurrency(rows, folder / "concurrency.png", title)

@@ -250,14 +250,17 @@ def _diverge(
         engine.run([Ask(text["prompt"], FULL, text["tokens"], references[text["id"]])])
     prefill = time.perf_counter() - begin
     recorders = [Divergence(references[text["id"]], text["tokens"]) for _ in missing]
-    asks = []
+    asks, kept = {}, {FULL: 1.0}
     for row, recorder in zip(missing, recorders, strict=True):
         if row.spec == FULL:  # against itself
             for position, logits in references[text["id"]].rows.items():
                 recorder(position, logits)
         else:
-            asks.append(Ask(text["prompt"], row.spec, text["tokens"], recorder))
-    engine.run(asks)
+            asks[row.spec] = Ask(text["prompt"], row.spec, text["tokens"], recorder)
+    kept |= {
+        spec: outcome.kept_fraction
+        for spec, outcome in zip(asks, engine.run(list(asks.values())), strict=True)
+    }
     for row, recorder in zip(missing, recorders, strict=True):
         after = [position for position in sorted(recorder.kl) if position > 0]
         store.add(
@@ -266,6 +269,7 @@ def _diverge(
             length=text["length"],
             kl=[round(recorder.kl[p], 6) for p in after],
             surprise=[round(recorder.surprise[p], 6) for p in after],
+            kept_fraction=kept[row.spec],
             seconds=prefill,
         )
 

@@ -1,18 +1,24 @@
 """Pictures of what was measured, each readable without its table."""
 
 import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.evaluation.datafiles import require
 
 EXTRA = "eval"
-# Okabe and Ito's colours, told apart by colour-blind readers too, and a marker for each.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-MARKERS = "osD^vPX*"
+# Colours that colour-blind readers tell apart too: Okabe and Ito's, with three of Tol's for their yellow. The
+# number of markers has no common divisor with theirs, so that a pair comes again only after 110 lines.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"),
+    *("#56B4E9", "#000000", "#882255", "#999933", "#332288"),
+)
+MARKERS = "osD^vX*<>hP"
 MODES = {"inside": "question inside the compressed prompt", "after": "question asked after compression"}
 KINDS = {"prose": "the prose goes on", "repeat": "a passage is repeated"}
+SERVED = {"requests_ratio": "requests at once", "throughput_ratio": "output tokens/s"}
 
 
 def quality_against_memory(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Any:
@@ -26,45 +32,61 @@ def quality_against_memory(rows: Sequence[Mapping[str, Any]], path: Path, title:
     figure = _figure(12, 8.5)
     axes = figure.subplots(2, 2, sharex=True, sharey="row")
     full, others = rows[0], rows[1:]
-    labels = list(dict.fromkeys(row["label"] for row in others))
     for axis, (mode, caption) in zip(axes[0], MODES.items(), strict=True):
         axis.set_title(caption, fontsize=11)
         if full[mode]:
             axis.axhline(100 * full[mode]["value"], color="grey", linestyle="--", label="full cache")
-        _lines(axis, others, labels, lambda row, mode=mode: row[mode], 100)
+        _lines(axis, others, lambda row, mode=mode: row[mode], 100)
         axis.set_ylim(-3, 105)
     for axis, (kind, caption) in zip(axes[1], KINDS.items(), strict=True):
         axis.set_title(caption, fontsize=11)
-        _lines(axis, others, labels, lambda row, kind=kind: row["kl"][kind], 1)
         axis.set_yscale("log")
+        _lines(axis, others, lambda row, kind=kind: row["kl"][kind], 1)
         axis.set_xlabel("KV bytes kept, of the full cache's")
     axes[0][0].set_ylabel("right answers, %")
     axes[1][0].set_ylabel("KL divergence to the full cache, nats/token")
+    _bound_divergence(axes[1], [row["kl"][kind] for row in others for kind in KINDS])
+    kept = [row["kept_fraction"] for row in others if row["kept_fraction"]]
     for axis in axes.flat:
         axis.set_xscale("log", base=2)
+        axis.set_xticks([2.0**-n for n in range(8)])
         axis.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        axis.minorticks_off()
+        axis.set_xlim(min([0.115, *(0.9 * x for x in kept)]), max([1.1, *(1.1 * x for x in kept)]))
         axis.grid(alpha=0.3)
-    handles, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=10)
+        if not axis.lines and not axis.texts:
+            axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color="grey")
+    _legend_below(figure, axes.flat, ["full cache", *_labels(others)])
     return _save(figure, path, title)
 
 
-def _lines(axis, rows, labels: Sequence[str], value, scale: float) -> None:
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["label"] for row in rows))
+
+
+def _lines(
+    axis: Any,
+    rows: Sequence[Mapping[str, Any]],
+    value: Callable[[Mapping[str, Any]], Mapping[str, float] | None],
+    scale: float,
+) -> None:
+    labels = _labels(rows)
+    logarithmic = axis.get_yscale() == "log"
+    absent = []
     for index, label in enumerate(labels):
         points = [(row["kept_fraction"], value(row)) for row in rows if row["label"] == label]
-        points = sorted((x, y) for x, y in points if x and y and y["value"] > 0)
+        points = sorted(((x, y) for x, y in points if x and y), key=lambda point: point[0])
+        if logarithmic:  # it has no place for zero
+            absent += [f"{label} at {100 * x:.0f} %" for x, y in points if y["value"] <= 0]
+            points = [(x, y) for x, y in points if y["value"] > 0]
         if not points:
             continue
-        shift = 1 + 0.012 * (index - len(labels) / 2)  # so that intervals do not hide one another
-        xs = [x * shift for x, _ in points]
+        shift = 1 + 0.012 * (index - (len(labels) - 1) / 2)  # so that intervals do not hide one another
         ys = [scale * y["value"] for _, y in points]
-        # A logarithmic axis has no room for an interval that reaches zero.
-        lows = [scale * max(y["low"], y["value"] / 10) if scale == 1 else scale * y["low"] for _, y in points]
-        below = [0.0 if math.isnan(low) else max(0.0, y - low) for y, low in zip(ys, lows, strict=True)]
-        highs = [scale * y["high"] for _, y in points]
-        above = [0.0 if math.isnan(high) else max(0.0, high - y) for y, high in zip(ys, highs, strict=True)]
+        below = [_arm(middle, scale * y["low"]) for middle, (_, y) in zip(ys, points, strict=True)]
+        above = [_arm(middle, scale * y["high"]) for middle, (_, y) in zip(ys, points, strict=True)]
         axis.errorbar(
-            xs,
+            [x * shift for x, _ in points],
             ys,
             yerr=[below, above],
             label=label,
@@ -75,6 +97,43 @@ def _lines(axis, rows, labels: Sequence[str], value, scale: float) -> None:
             elinewidth=0.8,
             capsize=2,
         )
+    if absent:
+        note = textwrap.fill("no divergence: " + "; ".join(absent), 70)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+        axis.text(0.01, 0.02, note, transform=axis.transAxes, fontsize=8, va="bottom", bbox=box, zorder=5)
+
+
+def _arm(middle: float, end: float) -> float:
+    return 0.0 if math.isnan(end) else abs(end - middle)
+
+
+def _bound_divergence(axes: Sequence[Any], values: Sequence[Mapping[str, float] | None]) -> None:
+    """Around what was measured; an interval that reaches zero runs out of the picture below."""
+    ends = [
+        end
+        for value in values
+        if value
+        for end in (value["low"], value["value"], value["high"])
+        if end > 0  # nor is NaN
+    ]
+    for axis in axes:
+        if ends:
+            axis.set_ylim(min(ends) / 1.6, max(ends) * 1.6)
+        else:
+            axis.set_yticks([])
+
+
+def _legend_below(figure: Any, axes: Any, order: Sequence[str]) -> None:
+    """One legend of all the axes: a method may have been measured in some of them only."""
+    handles = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    names = [label for label in order if label in handles]
+    if names:
+        columns = max(1, min(5, 150 // (8 + max(map(len, names)))))
+        shown = [handles[name] for name in names]
+        figure.legend(shown, names, loc="outside lower center", ncols=columns, fontsize=10)
 
 
 def needle_heatmaps(
@@ -93,41 +152,65 @@ def needle_heatmaps(
         path: PNG to write.
         title: of the picture.
     """
-    per_row = min(3, len(cells))
+    pair = 2 * max(1.8, 0.4 * len(lengths)) + 0.6
+    per_row = max(1, min(3, len(cells), int(15 / pair)))
     rows = math.ceil(len(cells) / per_row)
-    figure = _figure(5.2 * per_row, 2.3 * rows + 1.2)
+    names = [textwrap.wrap(_name(variant), int(13 * pair)) for variant in cells]
+    height = rows * (max(1.3, 0.21 * len(depths)) + 0.5 + 0.14 * max(map(len, names))) + 0.8
+    figure = _figure(max(6.0, pair * per_row + 1), height)
     axes = figure.subplots(rows, 2 * per_row, squeeze=False)
     image = None
     for axis in axes.flat[2 * len(cells) :]:
         axis.set_visible(False)
-    for index, (variant, both) in enumerate(cells.items()):
+    for index, (name, both) in enumerate(zip(names, cells.values(), strict=True)):
         for offset, mode in enumerate(MODES):
             axis = axes.flat[2 * index + offset]
             image = _map(axis, both[mode], 0, 1)
-            method, _, budget = variant.rpartition("budget=")
-            name = f"{method[:-1]}\nbudget {budget}, " if method else "full cache\n"
-            axis.set_title(name + mode, fontsize=8)
-            axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=8)
+            # The variant's name runs over both maps of its pair.
+            axis.set_title("\n".join([*name, mode]) if offset == 0 else mode, fontsize=8, loc="left")
+            axis.set_xticks(range(len(lengths)), [_thousands(n) for n in lengths], fontsize=7)
             shown = [f"{100 * depth:.0f} %" for depth in depths] if offset == 0 else [""] * len(depths)
-            axis.set_yticks(range(len(depths)), shown, fontsize=8)
+            axis.set_yticks(range(len(depths)), shown, fontsize=7)
             if offset == 0:
                 axis.set_ylabel("depth", fontsize=8)
-    figure.colorbar(image, ax=axes, shrink=0.6, label="facts found", format=lambda v, _: f"{100 * v:.0f} %")
+            if index // per_row == rows - 1:
+                axis.set_xlabel("tokens", fontsize=8)
+    grids = [grid for both in cells.values() for grid in both.values()]
+    gaps = any(cell is None for grid in grids for row in grid for cell in row)
+    figure.colorbar(
+        image,
+        ax=axes,
+        shrink=min(1, 4 / height),
+        aspect=min(4, height) / 0.16,
+        label="facts found" + (" (hatched: not asked)" if gaps else ""),
+        format=_percent,
+    )
     return _save(figure, path, title)
+
+
+def _name(variant: str) -> str:
+    """A variant as a caption: its method, options of which the budget is last."""
+    if variant == "off":
+        return "full cache"
+    if variant.startswith("stock:"):
+        return f"stock, {variant.removeprefix('stock:')} cache"
+    method, _, options = variant.partition(":")
+    parts = sorted(filter(None, options.split(",")), key=lambda option: option.startswith("budget="))
+    return ", ".join([method, *(part.replace("budget=", "budget ") for part in parts)])
 
 
 def kept_by_head(kept: Sequence[Sequence[float]], path: Path, title: str) -> Any:
     """Fraction of the tokens kept, layers down, heads across."""
     layers, heads = len(kept), len(kept[0])
-    figure = _figure(max(5.0, 0.6 * heads + 3), max(4.0, 0.28 * layers + 1.8))
+    figure = _figure(min(12.0, max(5.6, 0.6 * heads + 3)), max(4.0, 0.28 * layers + 1.8))
     axis = figure.subplots()
     values = [value for row in kept for value in row]
-    image = _map(axis, kept, 0, max(values), text=len(values) <= 400)
+    image = _map(axis, kept, 0, max(values) or 1, text=len(values) <= 400 and heads <= 20)
     axis.set_xlabel("KV head")
     axis.set_ylabel("layer")
-    axis.set_xticks(range(heads))
+    axis.set_xticks(range(0, heads, math.ceil(heads / 32)))
     axis.set_yticks(range(0, layers, max(1, layers // 15)))
-    figure.colorbar(image, ax=axis, label="tokens kept", format=lambda v, _: f"{100 * v:.0f} %")
+    figure.colorbar(image, ax=axis, label="tokens kept", aspect=30, format=_percent)
     mean = sum(values) / len(values)
     note = f"least {100 * min(values):.0f} %, mean {100 * mean:.0f} %, most {100 * max(values):.0f} %"
     return _save(figure, path, f"{title}\n{note}")
@@ -145,17 +228,57 @@ def decode_time(
     axis = figure.subplots()
     axis.axhline(1, color="grey", linestyle="--", label="stock")
     for index, (label, values) in enumerate(ratios.items()):
-        colour, marker = COLOURS[index], MARKERS[index]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         axis.plot(contexts, values, color=colour, marker=marker, label=label)
         lows, highs = zip(*spread[label], strict=True)
-        axis.fill_between(contexts, lows, highs, color=colour, alpha=0.2, linewidth=0)
+        if len(contexts) == 1:  # a shade would have no width
+            axis.vlines(contexts, lows, highs, color=colour, linewidth=1)
+        else:
+            axis.fill_between(contexts, lows, highs, color=colour, alpha=0.2, linewidth=0)
     axis.set_xscale("log", base=2)
     axis.set_xticks(contexts, [_thousands(n) for n in contexts])
+    axis.minorticks_off()
     axis.set_ylim(bottom=0)
     axis.set_xlabel("context, tokens")
-    axis.set_ylabel("decode step time over stock's")
+    axis.set_ylabel("decode step time over stock's, less is faster")
     axis.grid(alpha=0.3)
-    axis.legend()
+    _legend_below(figure, [axis], ["stock", *ratios])
+    return _save(figure, path, title)
+
+
+def concurrency(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Any:
+    """Requests at once and output tokens per second over stock's, a pair of bars for each variant.
+
+    Args:
+        rows: each with `label`, `requests_ratio` and `throughput_ratio` (either may be None), and where
+            known `spread`: of each of the two names, the lowest and highest round.
+        path: PNG to write.
+        title: of the picture.
+    """
+    figure = _figure(9, 0.75 * len(rows) + 1.8)
+    axis = figure.subplots()
+    axis.axvline(1, color="grey", linestyle="--", label="stock")
+    for index, (name, caption) in enumerate(SERVED.items()):
+        shown = [(place, row) for place, row in enumerate(rows) if row[name] is not None]
+        places = [place + 0.36 * (index - 0.5) for place, _ in shown]
+        values = [row[name] for _, row in shown]
+        ends = [row.get("spread", {}).get(name, (row[name], row[name])) for _, row in shown]
+        axis.barh(places, values, height=0.34, color=COLOURS[index], alpha=0.85, label=caption)
+        for place, value, (low, high) in zip(places, values, ends, strict=True):
+            if high > low:
+                arms = [[value - low], [high - value]]
+                axis.errorbar([value], [place], xerr=arms, color="black", linewidth=1, capsize=3)
+            axis.annotate(
+                f"{value:.2f}", (high, place), (5, 0), textcoords="offset points", va="center", fontsize=9
+            )
+    axis.set_yticks(range(len(rows)), [textwrap.fill(row["label"].replace(",", ", "), 30) for row in rows])
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    axis.margins(x=0.1)
+    axis.set_xlim(left=0)
+    axis.set_xlabel("over stock's, more is better")
+    axis.grid(alpha=0.3, axis="x")
+    axis.set_axisbelow(True)
+    _legend_below(figure, [axis], ["stock", *SERVED.values()])
     return _save(figure, path, title)
 
 
@@ -171,26 +294,32 @@ def text_heatmap(kept: Sequence[Sequence[float]]) -> str:
 
 
 def _figure(width: float, height: float) -> Any:
+    require("matplotlib", EXTRA)  # by its own name first: the message is about a package, not a module of it
     figure = require("matplotlib.figure", EXTRA)
     return figure.Figure(figsize=(width, height), layout="constrained")
 
 
 def _save(figure: Any, path: Path, title: str) -> Any:
-    figure.suptitle(title, fontsize=12)
+    columns = int(10 * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, columns) for line in title.split("\n")), fontsize=12)
     figure.savefig(path, dpi=110)
     return figure
 
 
 def _map(axis: Any, values: Sequence[Sequence[float | None]], low: float, high: float, text=True) -> Any:
     data = [[math.nan if value is None else value for value in row] for row in values]
-    axis.set_facecolor("#dddddd")  # where there is nothing
+    axis.patch.set(facecolor="#dddddd", edgecolor="#999999", hatch="////")  # where there is nothing
     image = axis.imshow(data, vmin=low, vmax=high, cmap="viridis", aspect="auto")
     for y, row in enumerate(data):
         for x, value in enumerate(row):
             if text and not math.isnan(value):
-                colour = "white" if value < low + 0.6 * (high - low) else "black"
+                colour = "white" if value < low + 0.45 * (high - low) else "black"
                 axis.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
     return image
+
+
+def _percent(value: float, _: Any) -> str:
+    return f"{100 * value:.0f} %"
 
 
 def _thousands(tokens: int) -> str:

@@ -82,7 +82,7 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results
             entry[mode] = share([s for task in solved[mode] for s in scores.get(task, [])])
         entry["kl"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "kl")) for kind in KINDS}
         entry["nll"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "surprise")) for kind in KINDS}
-        entry["kept_fraction"] = _mean_of(both, "kept_fraction")
+        entry["kept_fraction"] = _mean_of(both or diverged.get(row.spec, []), "kept_fraction")
         entry["kept_bytes"] = _mean_of(both, "kept_bytes")
         entry["compaction_seconds"] = _longest_mean(both, "compaction_seconds")
         entry["step_seconds"] = steps.get(row.spec)
