@@ -36,12 +36,13 @@ def share(scores: Sequence[float]) -> dict[str, float] | None:
 
 
 def mean(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean with its normal 95 % interval, each value an independent sample; None without values."""
+    """Mean of values that are not negative, with its normal 95 % interval, each an independent sample."""
     if not values:
         return None
     value, n = statistics.fmean(values), len(values)
     half = Z * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return {"value": value, "low": value - half, "high": value + half, "n": n}
+    low = value - half if math.isnan(half) else max(0.0, value - half)
+    return {"value": value, "low": low, "high": value + half, "n": n}
 
 
 def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results) -> dict[str, Any]:
