@@ -24,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     methods.set_defaults(run=_methods)
     _add_measuring(commands)
     arguments = parser.parse_args(argv)
+    run = vars(arguments).pop("run")
     try:
-        arguments.run(arguments)
+        run(arguments)
     except (KVCompressionError, ModelUnavailable, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

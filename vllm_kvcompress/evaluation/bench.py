@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise KVCompressionError(f"--parts takes {', '.join(parts)}, got {arguments.parts!r}")
     arguments.model = checkpoint(arguments.model)
     begin = time.perf_counter()
-    result = {"settings": {k: v for k, v in vars(arguments).items() if k not in ("run", "output")}}
+    result = {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
     for part in chosen:
         result[part] = parts[part](arguments)
     result["seconds"] = round(time.perf_counter() - begin)
