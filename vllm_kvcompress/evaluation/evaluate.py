@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "ruler[:NAME+NAME] (with --data), harness:NAME+NAME (tasks of lm-evaluation-harness)",
     )
     parser.add_argument("--lengths", default="512,1024,2048", help="document lengths in tokens")
-    parser.add_argument("--repetitions", type=int, default=3, help="documents of each length")
+    parser.add_argument("--repetitions", type=int, default=2, help="documents of each length")
     parser.add_argument("--kl-tokens", type=int, default=64, help="tokens of each true continuation")
     parser.add_argument("--text", type=Path, help="prose to build documents of; Jane Austen's Persuasion")
     parser.add_argument("--data", type=Path, help="folder of LongBench's or RULER's files, or of task files")
