@@ -7,6 +7,7 @@ import pytest
 
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import bench, report, retrieval, stepped
+from vllm_kvcompress.evaluation.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
 
@@ -228,3 +229,16 @@ def test_bench_says_where_compression_does_not_pay(throughput, said):
 
 def test_ratios_are_of_pairs():
     assert stepped.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]
+
+
+def test_a_server_that_ends_says_why():
+    log = (
+        "(EngineCore pid=7) ERROR Traceback (most recent call last):\n"
+        "(EngineCore pid=7) ERROR ValueError: Available memory on node 0 is too small\n"
+        "(APIServer pid=6) ValueError: Available memory on node 0 is too small\n"
+        "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert first_errors(log) == [
+        "ValueError: Available memory on node 0 is too small",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]

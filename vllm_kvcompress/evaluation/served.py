@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -34,10 +36,10 @@ SERVED = {
 
 
 class Server:
-    """A `vllm serve` with a pool of a given size."""
+    """A `vllm serve` with a pool of a given size; starting when made, in use once `wait` has returned."""
 
     def __init__(self, variant: str, arguments: argparse.Namespace, blocks: int, folder: Path) -> None:
-        self.blocks = blocks
+        self.variant, self.model, self.blocks = variant, arguments.model, blocks
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -61,32 +63,47 @@ class Server:
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
+
+    def wait(self) -> None:
+        """Until the server has answered a first request.
+
+        Raises:
+            KVCompressionError: it did not start.
+        """
         deadline = time.monotonic() + START_SECONDS
         while True:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
-                last = self.log.read_text().strip().splitlines()[-15:]
-                raise KVCompressionError("\n".join([*last, f"the {variant} server did not start"]))
+                reasons = first_errors(self.log.read_text()) or ["no reason given"]
+                raise KVCompressionError(f"the {self.variant} server did not start: {'; '.join(reasons)}")
             with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-                self._get("/health")
-                return
+                self._ask("/health", timeout=10)
+                break
             time.sleep(0.5)
+        self._ask(
+            "/v1/completions", {"model": self.model, "prompt": [100] * 64, "max_tokens": 4}, timeout=100
+        )
 
-    def _get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+    def _ask(self, path: str, body: dict | None = None, *, timeout: float) -> str:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode() if body else None,
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.read().decode()
 
     def metrics(self) -> dict[str, float]:
         """Prometheus values by name, summed over labels."""
         values: dict[str, float] = {}
-        for line in self._get("/metrics").splitlines():
+        for line in self._ask("/metrics", timeout=10).splitlines():
             if not line.startswith("#"):
                 name, value = line.rsplit(" ", 1)
                 name = name.partition("{")[0]
                 values[name] = values.get(name, 0.0) + float(value)
         return values
 
-    def load(self, arguments: argparse.Namespace, prompt: int, seed: int, folder: Path) -> dict[str, Any]:
+    def load(self, arguments: argparse.Namespace, prompt: int, seed: int) -> dict[str, Any]:
         """Send all requests at once with vLLM's benchmark client; its report and what the server showed."""
         before = self.metrics()["vllm:num_preemptions_total"]
         peak = {"running": 0.0, "usage": 0.0}
@@ -101,22 +118,15 @@ class Server:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        report = folder / "client.json"
-        command = [sys.executable, "-c", _CLIENT, "--backend", "openai", "--port", str(self.port)]
-        command += ["--model", arguments.model, "--dataset-name", "random", "--ignore-eos"]
-        command += ["--random-input-len", str(prompt), "--random-output-len", str(arguments.output_tokens)]
-        command += ["--num-prompts", str(arguments.requests), "--seed", str(seed), "--disable-tqdm"]
-        command += ["--temperature", "0", "--percentile-metrics", "ttft,itl", "--save-result"]
-        command += ["--result-dir", str(folder), "--result-filename", report.name]
+        given = ["--backend", "openai", "--port", str(self.port), "--model", arguments.model]
+        given += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
+        given += ["--random-input-len", str(prompt), "--random-output-len", str(arguments.output_tokens)]
+        given += ["--num-prompts", str(arguments.requests), "--percentile-metrics", "ttft,itl"]
         try:
-            ran = subprocess.run(command, capture_output=True, text=True)
+            values = _benchmark_client([*given, "--ready-check-timeout-sec", "0", "--disable-tqdm"])
         finally:
             done.set()
             watcher.join()
-        if ran.returncode or not report.exists():
-            raise KVCompressionError(f"{ran.stderr[-2000:]}\nvLLM's benchmark client failed")
-        values = json.loads(report.read_text())
-        report.unlink()
         if values["completed"] != arguments.requests:
             raise KVCompressionError(f"{values['completed']} of {arguments.requests} requests were answered")
         return {
@@ -136,14 +146,21 @@ class Server:
         self.process.wait()
 
 
-_CLIENT = """
-import argparse
-from vllm.benchmarks.serve import add_cli_args, main
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-parser = FlexibleArgumentParser()
-add_cli_args(parser)
-main(parser.parse_args())
-"""
+def first_errors(log: str) -> list[str]:
+    """The exceptions named in a server's log, each once, in order: the cause before its effects."""
+    named = re.findall(r"\b(\w+(?:Error|Exception): .+)", log)
+    return list(dict.fromkeys(named))[:3]
+
+
+def _benchmark_client(given: list[str]) -> dict[str, Any]:
+    """Run `vllm bench serve` here, without its printing."""
+    from vllm.benchmarks.serve import add_cli_args, main
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return main(parser.parse_args(given))
 
 
 def measure_serving(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -160,11 +177,13 @@ def measure_serving(arguments: argparse.Namespace) -> dict[str, Any]:
         for variant in ("stock", "compressed"):
             servers[variant] = Server(variant, arguments, blocks, folder)
             stack.callback(servers[variant].stop)
+        for server in servers.values():
+            server.wait()
         with tqdm(total=len(regimes) * arguments.server_rounds * 2, desc="served load") as bar:
             for name, prompt in regimes.items():
                 for number in range(arguments.server_rounds):
                     for variant, server in servers.items():
-                        runs[name][variant].append(server.load(arguments, prompt, number, folder))
+                        runs[name][variant].append(server.load(arguments, prompt, number))
                         bar.update()
     return {
         "pool_blocks": blocks - 1,

@@ -106,8 +106,9 @@ def _engines(variants: Sequence[str], arguments: argparse.Namespace) -> Iterator
         process.start()
         processes.append(process)
         theirs.close()
-        _receive(connections[variant], variant)
     try:
+        for variant in variants:
+            _receive(connections[variant], variant)
         yield connections
     finally:
         for connection in connections.values():
