@@ -12,10 +12,12 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.support import check_supported
+from vllm_kvcompress.paging.repetition import LEAST
+from vllm_kvcompress.support import check_method, check_supported
 
 KEY = "kv_compression"
 _WORKERS = {
@@ -32,6 +34,7 @@ def register() -> None:
     EngineArgs.from_cli_args = classmethod(_with_flag_value(EngineArgs.from_cli_args.__func__))
     EngineArgs.create_engine_config = _with_compression(EngineArgs.create_engine_config)
     InputProcessor._validate_params = _with_request_check(InputProcessor._validate_params)
+    InputProcessor.process_inputs = _with_length_check(InputProcessor.process_inputs)
 
 
 def _with_flag(add_cli_args):
@@ -107,6 +110,7 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     if not config.enabled:  # "off" is the same as not asking
         return vllm_config
     check_supported(vllm_config)
+    check_method(config, vllm_config)
     scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
     if scheduler_config.scheduler_cls is not None or parallel_config.worker_cls not in _WORKERS:
         raise KVCompressionError(
@@ -150,6 +154,48 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
             raise KVCompressionError(
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
-        engine.for_request(value)
+        check_method(engine.for_request(value), vllm_config)
     except KVCompressionError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None
+
+
+def _with_length_check(process_inputs):
+    @functools.wraps(process_inputs)
+    def wrapped(self, *args, **kwargs):
+        request = process_inputs(self, *args, **kwargs)
+        if isinstance(self.vllm_config.scheduler_config.scheduler_cls, str) and request.sampling_params:
+            _check_length(self.vllm_config, request)
+        return request
+
+    return wrapped
+
+
+def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse a request that could not be served in this pool, or not with the method it asks for."""
+    requested = _requested(vllm_config)
+    if requested is None:
+        return
+    params, longest = request.sampling_params, vllm_config.model_config.max_model_len
+    engine = KVCompressionConfig.parse(requested)
+    config = engine.for_request((params.extra_args or {}).get(KEY))
+    prompt = request.prompt_token_ids
+    problem = None
+    if config.enabled and config.repeats and (prompt is None or request.mm_features):
+        problem = f"{config.method} repeats the prompt, which must be text; use another method"
+    elif config.enabled and config.repeats and len(prompt) + LEAST > longest:
+        problem = (
+            f"{config.method} needs {LEAST} tokens behind the prompt of {len(prompt)}, but --max-model-len "
+            f"is {longest}; raise it or use another method"
+        )
+    elif engine.when == "streaming" and prompt is not None:
+        # The pool may be smaller than a request that keeps everything.
+        cache = vllm_config.cache_config
+        num_tokens = min(len(prompt) + (params.max_tokens or longest), longest)
+        needed = config.peak_blocks(len(prompt), num_tokens, cache.block_size)
+        if cache.num_gpu_blocks and needed > cache.num_gpu_blocks - 1:
+            problem = (
+                f"{num_tokens} tokens need {needed} blocks of the pool's {cache.num_gpu_blocks - 1} with "
+                "these options; lower max_tokens, or keep when=streaming"
+            )
+    if problem:
+        raise VLLMValidationError(f"kv_compression: {problem}", parameter=KEY)

@@ -4,7 +4,7 @@ import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 SUPPORTED_VLLM = "0.32."
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
@@ -19,6 +19,33 @@ def check_supported(vllm_config: VllmConfig) -> None:
     for present, feature, remedy in _refusals(vllm_config):
         if present:
             raise KVCompressionError(f"kv-compression does not support {feature}; {remedy}")
+
+
+def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
+    """Refuse a method that needs what this model or engine has not.
+
+    Raises:
+        KVCompressionError: one line that names it and what to do.
+    """
+    model = vllm_config.model_config
+    if config.build_policy().needs_rotary and (
+        model.uses_mrope or not getattr(model.hf_text_config, "rope_parameters", None)
+    ):
+        raise KVCompressionError(
+            f"kv-compression method {config.method} needs one-dimensional rotary position embeddings, "
+            "which this model has not; use another method"
+        )
+    if config.repeats and model.skip_tokenizer_init:
+        raise KVCompressionError(
+            f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
+        )
+    parallel = vllm_config.parallel_config
+    try:
+        config.build_allocation().check_model(
+            model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+        )
+    except ValueError as error:
+        raise KVCompressionError(f"kv-compression: {error}") from None
 
 
 def _refusals(config: VllmConfig):

@@ -65,7 +65,13 @@ class Layers:
         return impl
 
     def compact(self, request_id: str, destination: list[int], counts: torch.Tensor, boundary: int) -> None:
-        self.tables[request_id] = RequestTable(self.grid, torch.tensor(destination), counts, boundary)
+        self.tables[request_id] = RequestTable(
+            self.grid,
+            torch.tensor(destination),
+            counts,
+            boundary,
+            positions=torch.zeros(int(counts.sum()), self.grid.block_size),
+        )
 
     def plain(self, pages: list[int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
         index = torch.tensor(pages)

@@ -235,7 +235,9 @@ class Engine:
         self.step()  # lets the worker hear of that one too
         assert not self.scheduler.requests and not self.scheduler.running and not self.scheduler.waiting
         if self.manager is not None:
-            assert not self.scheduler._plans
+            assert not self.scheduler._tracked
+            assert not self.scheduler._repetitions._progress and not self.scheduler._repetitions._announced
+            assert not self.manager.peak_blocks and not self.manager.borrowers
             assert not self.manager.compacted and not self.manager.req_to_blocks
             state = self.worker.compression
             assert not state.tables and len(state.observer) == 0

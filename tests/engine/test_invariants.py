@@ -121,7 +121,7 @@ def test_a_request_keeps_the_same_tokens_alone_and_in_a_batch(engine, long_ids):
         (long_ids(200 + 90 * i, seed=60 + i), sampling(6 + i, option)) for i, option in enumerate(options)
     ]
     batch = engine.run_all(requests)
-    together = {len(c.positions()) and c.job.num_prompt_tokens: c for c in engine.compactions}
+    together = {len(c.positions()) and c.job.num_tokens: c for c in engine.compactions}
     for (prompt, params), in_batch in zip(requests, batch, strict=True):
         alone = engine.run_fresh(prompt, params)
         last, other = engine.compactions[-1], together[len(prompt)]

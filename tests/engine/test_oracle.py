@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 # Two float32 implementations of one model agree to about this much in a score.
 NEAR_TIE = 1e-4
 
+CHUNK = 300  # tokens that KVzip repeats at a time
+
 # method, allocation that it should get, budget, prompt length, the request's options
 CASES = {
     "snapkv": ("snapkv", "uniform", 0.25, 1201, "snapkv:budget=0.25"),
@@ -41,6 +43,14 @@ CASES = {
     "tova, global": ("tova", "global", 0.5, 640, "tova:budget=0.5,window=32,allocation=global"),
     "knorm": ("knorm", "uniform", 0.25, 640, "knorm:budget=0.25"),
     "keydiff": ("keydiff", "adaptive", 0.25, 640, "keydiff:budget=0.25,allocation=adaptive"),
+    "h2o": ("h2o", "uniform", 0.25, 640, "h2o:budget=0.25"),
+    "h2o, adaptive": ("h2o", "adaptive", 0.5, 640, "h2o:budget=0.5,allocation=adaptive,recent=0.25"),
+    "kv_compress_full": ("kv_compress_full", "global", 0.25, 640, "kv_compress_full:budget=0.25"),
+    "expected_attention": ("expected_attention", "uniform", 0.25, 640, "expected_attention:budget=0.25"),
+    "criticalkv": ("criticalkv", "uniform", 0.25, 640, "criticalkv:budget=0.25"),
+    "criticalkv, global": ("criticalkv", "global", 0.25, 640, "criticalkv:budget=0.25,allocation=global"),
+    # In three parts, the last of which is short.
+    "kvzip": ("kvzip", "global", 0.25, 640, f"kvzip:budget=0.25,chunk={CHUNK}"),
 }
 
 
@@ -54,21 +64,23 @@ class Attention:
     Attributes:
         queries: per layer `[Hq, tokens, D]` of the last pass, after RoPE.
         keys: per layer `[H, tokens, D]`, likewise, with those of earlier passes.
+        values: per layer `[H, tokens, D]`, likewise.
         hidden: per layer `[H, tokens]`, True where a KV head dropped a token; None for full attention.
     """
 
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
+    values: dict[int, Tensor]
     hidden: Tensor | None = None
 
 
-ATTENTION = Attention({}, {})
+ATTENTION = Attention({}, {}, {})
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, **_):
     """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]` that leaves out what each KV head dropped."""
     layer, group = module.layer_idx, module.num_key_value_groups
-    ATTENTION.queries[layer], ATTENTION.keys[layer] = query[0], key[0]
+    ATTENTION.queries[layer], ATTENTION.keys[layer], ATTENTION.values[layer] = query[0], key[0], value[0]
     num_queries, num_keys = query.shape[2], key.shape[2]
     mask = torch.zeros(query.shape[1], num_queries, num_keys)
     mask.masked_fill_(torch.ones(num_queries, num_keys).triu(num_keys - num_queries + 1).bool(), -torch.inf)
@@ -87,6 +99,7 @@ class Prompt:
     ids: list[int]
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
+    values: dict[int, Tensor]
     cache: DynamicCache
     first_logits: Tensor
 
@@ -110,7 +123,12 @@ def prompts(reference, long_ids):
             ATTENTION.hidden = None
             out = reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
             known[num_tokens] = Prompt(
-                ids, dict(ATTENTION.queries), dict(ATTENTION.keys), out.past_key_values, out.logits[0, -1]
+                ids,
+                dict(ATTENTION.queries),
+                dict(ATTENTION.keys),
+                dict(ATTENTION.values),
+                out.past_key_values,
+                out.logits[0, -1],
             )
         return known[num_tokens]
 
@@ -188,7 +206,116 @@ def key_scores(method: str, prompt: Prompt, boundary: int) -> Tensor:
     return torch.stack(layers)
 
 
-def scores_of(method: str, prompt: Prompt, boundary: int, known={}) -> Tensor:  # noqa: B006 (a memo)
+def all_queries_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
+    """H2O and the full KV-Compress `[L, H, T]`: attention of every query, summed over queries and group."""
+    num_prompt = len(prompt.ids)
+    future = torch.ones(num_prompt, num_prompt, dtype=torch.bool).triu(1)
+    layers = []
+    for layer, keys in prompt.keys.items():
+        queries, heads = prompt.queries[layer], keys.shape[0]
+        total = torch.zeros(heads, num_prompt, dtype=torch.float64)
+        for query_head, query in enumerate(queries):
+            head = query_head * heads // len(queries)
+            logits = query.double() @ keys[head].double().T / math.sqrt(keys.shape[2])
+            weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+            total[head] += (weights**2 if squared else weights).sum(0)
+        layers.append(total[:, :boundary])
+    return torch.stack(layers)
+
+
+@torch.inference_mode()
+def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
+    """Expected Attention `[L, H, T]`, from the queries that leave the projection before RoPE."""
+    before, hooks = {}, []
+    for index, layer in enumerate(reference.model.layers):
+        hook = lambda module, given, out, index=index: before.__setitem__(index, out[0])  # noqa: E731
+        hooks.append(layer.self_attn.q_proj.register_forward_hook(hook))
+    reference(torch.tensor([prompt.ids]))
+    for hook in hooks:
+        hook.remove()
+    num_prompt, (heads, _, size) = len(prompt.ids), prompt.keys[0].shape
+    positions = torch.arange(num_prompt, num_prompt + 512)[None]
+    cos, sin = (t[0].double() for t in reference.model.rotary_emb(torch.zeros(1, 1, size), positions))
+    half = size // 2
+    turn = torch.zeros(size, size, dtype=torch.float64)
+    turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
+    rotation = torch.diag(cos.mean(0)) + sin.mean(0)[:, None] * turn
+    layers = []
+    for layer, keys in prompt.keys.items():
+        queries = before[layer].double().view(num_prompt, -1, size)[4:]
+        keys, total = keys[:, :num_prompt].double(), 0
+        group = queries.shape[1] // heads
+        for member in range(group):
+            own = queries[:, member::group].transpose(0, 1)  # one query head of every KV head's group
+            mean = own.mean(1)
+            covariance = torch.stack([torch.cov(q.T, correction=0) for q in own])
+            mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
+            logits = (keys @ mean[..., None])[..., 0] / math.sqrt(size)
+            logits += torch.einsum("hwi,hij,hwj->hw", keys, covariance, keys) / size / 2
+            total = total + logits[:, 4:].softmax(-1) / group
+        scores = total * prompt.values[layer][:, 4:num_prompt].double().norm(dim=-1)
+        layers.append(torch.nn.functional.pad(scores, (4, 0), value=torch.inf)[:, :boundary])
+    return torch.stack(layers)
+
+
+@torch.inference_mode()
+def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor:
+    """KVzip `[L, H, T]`: the context and its repetition, part by part, in one pass each."""
+    num_prompt, heads = len(prompt.ids), prompt.keys[0].shape[0]
+    most = torch.zeros(len(prompt.keys), heads, num_prompt, dtype=torch.float64)
+    for begin in range(0, num_prompt, CHUNK):
+        end = min(begin + CHUNK, num_prompt)
+        ask = "\n\nRepeat the previous context exactly."
+        if begin:
+            ask = "\n\nRepeat the part of the previous context exactly, starting with"
+        asked = tokenizer.encode(ask, add_special_tokens=False) + prompt.ids[max(begin - 8, 0) : begin]
+        repetition = asked + prompt.ids[begin:end]
+        reference(torch.tensor([prompt.ids + repetition]))
+        for layer in range(len(prompt.keys)):
+            queries = ATTENTION.queries[layer][:, num_prompt:].double()
+            keys = ATTENTION.keys[layer].double()
+            sinks = list(range(4)) if begin else []
+            seen = keys[:, [*sinks, *range(begin, end), *range(num_prompt, num_prompt + len(repetition))]]
+            own = len(repetition)
+            for query_head, query in enumerate(queries):
+                head = query_head * heads // len(queries)
+                logits = query @ seen[head].T / math.sqrt(keys.shape[2])
+                logits[:, -own:] += torch.full((own, own), -torch.inf).triu(1)
+                part = logits.softmax(-1)[:, len(sinks) : len(sinks) + end - begin].amax(0)
+                most[layer, head, begin:end] = torch.maximum(most[layer, head, begin:end], part)
+    return most[..., :boundary]
+
+
+def selecting_scores(method: str, options, reference, prompt: Prompt, scores: Tensor, counts) -> Tensor:
+    """The scores by which tokens are chosen once every head's pages are known; `[L, H, T]`."""
+    if method not in ("h2o", "criticalkv"):
+        return scores
+    chosen = scores.clone()
+    for layer in range(len(scores)):
+        for head in range(scores.shape[1]):
+            kept = int(counts[layer][head]) * BLOCK_SIZE
+            if method == "h2o":
+                recent = kept // 4 if "recent=0.25" in options else kept // 2
+                chosen[layer, head, scores.shape[2] - recent :] = torch.inf
+                continue
+            weight = reference.model.layers[layer].self_attn.o_proj.weight.double()
+            size = prompt.values[layer].shape[2]
+            group = weight.shape[1] // size // scores.shape[1]
+            length = 0
+            for member in range(group):
+                begin = (head * group + member) * size
+                through = prompt.values[layer][head].double() @ weight[:, begin : begin + size].T
+                length = length + through.abs().sum(-1) / group
+            # SnapKV's mean over the group, where the oracle above has the sum.
+            weighted = (scores[layer, head] / group + 1e-4) * length[: scores.shape[2]]
+            first = scores[layer, head].sort(descending=True, stable=True).indices[: kept // 2]
+            weighted[first] = torch.inf
+            chosen[layer, head] = weighted
+    chosen[:, :, :SINKS] = torch.inf
+    return chosen
+
+
+def scores_of(method: str, prompt: Prompt, boundary: int, reference, tokenizer, known={}) -> Tensor:  # noqa: B006, E501 (a memo)
     key = method, len(prompt.ids)
     if key not in known:
         if method == "streaming_llm":
@@ -198,10 +325,17 @@ def scores_of(method: str, prompt: Prompt, boundary: int, known={}) -> Tensor:  
             )
         elif method == "tova":
             known[key] = last_query_scores(prompt, boundary)
+        elif method in ("h2o", "kv_compress_full"):
+            known[key] = all_queries_scores(prompt, boundary, squared=method != "h2o")
+        elif method == "expected_attention":
+            known[key] = expected_scores(reference, prompt, boundary)
+        elif method == "kvzip":
+            known[key] = repeat_scores(reference, tokenizer, prompt, boundary)
         elif method in ("knorm", "keydiff"):
             known[key] = key_scores(method, prompt, boundary)
         else:
             known[key] = attention_scores(prompt, boundary, squared=method == "kv_compress")
+        known[key] = known[key].clone()  # out of inference mode
         known[key][:, :, :SINKS] = torch.inf
     return known[key]
 
@@ -283,7 +417,7 @@ COUNTS = {
 
 
 @pytest.fixture(params=CASES, scope="module")
-def case(request, shared_engine, prompts):
+def case(request, shared_engine, prompts, reference, tokenizer):
     """One case, run: its prompt, its compaction and its output."""
     method, allocation, budget, num_tokens, options = CASES[request.param]
     prompt = prompts(num_tokens)
@@ -292,18 +426,14 @@ def case(request, shared_engine, prompts):
     shared_engine.finish()
     boundary = (num_tokens - WINDOW) // BLOCK_SIZE * BLOCK_SIZE
     blocks = math.ceil(Fraction(str(budget)) * (boundary // BLOCK_SIZE))
-    return (
-        prompt,
-        scores_of(method, prompt, boundary),
-        allocation,
-        blocks,
-        shared_engine.compaction_of(name),
-        shared_engine.outputs.pop(name),
-    )
+    scores = scores_of(method, prompt, boundary, reference, tokenizer)
+    compaction = shared_engine.compaction_of(name)
+    chosen = selecting_scores(method, options, reference, prompt, scores, compaction.counts)
+    return prompt, scores, chosen, allocation, blocks, compaction, shared_engine.outputs.pop(name)
 
 
 def test_page_counts_are_those_of_the_allocation(case):
-    _, scores, allocation, blocks, compaction, _ = case
+    _, scores, _, allocation, blocks, compaction, _ = case
     layers, heads, num_tokens = scores.shape
     assert len(compaction.job.destination) == blocks
     assert compaction.job.boundary == num_tokens
@@ -326,7 +456,7 @@ def test_page_counts_are_those_of_the_allocation(case):
 
 
 def test_kept_tokens_are_the_best_of_each_head(case):
-    _, scores, _, _, compaction, _ = case
+    _, _, scores, _, _, compaction, _ = case
     exchanged = total = 0
     for layer, of_heads in enumerate(compaction.positions()):
         for head, kept in enumerate(of_heads):
@@ -343,7 +473,7 @@ def test_kept_tokens_are_the_best_of_each_head(case):
 
 
 def test_logits_after_compaction_are_those_of_attention_over_the_kept_tokens(case, reference):
-    prompt, scores, _, _, compaction, output = case
+    prompt, scores, _, _, _, compaction, output = case
     hidden = torch.ones(scores.shape, dtype=torch.bool)
     for layer, of_heads in enumerate(compaction.positions()):
         for head, kept in enumerate(of_heads):
@@ -359,7 +489,7 @@ def test_logits_after_compaction_are_those_of_attention_over_the_kept_tokens(cas
 
 def test_the_oracle_tells_compacted_from_full_attention(case, reference):
     # Otherwise the test above would also pass for a plugin that drops nothing.
-    prompt, scores, _, _, _, output = case
+    prompt, scores, *_, output = case
     nothing = torch.zeros(scores.shape, dtype=torch.bool)
     full = continue_on_kept(reference, prompt, tokens(output), nothing)
     off = max(

@@ -38,7 +38,7 @@ def test_compaction_returns_all_but_the_kept_blocks_and_the_raw_tail():
     manager = manager_of(30)
     free = manager.block_pool.get_num_free_blocks()
     admit(manager, request_of("a", 10 * BLOCK), 10 * BLOCK)
-    source, destination = manager.compact("a", 8, 2)
+    _, source, destination = manager.compact("a", 0, 8, 2)
     assert (len(source), len(destination)) == (8, 2)
     assert manager.held_blocks("a") == 2 + 2
     assert manager.block_pool.get_num_free_blocks() == free - 4
@@ -53,7 +53,7 @@ def test_source_blocks_stay_in_the_prefix_cache_after_they_are_freed():
     manager = manager_of(30)
     request = request_of("a", 10 * BLOCK)
     admit(manager, request, 10 * BLOCK)
-    source, _ = manager.compact("a", 8, 2)
+    _, source, _ = manager.compact("a", 0, 8, 2)
     found = [manager.block_pool.get_cached_block(h, [0])[0].block_id for h in request.block_hashes[:8]]
     assert tuple(found) == source
 
@@ -62,7 +62,7 @@ def test_blocks_computed_on_compacted_context_never_enter_the_prefix_cache():
     manager = manager_of(30)
     request = request_of("a", 12 * BLOCK)
     admit(manager, request, 10 * BLOCK)
-    manager.compact("a", 8, 2)
+    manager.compact("a", 0, 8, 2)
     manager.allocate_new_blocks("a", 12 * BLOCK, 12 * BLOCK)
     manager.cache_blocks(request, 12 * BLOCK, replay_boundaries=())
     assert manager.block_pool.get_cached_block(request.block_hashes[9], [0]) is not None
@@ -74,7 +74,7 @@ def test_a_full_pool_reuses_the_requests_own_blocks_and_drops_their_cache_entrie
     request = request_of("a", 10 * BLOCK)
     admit(manager, request, 10 * BLOCK)
     assert manager.block_pool.get_num_free_blocks() == 0
-    source, destination = manager.compact("a", 8, 2)
+    _, source, destination = manager.compact("a", 0, 8, 2)
     assert set(destination) <= set(source)
     for block_id, block_hash in zip(source, request.block_hashes, strict=False):
         cached = manager.block_pool.get_cached_block(block_hash, [0])
@@ -93,12 +93,70 @@ def test_a_block_that_another_request_reads_is_never_a_destination(num_shared):
     admit(manager, second, 10 * BLOCK if num_shared == 8 else 9 * BLOCK, hit=num_shared)
     assert manager.block_pool.get_num_free_blocks() == 0
     before = list(manager.req_to_blocks["b"])
-    swapped = manager.compact("b", 8, 2)
+    swapped = manager.compact("b", 0, 8, 2)
     if swapped is None:
         assert manager.req_to_blocks["b"] == before and "b" not in manager.compacted
     else:
-        assert not shared & set(swapped[1])
+        assert not shared & set(swapped[2])
     assert (swapped is None) == (num_shared >= 7)
     manager.free("a")
     manager.free("b")
     assert manager.block_pool.get_num_free_blocks() == 12
+
+
+def test_a_later_compaction_takes_the_earlier_ones_blocks_again_and_returns_the_rest():
+    manager = manager_of(30)
+    free = manager.block_pool.get_num_free_blocks()
+    admit(manager, request_of("a", 10 * BLOCK), 10 * BLOCK)
+    _, _, first = manager.compact("a", 0, 8, 4)
+    manager.allocate_new_blocks("a", 16 * BLOCK, 16 * BLOCK)
+    previous, source, destination = manager.compact("a", 8, 14, 3)
+    assert previous == first and len(source) == 6
+    assert destination == first[:3]
+    assert manager.held_blocks("a") == 3 + 2
+    assert manager.block_pool.get_num_free_blocks() == free - 5
+    manager.free("a")
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_a_growing_compaction_in_a_full_pool_uses_the_requests_own_blocks():
+    manager = manager_of(15)
+    admit(manager, request_of("a", 10 * BLOCK), 10 * BLOCK)
+    manager.compact("a", 0, 8, 2)
+    manager.allocate_new_blocks("a", 20 * BLOCK, 20 * BLOCK)
+    assert manager.block_pool.get_num_free_blocks() == 0
+    previous, source, destination = manager.compact("a", 8, 18, 6)
+    assert set(previous) < set(destination) <= set(previous) | set(source)
+    assert manager.held_blocks("a") == 6 + 2
+
+
+def test_a_request_that_reads_anothers_blocks_gives_them_back_and_is_never_cached():
+    manager = manager_of(30)
+    owner, other = request_of("a", 8 * BLOCK), request_of("b", 8 * BLOCK, "b")
+    admit(manager, owner, 8 * BLOCK)
+    free = manager.block_pool.get_num_free_blocks()
+    shared = list(manager.req_to_blocks["a"][:6])
+    manager.borrowers.add("b")
+    manager.add_local_computed_blocks("b", shared, 6 * BLOCK, 0)
+    manager.allocate_new_blocks("b", 8 * BLOCK, 8 * BLOCK)
+    manager.cache_blocks(other, 8 * BLOCK, replay_boundaries=())
+    assert all(block.ref_cnt == 2 for block in shared)
+    assert manager.block_pool.get_cached_block(other.block_hashes[7], [0]) is None
+    manager.free("b")
+    assert all(block.ref_cnt == 1 for block in shared)
+    assert manager.block_pool.get_num_free_blocks() == free
+
+
+def test_a_request_that_is_compacted_on_the_way_asks_for_its_peak_alone():
+    manager = manager_of(30)
+    asked = dict(
+        new_computed_blocks=[],
+        total_computed_tokens=0,
+        num_local_computed_tokens=0,
+        num_tokens_main_model=100 * BLOCK,
+        apply_admission_cap=True,
+    )
+    assert manager.get_num_blocks_to_allocate("a", 100 * BLOCK, **asked) == 100
+    manager.peak_blocks["a"] = 12
+    assert manager.get_num_blocks_to_allocate("a", 100 * BLOCK, **asked) == 12
+    assert manager.get_num_blocks_to_allocate("a", 5 * BLOCK, **asked) == 5

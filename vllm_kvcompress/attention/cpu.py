@@ -21,7 +21,7 @@ from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.spec import CompactableSpec
 
 if TYPE_CHECKING:
-    from vllm_kvcompress.worker.observer import ObservedSpan
+    from vllm_kvcompress.worker.observer import Span
     from vllm_kvcompress.worker.state import CompressionState
 
 
@@ -54,7 +54,7 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
 
     rest_tokens: Tensor | None = None
     compacted: CompactedRows | None = None
-    observed: "list[ObservedSpan]" = field(default_factory=list)
+    observed: "list[Span]" = field(default_factory=list)
 
 
 class CompressedCPUAttentionBackend(CPUAttentionBackend):
@@ -86,7 +86,9 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
         request_ids = state.rows.request_ids(common.num_reqs)
-        observed = state.observer.spans(request_ids, common.query_start_loc_cpu, common.seq_lens)
+        observed = state.observer.spans(
+            request_ids, common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor
+        )
         tables = [state.tables.get(request_id) for request_id in request_ids]
         rows = [row for row, table in enumerate(tables) if table is not None]
         if not rows:

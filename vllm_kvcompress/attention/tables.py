@@ -16,10 +16,13 @@ class RequestTable:
     Attributes:
         boundary: first raw token; tokens below it are in the runs.
         run_tokens: `[L, H]` int32, tokens that each head kept below the boundary.
+        positions: `[pages, N]` int32, their positions in the sequence, in run order.
         pages: `[L, H, W]` int32 physical pages, in token order; entries past a head's length are 0.
     """
 
-    def __init__(self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int) -> None:
+    def __init__(
+        self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int, positions: Tensor
+    ) -> None:
         """Lay out the runs.
 
         Args:
@@ -27,8 +30,10 @@ class RequestTable:
             destination: `[n]` int64, the request's compacted blocks.
             counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
             boundary: first raw token, a multiple of the block size.
+            positions: `[n·L·H, N]`, the kept tokens' positions, in run order.
         """
         self.grid = grid
+        self.positions = positions.to(torch.int32)
         self.boundary = boundary
         self.counts = counts
         self.run_tokens = (counts * grid.block_size).to(torch.int32)
@@ -38,6 +43,24 @@ class RequestTable:
         in_run = torch.arange(self.pages.shape[-1]) < counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
         self.pages[in_run] = grid.linear_pages(destination).to(torch.int32)
+
+    def right_aligned(self, layer: int) -> Tensor:
+        """Pages of a layer's runs, every head's last page in the last column, `[H, W]` int64; -1 before."""
+        counts = self.counts[layer]
+        width = int(counts.max())
+        column = torch.arange(width) - (width - counts[:, None])
+        pages = self.pages[layer].long().gather(1, column.clamp(min=0))
+        return pages.where(column >= 0, -1)
+
+    def right_aligned_positions(self, layer: int) -> Tensor:
+        """Token positions of `right_aligned`'s columns, `[H, W·N]` int64; 0 before a head's first."""
+        counts = self.counts[layer]
+        first = int(self.counts[:layer].sum())
+        of_layer = self.positions[first : first + int(counts.sum())]
+        width = int(counts.max())
+        out = torch.zeros(len(counts), width, self.grid.block_size, dtype=torch.int64)
+        out[torch.arange(width) >= width - counts[:, None]] = of_layer.long()
+        return out.flatten(1)
 
     def num_tail_blocks(self, seq_len: int) -> int:
         """Blocks that the raw tail of a sequence of `seq_len` tokens spans."""

@@ -12,17 +12,21 @@ class Job:
     Attributes:
         request_id: vLLM's request id.
         config: the request's own resolved options.
-        num_prompt_tokens: P, tokens whose queries and keys the policy may look at.
+        num_tokens: tokens computed so far, whose keys and queries the policy may look at.
         boundary: first token that stays raw, a multiple of the block size.
-        source: block ids that hold tokens `[0, boundary)`, raw; freed once the Job has run.
-        tail: block ids that hold tokens `[boundary, P)`, raw; they stay.
-        destination: block ids that receive the kept pages; may overlap `source`.
+        previous_boundary: the boundary of the request's last compaction; 0 for the first one.
+        previous: block ids of its last compaction's pages; freed once the Job has run.
+        source: block ids that hold tokens `[previous_boundary, boundary)`, raw; likewise freed.
+        tail: block ids that hold tokens `[boundary, num_tokens)`, raw; they stay.
+        destination: block ids that receive the kept pages; may overlap `previous` and `source`.
     """
 
     request_id: str
     config: KVCompressionConfig
-    num_prompt_tokens: int
+    num_tokens: int
     boundary: int
+    previous_boundary: int
+    previous: tuple[int, ...]
     source: tuple[int, ...]
     tail: tuple[int, ...]
     destination: tuple[int, ...]
@@ -30,11 +34,29 @@ class Job:
 
 @dataclass(frozen=True)
 class Observation:
-    """Asks the workers to keep the queries of a prompt's last `window` tokens until its Job arrives."""
+    """Asks the workers to keep what a request's policy needs of its queries, from this step on."""
 
     request_id: str
-    num_prompt_tokens: int
-    window: int
+    config: KVCompressionConfig
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Announces a request that repeats a part of another one's context, whose attention scores that part.
+
+    Attributes:
+        request_id: the repeating request; its tokens `[num_context, ...)` are the repetition.
+        owner_id: the request whose context it repeats.
+        begin: first token of the part.
+        end: one past its last token.
+        num_context: tokens of the context, which the two requests share.
+    """
+
+    request_id: str
+    owner_id: str
+    begin: int
+    end: int
+    num_context: int
 
 
 @dataclass(frozen=True)
@@ -44,9 +66,11 @@ class CompressionStep:
     Attributes:
         released: requests whose compacted pages were returned (preempted or finished) before this step runs.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
-        observations: requests whose prompt starts to be computed in this step.
+        observations: requests that start to be computed in this step.
+        repetitions: repeating requests that start to be computed in this step.
     """
 
     released: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
+    repetitions: list[Repetition] = field(default_factory=list)

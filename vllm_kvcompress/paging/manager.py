@@ -19,40 +19,72 @@ class CompactingManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self.compacted: dict[str, list[KVCacheBlock]] = {}
+        self.peak_blocks: dict[str, int] = {}  # of the requests that are compacted while they are prefilled
+        self.borrowers: set[str] = set()  # requests that read another one's blocks and leave nothing behind
         self._released: list[str] = []
 
     def compact(
-        self, request_id: str, num_source: int, num_kept: int
-    ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Swap the first `num_source` blocks of a request for `num_kept` compacted ones.
+        self, request_id: str, begin: int, end: int, num_kept: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+        """Swap a request's compacted blocks and the raw ones `[begin, end)` of its row for `num_kept` blocks.
 
-        The source blocks are freed at once. That is safe because the worker runs the Job before any write of
-        the step that is now being scheduled. They keep their prefix-cache hashes until they are reused.
+        What is no longer needed is freed at once. That is safe because the worker runs the Job before any
+        write of the step that is now being scheduled. Raw blocks keep their prefix-cache hashes until they
+        are reused.
 
         Returns:
-            Source and destination block ids, or None while neither the pool nor the request's own unshared
-            blocks can provide the destination.
+            Block ids of the previous compaction, of the raw source and of the destination; or None while
+            neither the pool nor the request's own unshared blocks can provide the destination.
         """
         row = self.req_to_blocks[request_id]
-        source = row[:num_source]
-        destination = self._take_destination(source, num_kept)
+        previous, source = self.compacted.get(request_id, []), row[begin:end]
+        destination = self._take_destination(previous, source, num_kept)
         if destination is None:
             return None
-        row[:num_source] = [self._null_block] * num_source
+        row[begin:end] = [self._null_block] * (end - begin)
         reused = {block.block_id for block in destination}
-        self.block_pool.free_blocks(block for block in reversed(source) if block.block_id not in reused)
+        self.block_pool.free_blocks(
+            block for block in (*previous, *reversed(source)) if block.block_id not in reused
+        )
         self.compacted[request_id] = destination
-        return tuple(b.block_id for b in source), tuple(b.block_id for b in destination)
+        ids = (tuple(block.block_id for block in blocks) for blocks in (previous, source, destination))
+        return next(ids), next(ids), next(ids)
 
-    def _take_destination(self, source: list[KVCacheBlock], num_kept: int) -> list[KVCacheBlock] | None:
-        num_new = min(num_kept, self.block_pool.get_num_free_blocks())
-        # A block that another request can read must not be written; one that only the prefix cache
+    def _take_destination(
+        self, previous: list[KVCacheBlock], source: list[KVCacheBlock], num_kept: int
+    ) -> list[KVCacheBlock] | None:
+        # Compacted blocks are the request's own, so a later compaction needs few new ones, and never waits.
+        again = previous[:num_kept]
+        num_new = min(num_kept - len(again), self.block_pool.get_num_free_blocks())
+        # A raw block that another request can read must not be written; one that only the prefix cache
         # knows may be, once its entry is gone.
-        own = [block for block in source if block.ref_cnt == 1][: num_kept - num_new]
-        if num_new + len(own) < num_kept:
+        own = [block for block in source if block.ref_cnt == 1][: num_kept - len(again) - num_new]
+        if len(again) + num_new + len(own) < num_kept:
             return None
         self.block_pool.evict_blocks({block.block_id for block in own})
-        return self.block_pool.get_new_blocks(num_new) + own
+        return again + self.block_pool.get_new_blocks(num_new) + own
+
+    def get_num_blocks_to_allocate(
+        self, request_id: str, num_tokens: int, *args, apply_admission_cap: bool = False, **kwargs
+    ) -> int:
+        # Whether a whole prompt fits is asked before it starts; one that is compacted on the way never
+        # holds all of its blocks.
+        if apply_admission_cap and request_id in self.peak_blocks:
+            num_tokens = min(num_tokens, self.peak_blocks[request_id] * self.block_size)
+        return super().get_num_blocks_to_allocate(
+            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
+        )
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
+    ) -> None:
+        if request_id not in self.borrowers:
+            return super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
+        row = self.req_to_blocks[request_id]
+        assert not row
+        self.block_pool.touch(new_computed_blocks)
+        row.extend(new_computed_blocks)
+        self.num_cached_block[request_id] = len(row)
 
     def held_blocks(self, request_id: str) -> int:
         """Blocks of the pool that the request holds: its raw blocks and its compacted ones."""
@@ -73,7 +105,7 @@ class CompactingManager(FullAttentionManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         # Whatever is computed on top of compacted context is not what its hash promises.
-        if request.request_id in self.compacted:
+        if request.request_id in self.compacted or request.request_id in self.borrowers:
             return
         super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 

@@ -1,23 +1,41 @@
 """vLLM's schedulers, extended by the decision when a request is compacted."""
 
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig, Plan
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
+from vllm_kvcompress.paging.repetition import Repetitions
+
+
+@dataclass
+class _Tracked:
+    """Where a request stands.
+
+    Attributes:
+        config: its own resolved options.
+        point: computed tokens at which it is compacted next; None if it is not again.
+        held: its last compaction.
+    """
+
+    config: KVCompressionConfig
+    point: int | None
+    held: Plan | None = None
 
 
 class _Compression:
     """Mixed into a vLLM scheduler: before each `schedule()` it compacts the requests that are due.
 
-    A request is due once its whole prompt is computed. Its first token is sampled before that, so
-    compaction never delays it.
+    A request is due once the tokens up to its next compaction point are computed: first the whole prompt
+    (its first token is sampled before that, so compaction never delays it), or a part of it when streaming.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -25,7 +43,8 @@ class _Compression:
         self.compression = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
         (self.compacting_manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(self.compacting_manager, CompactingManager)
-        self._plans: dict[str, tuple[KVCompressionConfig, Plan]] = {}
+        self._tracked: dict[str, _Tracked] = {}
+        self._repetitions = Repetitions(self.vllm_config)
 
     # ------------------------------------------------------------------ vLLM's scheduler, extended
 
@@ -36,13 +55,18 @@ class _Compression:
         if params is None or request.resumable:
             return
         config = self.compression.for_request((params.extra_args or {}).get("kv_compression"))
-        plan = config.plan(request.num_prompt_tokens, self.compacting_manager.block_size)
-        if plan is not None:
-            self._plans[request.request_id] = config, plan
+        block_size, num_prompt = self.compacting_manager.block_size, request.num_prompt_tokens
+        if not config.enabled or (config.interval is None and config.plan(num_prompt, block_size) is None):
+            return
+        self._tracked[request.request_id] = _Tracked(config, config.next_point(num_prompt))
+        if config.when == "streaming":
+            num_tokens = min(num_prompt + request.max_tokens, self.max_model_len)
+            peak = config.peak_blocks(num_prompt, num_tokens, block_size)
+            self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         jobs = self._compact_due()
-        while self._all_wait() and len(self.running) > 1:
+        while len(self.running) > 1 and self._all_wait():
             # Requests that share blocks in a full pool wait for each other. Once one of them is gone, the
             # others hold blocks of their own and are compacted before it can come back.
             victim = max(self.running, key=lambda request: (request.priority, request.arrival_time))
@@ -51,11 +75,14 @@ class _Compression:
             jobs += self._compact_due()
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
+        started = [new.req_id for new in output.scheduled_new_reqs]
+        started += output.scheduled_cached_reqs.resumed_req_ids
         output.kv_compression = CompressionStep(
             released=self.compacting_manager.take_released(),
             # A request may have been preempted after its Job was made; its blocks are gone by now.
             jobs=[job for job in jobs if job.request_id in compacted],
-            observations=self._observations(output),
+            observations=self._observations(started),
+            repetitions=self._repetitions.announced(started),
         )
         return output
 
@@ -63,80 +90,143 @@ class _Compression:
         self, request: Request, num_computed_tokens: int, num_new_tokens: int
     ) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
-        # Whatever follows the prompt is computed on compacted context, also when a preempted request replays
-        # its output or the pool has no room for the compaction yet: a request's answer must not depend on
-        # how full the pool was. So no chunk runs past the prompt's end before the request is compacted.
-        if self._pending(request):
-            until_prompt_end = request.num_prompt_tokens - num_computed_tokens
-            num_new_tokens = min(num_new_tokens, max(until_prompt_end, 0))
+        # Whatever follows a compaction point is computed on compacted context, also when a preempted request
+        # replays its output or the pool has no room for the compaction yet: a request's answer must not
+        # depend on how full the pool was. So no chunk runs past the point before the request is compacted.
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.point is not None:
+            num_new_tokens = min(num_new_tokens, max(tracked.point - num_computed_tokens, 0))
         return num_new_tokens
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        manager = self.compacting_manager
+        if (repetition := self._repetitions.of(request.request_id)) is not None:
+            shared = manager.req_to_blocks[repetition.owner_id][
+                : repetition.num_context // manager.block_size
+            ]
+            blocks = self.kv_cache_manager.create_kv_cache_blocks((list(shared),))
+            return blocks, len(shared) * manager.block_size, 0, False
         blocks, num_hit, shared_prefix_boundary, diverged = super()._get_local_prefix_cache_hit(request)
-        if self._pending(request):
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:
             # Queries behind a prefix hit are never computed. The hit gives way to the observation window,
             # so that what a request keeps does not depend on what happened to be cached.
-            config, _ = self._plans[request.request_id]
-            block_size = self.compacting_manager.block_size
-            limit = (request.num_prompt_tokens - config.observed_window) // block_size * block_size
-            if num_hit > limit:
-                num_hit = limit
-                kept = blocks.blocks[0][: limit // block_size]
+            assert tracked.point is not None
+            limit = (
+                (tracked.point - tracked.config.observed_window) // manager.block_size * manager.block_size
+            )
+            if num_hit > max(limit, 0):
+                num_hit = max(limit, 0)
+                kept = blocks.blocks[0][: num_hit // manager.block_size]
                 blocks = self.kv_cache_manager.create_kv_cache_blocks((list(kept),))
         return blocks, num_hit, shared_prefix_boundary, diverged
 
+    def _preempt_request(self, request: Request, *args, **kwargs) -> None:
+        super()._preempt_request(request, *args, **kwargs)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None:  # it starts again from nothing
+            tracked.point, tracked.held = tracked.config.next_point(request.num_prompt_tokens), None
+            self._abandon_repetition(request.request_id)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
+    ) -> list[Request]:
+        if request_ids is None:
+            return super().finish_requests(None, finished_status)
+        names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        for name in names:
+            self._abandon_repetition(name)
+        return super().finish_requests(names, finished_status)
+
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
-        self._plans.pop(request.request_id, None)
+        self._tracked.pop(request.request_id, None)
+        self.compacting_manager.peak_blocks.pop(request.request_id, None)
+        self.compacting_manager.borrowers.discard(request.request_id)
+        self._repetitions.ended(request.request_id)
 
     # ------------------------------------------------------------------ compaction
 
-    def _pending(self, request: Request) -> bool:
-        request_id = request.request_id
-        return request_id in self._plans and request_id not in self.compacting_manager.compacted
-
     def _due(self, request: Request) -> bool:
-        return self._pending(request) and request.num_computed_tokens >= request.num_prompt_tokens
+        tracked = self._tracked.get(request.request_id)
+        return (
+            tracked is not None and tracked.point is not None and request.num_computed_tokens >= tracked.point
+        )
 
     def _compact_due(self) -> list[Job]:
-        return [
-            job
-            for request in self.running
-            if self._due(request) and (job := self._compact(request)) is not None
-        ]
+        jobs = (self._compact(request) for request in list(self.running) if self._due(request))
+        return [job for job in jobs if job is not None]
 
     def _all_wait(self) -> bool:
-        """Whether requests run, but each of them waits for blocks to be compacted into."""
-        return bool(self.running) and all(self._due(request) for request in self.running)
+        """Whether requests run, but none of them can go on unless one of them makes room."""
+        if not all(self._due(request) for request in self.running):
+            return False
+        repetition = self._repetitions.waiting(self.running)
+        return repetition is None or not self._can_start(repetition)
+
+    def _can_start(self, request: Request) -> bool:
+        blocks = -(-request.num_tokens // self.compacting_manager.block_size)
+        shared = self._repetitions.of(request.request_id).num_context // self.compacting_manager.block_size
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return len(self.running) < self.max_num_running_reqs and blocks - shared <= free
 
     def _compact(self, request: Request) -> Job | None:
+        """Compact a request that is due; None if it has to wait, or nothing would be freed."""
         manager = self.compacting_manager
-        config, plan = self._plans[request.request_id]
-        num_prompt_blocks = -(-request.num_prompt_tokens // manager.block_size)
+        tracked = self._tracked[request.request_id]
+        config, point, held = tracked.config, tracked.point, tracked.held
+        assert point is not None
+        plan = config.plan(point, manager.block_size, held)
+        if plan is None:
+            tracked.point = config.next_point(request.num_prompt_tokens, point)
+            return None
+        if config.repeats and not self._repeated(request, config):
+            return None
+        begin = held.source_blocks if held else 0
         row = manager.req_to_blocks[request.request_id]
-        tail = tuple(block.block_id for block in row[plan.source_blocks : num_prompt_blocks])
-        swapped = manager.compact(request.request_id, plan.source_blocks, plan.kept_blocks)
+        tail = tuple(block.block_id for block in row[plan.source_blocks : -(-point // manager.block_size)])
+        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks)
         if swapped is None:  # it waits, and is tried again at the next step
             return None
-        source, destination = swapped
+        previous, source, destination = swapped
+        self._repetitions.ended(request.request_id)
+        tracked.held = plan
+        tracked.point = config.next_point(request.num_prompt_tokens, point)
         return Job(
             request_id=request.request_id,
             config=config,
-            num_prompt_tokens=request.num_prompt_tokens,
+            num_tokens=point,
             boundary=plan.boundary,
+            previous_boundary=held.boundary if held else 0,
+            previous=previous,
             source=source,
             tail=tail,
             destination=destination,
         )
 
-    def _observations(self, output: SchedulerOutput) -> list[Observation]:
-        started = [new.req_id for new in output.scheduled_new_reqs]
-        started += output.scheduled_cached_reqs.resumed_req_ids
+    def _observations(self, started: list[str]) -> list[Observation]:
         return [
-            Observation(request_id, self.requests[request_id].num_prompt_tokens, window)
+            Observation(request_id, self._tracked[request_id].config)
             for request_id in started
-            if request_id in self._plans and (window := self._plans[request_id][0].observed_window)
+            if request_id in self._tracked and self._tracked[request_id].config.observes
         ]
+
+    # ------------------------------------------------------------------ repetition
+
+    def _repeated(self, request: Request, config: KVCompressionConfig) -> bool:
+        """Whether the model has repeated all of a request's context; goes on with it if not."""
+        repeating = self._repetitions.next_part(request, config)
+        if repeating is not None:
+            self.compacting_manager.borrowers.add(repeating.request_id)
+            super().add_request(repeating)
+            # Its owner holds blocks and waits, so nobody may be admitted before it.
+            self.waiting.remove_request(repeating)
+            self.waiting.prepend_request(repeating)
+        return self._repetitions.complete(request.request_id)
+
+    def _abandon_repetition(self, owner_id: str) -> None:
+        if (repeating := self._repetitions.abandon(owner_id)) is not None:
+            super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
 
 
 class CompressionScheduler(_Compression, Scheduler):

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.manager import CompactingManager
 
 
@@ -16,6 +18,14 @@ class CompactableSpec(FullAttentionSpec):
     def of(cls, spec: FullAttentionSpec) -> "CompactableSpec":
         """The same spec, managed by `CompactingManager`."""
         return replace_as(spec, cls)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of the longest request: less than `max_model_len` where requests never hold all they have."""
+        longest = vllm_config.model_config.max_model_len
+        config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
+        if config.when != "streaming":
+            return super().max_memory_usage_bytes(vllm_config)
+        return config.peak_blocks(longest, longest, self.block_size) * self.page_size_bytes
 
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.

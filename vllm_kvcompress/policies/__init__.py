@@ -3,9 +3,13 @@
 import dataclasses
 
 from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+from vllm_kvcompress.policies.criticalkv import CriticalKV
+from vllm_kvcompress.policies.expected_attention import ExpectedAttention
+from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.knorm import Knorm
-from vllm_kvcompress.policies.kv_compress import KVCompress
+from vllm_kvcompress.policies.kv_compress import KVCompress, KVCompressFull
+from vllm_kvcompress.policies.kvzip import KVzip
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 from vllm_kvcompress.policies.tova import TOVA
@@ -46,5 +50,17 @@ def get_policy(name: str) -> type[Policy]:
     return POLICIES[name]
 
 
-for _policy in (StreamingLLM, SnapKV, KVCompress, TOVA, Knorm, KeyDiff):
+for _policy in (
+    StreamingLLM,
+    H2O,
+    SnapKV,
+    KVCompress,
+    KVCompressFull,
+    ExpectedAttention,
+    TOVA,
+    Knorm,
+    KeyDiff,
+    CriticalKV,
+    KVzip,
+):
     register_policy(_policy)

@@ -1,24 +1,39 @@
 """What a token policy sees of a layer, and what it must answer."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.policies.rotary import Rotary
+
+QUERY_BLOCK = 128  # queries whose attention is held at once
+
 
 @dataclass(frozen=True)
 class LayerObservation:
-    """One layer of one request, once its prompt of P tokens is computed.
+    """One layer of one request: the W tokens that it holds, of C computed.
+
+    Before its first compaction a request holds all its tokens: W = C. Later each head holds what it kept, of
+    which it may have kept fewer tokens than another: its columns begin with `padding`, which holds nothing.
+    Columns are in position order, and the last ones are the raw tokens that all heads share.
 
     Attributes:
-        keys: `[H, P, D]` in the model's dtype, after RoPE.
-        values: `[H, P, D]`.
-        queries: `[w, H, G, D]` after RoPE, of the prompt's last w tokens; w is the policy's `window`.
+        keys: `[H, W, D]` in the model's dtype, after RoPE.
+        values: `[H, W, D]`; empty while queries are observed.
+        queries: `[w, H, G, D]` after RoPE, of the last w tokens; w is the policy's `window`, or the number of
+            tokens of this step while queries are observed.
         scale: the layer's own softmax scale.
-        num_scored: T, the boundary: scores are wanted for tokens 0..T-1, with T <= P - w.
+        num_scored: T: scores are wanted for columns 0..T-1, with T <= W - window.
+        num_tokens: C, tokens computed.
         logits_soft_cap: logits are `cap·tanh(logits / cap)`; 0 for none.
+        padding: `[H]` int64, leading columns of each head that hold nothing; None for none.
+        state: what the policy's `observe` returned last.
+        rotary: the layer's position embedding; None if it has none.
+        output_projection: makes the layer's `[H, G, D, hidden]` output projection.
     """
 
     keys: Tensor
@@ -26,7 +41,19 @@ class LayerObservation:
     queries: Tensor
     scale: float
     num_scored: int
+    num_tokens: int = 0
     logits_soft_cap: float = 0.0
+    padding: Tensor | None = None
+    state: Any = None
+    rotary: Rotary | None = None
+    output_projection: Callable[[], Tensor] | None = None
+
+    def holds(self) -> Tensor:
+        """Which columns hold a token, `[H, W]` bool."""
+        heads, width = self.keys.shape[:2]
+        if self.padding is None:
+            return torch.ones(heads, width, dtype=torch.bool, device=self.keys.device)
+        return torch.arange(width, device=self.keys.device) >= self.padding[:, None]
 
 
 class Policy(ABC):
@@ -38,14 +65,20 @@ class Policy(ABC):
         name: what users write.
         paper: title and arXiv id.
         cost: one line on what scoring a prompt takes.
-        reads_keys: False if keys, values and queries may be empty (`[H, P, 0]`).
-        window: w, the number of last prompt queries it needs; 0 for none.
+        reads_keys: False if keys, values and queries may be empty (`[H, W, 0]`).
+        accumulates: True if it must `observe` every query.
+        repeats: True if it must `observe` the queries with which the model repeats the context.
+        needs_rotary: True if it cannot do without the layer's rotary position embedding.
+        window: w, the number of last queries it needs; 0 for none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
     reads_keys: ClassVar[bool] = True
+    accumulates: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
+    needs_rotary: ClassVar[bool] = False
 
     @property
     def window(self) -> int:
@@ -54,31 +87,93 @@ class Policy(ABC):
 
     @abstractmethod
     def score(self, observation: LayerObservation) -> Tensor:
-        """Score every token below the boundary.
+        """Score every column below the boundary.
 
         Returns:
-            `[H, T]` float32, higher = keep.
+            `[H, T]` float32, higher = keep; scores of padding are ignored.
         """
 
+    def observe(self, observation: LayerObservation) -> Any:
+        """Take note of a step's queries, if the policy accumulates.
 
-def window_attention(observation: LayerObservation) -> Tensor:
-    """Causal attention of the observation window over the whole prompt, the window included.
+        Args:
+            observation: the context up to and including the step's tokens.
+
+        Returns:
+            The new state.
+        """
+        raise NotImplementedError
+
+    def carry(self, state: Any, kept: Tensor) -> Any:
+        """The state after a compaction.
+
+        Args:
+            state: what `observe` returned last.
+            kept: `[H, W]` int64, the old column of every new one; -1 for padding.
+        """
+        return state
+
+    def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
+        """Change scores once the number of tokens that each head keeps is known.
+
+        Args:
+            scores: `[H, T]` float32 of this policy, +inf where a token is protected, -inf for padding.
+            kept: `[H]` int64, tokens that each head keeps.
+            observation: what `score` saw.
+
+        Returns:
+            `[H, T]` float32, from which the tokens are selected.
+        """
+        return scores
+
+
+def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
+    """Causal attention of the newest queries over all W columns, some queries at a time.
 
         A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap
 
     One matrix product per KV head serves its whole group: nothing is repeated per query head.
     Logits and softmax are float32 whatever the model's dtype: in bf16 most scores of a long prompt tie.
 
-    Returns:
-        `[H, G, w, P]` float32.
+    Yields:
+        `[H, G, q, W]` float32 with q <= QUERY_BLOCK, in position order.
     """
-    window, heads, group, size = observation.queries.shape
-    num_tokens = observation.keys.shape[1]
-    queries = observation.queries.permute(1, 2, 0, 3).reshape(heads, group * window, size).float()
-    logits = (queries @ observation.keys.float().transpose(1, 2)).mul_(observation.scale)
-    if cap := observation.logits_soft_cap:
-        logits.div_(cap).tanh_().mul_(cap)
-    logits = logits.view(heads, group, window, num_tokens)
-    future = torch.ones(window, window, dtype=torch.bool, device=logits.device).triu(1)
-    logits[..., num_tokens - window :].masked_fill_(future, -torch.inf)
-    return logits.softmax(-1)
+    num_queries = observation.queries.shape[0]
+    keys = observation.keys.float().transpose(1, 2)
+    absent = None if observation.padding is None else ~observation.holds()[:, None, None]
+    for begin in range(0, num_queries, QUERY_BLOCK):
+        queries = observation.queries[begin : begin + QUERY_BLOCK]
+        size, heads, group, _ = queries.shape
+        flat = queries.permute(1, 2, 0, 3).reshape(heads, group * size, -1).float()
+        logits = (flat @ keys).mul_(observation.scale)
+        if cap := observation.logits_soft_cap:
+            logits.div_(cap).tanh_().mul_(cap)
+        logits = logits.view(heads, group, size, -1)
+        newer = num_queries - begin  # columns from the block's first query on
+        future = torch.ones(size, newer, dtype=torch.bool, device=logits.device).triu(1)
+        logits[..., -newer:].masked_fill_(future, -torch.inf)
+        if absent is not None:
+            logits.masked_fill_(absent, -torch.inf)
+        yield logits.softmax(-1)
+
+
+def window_attention(observation: LayerObservation) -> Tensor:
+    """Causal attention of the observation window over all columns, the window included.
+
+    Returns:
+        `[H, G, w, W]` float32.
+    """
+    return torch.cat(list(attention_blocks(observation)), 2)
+
+
+def add_columns(state: Tensor | None, heads: int, width: int) -> Tensor:
+    """A per-token state `[H, W]` float32 with zeros for the columns that are new."""
+    new = torch.zeros(heads, width)
+    if state is not None:
+        new[:, : state.shape[1]] = state
+    return new
+
+
+def take_columns(state: Tensor, kept: Tensor) -> Tensor:
+    """A per-token state `[H, W]` after a compaction (see `Policy.carry`)."""
+    return state.gather(1, kept.clamp(min=0)).masked_fill_(kept < 0, 0.0)

@@ -13,11 +13,11 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 class KeyDiff(Policy):
     """Keeps the tokens whose keys point away from the mean direction.
 
-        s_i = -cos(k_i, k̄),  k̄ = mean over the prompt of k_j / ‖k_j‖
+        s_i = -cos(k_i, k̄),  k̄ = mean over all tokens held of k_j / ‖k_j‖
 
     Source: Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
-    Resource-Constrained Environments", arXiv 2504.15364. The anchor k̄ is taken over all P tokens of the
-    prompt, the raw tail included; cosines are float32 whatever the model's dtype. Deviation: the paper evicts
+    Resource-Constrained Environments", arXiv 2504.15364. The anchor k̄ is taken over all tokens
+    held, the raw tail included; cosines are float32 whatever the model's dtype. Deviation: the paper evicts
     block by block during prefill; here once, when the prompt is computed.
     """
 
@@ -27,5 +27,7 @@ class KeyDiff(Policy):
 
     def score(self, observation: LayerObservation) -> Tensor:
         directions = F.normalize(observation.keys.float(), dim=-1)
-        anchor = F.normalize(directions.mean(1, keepdim=True), dim=-1)
+        if observation.padding is not None:
+            directions = directions * observation.holds()[..., None]
+        anchor = F.normalize(directions.sum(1, keepdim=True), dim=-1)
         return -(directions[:, : observation.num_scored] * anchor).sum(-1)

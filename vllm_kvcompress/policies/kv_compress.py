@@ -1,4 +1,4 @@
-"""KV-Compress: squared attention of the prompt's last queries."""
+"""KV-Compress: squared attention of the prompt's queries, the last ones or all."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,21 +6,28 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+from vllm_kvcompress.policies.base import (
+    LayerObservation,
+    Policy,
+    add_columns,
+    attention_blocks,
+    take_columns,
+    window_attention,
+)
 
 
 @dataclass(frozen=True)
 class KVCompress(Policy):
-    """Squared attention that the last `window` queries pay to each token (the limited variant).
+    """Squared attention that each token was paid, by the last `window` queries.
 
         s_i = Σ over the group of maxpool( Σ over the window's queries of A² )_i
 
-    A is `[H, G, w, P]`, softmaxed over the window too; pooling runs over the tokens before the window,
-    [0, P - w), and the first T of them are the scores `[H, T]`.
+    A is `[H, G, w, W]`, softmaxed over the window too; pooling runs over the tokens before the window,
+    [0, W - w), and the first T of them are the scores `[H, T]`.
 
     Source: Rehg, "KV-Compress: Paged KV-Cache Compression with Variable Compression Rates per Attention
-    Head", arXiv 2410.00161. Meant for the `global` allocation, which is the paper's block eviction.
-    Deviation: the prompt is compressed once; the paper goes on compressing while it decodes.
+    Head", arXiv 2410.00161. Meant for the `global` allocation, which is the paper's block eviction. The
+    paper goes on compressing while it decodes, which is the option `recompact_every` here.
 
     Attributes:
         window: w, queries observed; the paper uses 8 to 32.
@@ -40,6 +47,37 @@ class KVCompress(Policy):
             raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
 
     def score(self, observation: LayerObservation) -> Tensor:
-        squared = window_attention(observation)[..., : -self.window].square().sum(2)  # [H, G, P-w]
+        squared = window_attention(observation)[..., : -self.window].square().sum(2)  # [H, G, W-w]
         pooled = F.max_pool1d(squared, self.kernel_size, stride=1, padding=self.kernel_size // 2)
         return pooled.sum(1)[:, : observation.num_scored]
+
+
+@dataclass(frozen=True)
+class KVCompressFull(Policy):
+    """Squared attention that each token was paid, by all queries so far.
+
+        s_i = Σ over the group Σ over all queries of A_i²
+
+    The paper's full variant: not pooled, a running `[H, W]` float32 sum per layer, as in H2O.
+
+    Source and deviations: as `KVCompress`; queries behind a prefix-cache hit are never computed, so their
+    attention is missing.
+    """
+
+    name: ClassVar[str] = "kv_compress_full"
+    paper: ClassVar[str] = KVCompress.paper
+    cost: ClassVar[str] = "the attention weights of every query, computed a second time"
+    accumulates: ClassVar[bool] = True
+
+    def observe(self, observation: LayerObservation) -> Tensor:
+        heads, width, _ = observation.keys.shape
+        sums = add_columns(observation.state, heads, width)
+        for attention in attention_blocks(observation):
+            sums += attention.square_().sum((1, 2))
+        return sums
+
+    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
+        return take_columns(state, kept)
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        return observation.state[:, : observation.num_scored]

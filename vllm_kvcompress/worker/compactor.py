@@ -7,21 +7,30 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import select
-from vllm_kvcompress.attention.cpu_pages import Packing
 from vllm_kvcompress.attention.tables import RequestTable
 from vllm_kvcompress.paging.job import Job
-from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.policies.base import LayerObservation
+from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.worker.observer import LayerAttention, Observed
 
 Listener = Callable[[Job, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class LayerAttention:
-    """A layer's own attention constants: policies must not guess them."""
+class _Candidates:
+    """What a request holds of one layer, below and above the new boundary.
 
-    scale: float
-    logits_soft_cap: float
+    Attributes:
+        pages: `[H, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
+        num_scored: columns below the boundary.
+        padding: `[H]` int64, leading columns that hold nothing.
+        positions: `[H, num_scored]` int64, token positions of the columns.
+    """
+
+    pages: Tensor
+    num_scored: int
+    padding: Tensor
+    positions: Tensor
 
 
 class Compactor:
@@ -32,94 +41,150 @@ class Compactor:
             `[pages, N]` in run order, all int64.
     """
 
-    def __init__(
-        self,
-        grid: PageGrid,
-        pages: Tensor,
-        packing: tuple[Packing, Packing],
-        layers: list[LayerAttention],
-    ) -> None:
+    def __init__(self, cache: PagedCache, layers: list[LayerAttention]) -> None:
         """Bind to a cache.
 
         Args:
-            grid: the cache's geometry.
-            pages: `[L·B·H, 2, N·D]`, every page of every layer: packed keys, then packed values.
-            packing: how keys and values lie in a page.
-            layers: one per layer of the grid.
+            cache: every page of every layer.
+            layers: one per layer of its grid.
         """
-        self.grid = grid
-        self.pages = pages
-        self.key_packing, self.value_packing = packing
+        self.cache = cache
+        self.grid = cache.grid
         self.layers = layers
         self.listeners: list[Listener] = []
 
-    def run(self, job: Job, queries: Tensor | None) -> RequestTable:
+    def run(self, job: Job, table: RequestTable | None, observed: Observed | None) -> RequestTable:
         """Compact one request.
 
         Everything is gathered before anything is written, because destination blocks may be source blocks.
 
         Args:
             job: what to do.
-            queries: `[L, w, Hq, D]` of the prompt's last tokens; None when the policy looks at none.
+            table: the result of the request's last compaction, if there was one.
+            observed: what was kept of its queries, if its policy needs any; its states are carried over.
 
         Returns:
             The request's new table.
         """
-        scores = self._score(job, queries)
-        scores[..., : job.config.sink_tokens] = torch.inf
-        counts = job.config.build_allocation().allocate(
-            scores, len(job.destination) * self.grid.pages_per_block, self.grid.block_size
-        )
-        kept = select(scores, counts, self.grid.block_size)
-        packed = self._gather(job, counts, kept)
-        destination = torch.tensor(job.destination)
-        self.pages[self.grid.linear_pages(destination)] = packed
-        for listener in self.listeners:
-            listener(job, counts, kept)
-        return RequestTable(self.grid, destination, counts, job.boundary)
-
-    def _score(self, job: Job, queries: Tensor | None) -> Tensor:
-        """Importance of every token below the boundary, `[L, H, T]` float32."""
+        assert (table is None) == (not job.previous)
         policy = job.config.build_policy()
-        heads, num_tokens = self.grid.num_heads, job.num_prompt_tokens
-        blocks = self._pages_of(job.source + job.tail)
-        absent = torch.empty(heads, num_tokens, 0)
-        scores = torch.empty(self.grid.num_layers, heads, job.boundary)
-        for index, layer in enumerate(self.layers):
-            keys, values = self._read(blocks[index]) if policy.reads_keys else (absent, absent)
-            window = torch.empty(0, heads, 1, 0) if queries is None else queries[index]
-            observation = LayerObservation(
-                keys=keys[:, :num_tokens],
-                values=values[:, :num_tokens],
-                queries=window.unflatten(1, (heads, -1)) if queries is not None else window,
-                scale=layer.scale,
-                logits_soft_cap=layer.logits_soft_cap,
-                num_scored=job.boundary,
-            )
-            scores[index] = policy.score(observation)
-        return scores
+        layers = [self._candidates(job, table, index) for index in range(self.grid.num_layers)]
 
-    def _gather(self, job: Job, counts: Tensor, kept: Tensor) -> Tensor:
-        """The kept tokens, packed: `[pages, 2, N·D]` in run order."""
-        blocks = self._pages_of(job.source)
-        out = self.pages.new_empty(len(kept), *self.pages.shape[1:])
-        begin = 0
-        for index in range(self.grid.num_layers):
-            end = begin + int(counts[index].sum())
+        def observe(index: int) -> LayerObservation:  # one layer at a time: it is a copy of the layer's cache
+            return self._observe(job, policy, observed, index, layers[index])
+
+        width = max(layer.num_scored for layer in layers)
+        scores = torch.full((self.grid.num_layers, self.grid.num_heads, width), -torch.inf)
+        for index, layer in enumerate(layers):
+            scores[index, :, width - layer.num_scored :] = _ranked(policy.score(observe(index)), layer)
+        _protect(scores, layers, job.config.sink_tokens)
+        counts = job.config.build_allocation().allocate(
+            scores,
+            len(job.destination) * self.grid.pages_per_block,
+            self.grid.block_size,
+            torch.stack([(layer.num_scored - layer.padding) // self.grid.block_size for layer in layers]),
+        )
+        if type(policy).refine is not Policy.refine:
+            for index, layer in enumerate(layers):
+                own = scores[index, :, width - layer.num_scored :]
+                num_kept = counts[index] * self.grid.block_size
+                own[:] = _ranked(policy.refine(own.clone(), num_kept, observe(index)), layer)
+            _protect(scores, layers, job.config.sink_tokens)
+        offset = torch.tensor([width - layer.num_scored for layer in layers])
+        kept = select(scores, counts, self.grid.block_size)
+        kept -= offset.repeat_interleave(counts.sum(1))[:, None]  # to each layer's own columns
+        packed, positions = self._gather(layers, counts, kept)
+        destination = torch.tensor(job.destination)
+        self.cache.pages[self.grid.linear_pages(destination)] = packed
+        for listener in self.listeners:
+            listener(job, counts, positions)
+        new = RequestTable(self.grid, destination, counts, job.boundary, positions)
+        if observed is not None and job.config.interval is not None:
+            self._carry(policy, observed, layers, counts, kept)
+        return new
+
+    def _candidates(self, job: Job, table: RequestTable | None, index: int) -> _Candidates:
+        block_size = self.grid.block_size
+        pages = self.cache.context(index, table, torch.tensor(job.source + job.tail, dtype=torch.int64))
+        raw = torch.arange(job.previous_boundary, job.boundary).expand(self.grid.num_heads, -1)
+        positions = raw if table is None else torch.cat([table.right_aligned_positions(index), raw], 1)
+        return _Candidates(
+            pages=pages,
+            num_scored=(pages.shape[1] - len(job.tail)) * block_size,
+            padding=(pages < 0).sum(1) * block_size,
+            positions=positions,
+        )
+
+    def _observe(
+        self, job: Job, policy: Policy, observed: Observed | None, index: int, layer: _Candidates
+    ) -> LayerObservation:
+        heads = self.grid.num_heads
+        width = layer.num_scored + job.num_tokens - job.boundary
+        keys = values = torch.empty(heads, width, 0)
+        if policy.reads_keys:
+            keys, values = (plain[:, :width] for plain in self.cache.read(layer.pages))
+        queries = torch.empty(0, heads, 1, 0)
+        if observed is not None and policy.window:
+            queries = observed.window(index, job.num_tokens).unflatten(1, (heads, -1))
+        attention = self.layers[index]
+        return LayerObservation(
+            keys=keys,
+            values=values,
+            queries=queries,
+            scale=attention.scale,
+            num_scored=layer.num_scored,
+            num_tokens=job.num_tokens,
+            logits_soft_cap=attention.logits_soft_cap,
+            padding=layer.padding if bool(layer.padding.any()) else None,
+            state=None if observed is None else observed.states[index],
+            rotary=attention.rotary,
+            output_projection=attention.output_projection,
+        )
+
+    def _gather(self, layers: list[_Candidates], counts: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The kept tokens, packed `[pages, 2, N·D]`, and their positions `[pages, N]`, in run order."""
+        packed, positions = [], []
+        ends = counts.sum(1).tolist()
+        for index, (layer, tokens) in enumerate(zip(layers, kept.split(ends), strict=True)):
             head = torch.repeat_interleave(torch.arange(self.grid.num_heads), counts[index])[:, None]
-            tokens = kept[begin:end]
-            keys, values = self._read(blocks[index])
-            out[begin:end, 0] = self.key_packing.pack(keys[head, tokens])
-            out[begin:end, 1] = self.value_packing.pack(values[head, tokens])
-            begin = end
-        return out
+            keys, values = self.cache.read(layer.pages)
+            packed.append(self.cache.pack(keys[head, tokens], values[head, tokens]))
+            positions.append(layer.positions[head, tokens])
+        return torch.cat(packed), torch.cat(positions)
 
-    def _pages_of(self, blocks: tuple[int, ...]) -> Tensor:
-        return self.grid.positional_pages(torch.tensor(blocks, dtype=torch.int64))
+    def _carry(
+        self, policy: Policy, observed: Observed, layers: list[_Candidates], counts: Tensor, kept: Tensor
+    ) -> None:
+        """Give the policy's states the columns that the new table has."""
+        block_size = self.grid.block_size
+        for index, (layer, tokens) in enumerate(zip(layers, kept.split(counts.sum(1).tolist()), strict=True)):
+            if observed.states[index] is None:
+                continue
+            width = int(counts[index].max()) * block_size
+            runs = tokens.flatten().split((counts[index] * block_size).tolist())
+            tail = torch.arange(layer.num_scored, layer.pages.shape[1] * block_size)
+            old = torch.full((self.grid.num_heads, width + len(tail)), -1)
+            for head, run in enumerate(runs):
+                old[head, width - len(run) : width] = run
+            old[:, width:] = tail
+            observed.states[index] = policy.carry(observed.states[index], old)
 
-    def _read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Plain keys and values `[H, T, D]` of a layer's pages `[H, n]`."""
-        packed = self.pages[pages]
-        keys = self.key_packing.unpack(packed[:, :, 0])
-        values = self.value_packing.unpack(packed[:, :, 1])
-        return keys.flatten(1, 2), values.flatten(1, 2)
+
+def _protect(scores: Tensor, layers: list[_Candidates], sink_tokens: int) -> None:
+    """Set the scores of the attention sinks, which head every run, to +inf."""
+    width = scores.shape[-1]
+    column = torch.arange(width)
+    for index, layer in enumerate(layers):
+        first = layer.padding[:, None] + width - layer.num_scored
+        scores[index][(column >= first) & (column < first + sink_tokens)] = torch.inf
+
+
+def _ranked(scores: Tensor, layer: _Candidates) -> Tensor:
+    """Scores that leave -inf to padding: one broken score must not rank a token below what does not exist."""
+    # (The sum is NaN or infinite if any score is.)
+    if not bool(scores.sum().isfinite()):
+        low = torch.finfo(torch.float32).min
+        scores = scores.nan_to_num(nan=low, neginf=low, posinf=torch.inf)
+    if bool(layer.padding.any()):
+        scores = scores.masked_fill(torch.arange(scores.shape[1]) < layer.padding[:, None], -torch.inf)
+    return scores

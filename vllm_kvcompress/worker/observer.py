@@ -1,84 +1,251 @@
-"""Keeps the queries of each prompt's last tokens, whatever chunks they are computed in."""
+"""Keeps what policies need of queries, whatever chunks they are computed in."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.attention.tables import RequestTable
+from vllm_kvcompress.paging.job import Repetition
+from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.rotary import Rotary
+from vllm_kvcompress.worker.cache import PagedCache
+
 
 @dataclass(frozen=True)
-class ObservedSpan:
-    """Tokens of one step whose queries belong to a request's observation window.
+class LayerAttention:
+    """A layer's own constants: policies must not guess them.
 
     Attributes:
-        window: `[L, w, Hq, D]`, the request's buffer.
-        start: window index of the span's first token.
-        tokens: the span's tokens in the batch.
+        scale: softmax scale.
+        logits_soft_cap: 0 for none.
+        rotary: its position embedding; None if it has none.
+        output_projection: makes `[H, G, D, hidden]`, the projection behind it.
     """
 
-    window: Tensor
-    start: int
+    scale: float
+    logits_soft_cap: float
+    rotary: Rotary | None = None
+    output_projection: Callable[[], Tensor] | None = None
+
+
+SPARE_QUERIES = 32  # of a ring beyond its window: rejected drafts overwrite the oldest
+
+
+@dataclass
+class Observed:
+    """What is kept of one request's queries.
+
+    Attributes:
+        policy: whose needs these are.
+        ring: `[L, w + SPARE_QUERIES, Hq, D]`, the query of position p in slot p mod its length; None without
+            a window.
+        states: per layer, what the policy's `observe` returned last.
+    """
+
+    policy: Policy
+    ring: Tensor | None
+    states: list[Any]
+
+    def window(self, layer: int, num_tokens: int) -> Tensor:
+        """Queries `[w, Hq, D]` of the last w of `num_tokens` tokens."""
+        assert self.ring is not None
+        return self.ring[layer, self._slots(num_tokens - self.policy.window, num_tokens)]
+
+    def record(self, layer: int, first: int, queries: Tensor) -> None:
+        """Put queries `[n, Hq, D]` of positions from `first` on into the ring."""
+        if self.ring is not None:
+            newest = queries[-self.ring.shape[1] :]
+            end = first + len(queries)
+            self.ring[layer, self._slots(end - len(newest), end)] = newest
+
+    def _slots(self, begin: int, end: int) -> Tensor:
+        assert self.ring is not None
+        return torch.arange(begin, end) % self.ring.shape[1]
+
+
+class Span(Protocol):
+    """Tokens of one step whose queries are observed."""
+
+    def record(self, layer: int, query: Tensor) -> None:
+        """Note a layer's queries `[tokens, Hq, D]`, once its keys are in the cache."""
+
+
+@dataclass(frozen=True)
+class QuerySpan:
+    """One row of a batch.
+
+    Attributes:
+        observed: its request's record.
+        tokens: the row's tokens in the batch.
+        first: position of the first one.
+        context: what is needed to read the request's keys.
+    """
+
+    observed: Observed
     tokens: slice
+    first: int
+    context: "RowContext"
 
-    def record(self, layer_index: int, query: Tensor) -> None:
-        """Copy the span out of a layer's queries `[tokens, Hq, D]`."""
-        length = self.tokens.stop - self.tokens.start
-        self.window[layer_index, self.start : self.start + length] = query[self.tokens]
+    def record(self, layer: int, query: Tensor) -> None:
+        own = query[self.tokens]
+        self.observed.record(layer, self.first, own)
+        if self.observed.policy.accumulates:
+            seen = self.context.observe(layer, own, self.first + len(own))
+            states = self.observed.states
+            states[layer] = self.observed.policy.observe(replace(seen, state=states[layer]))
 
 
-class Observer:
-    """Query windows of the requests whose compaction is still to come.
+@dataclass(frozen=True)
+class RepeatedSpan:
+    """One row of a batch that repeats a part of the context of `observed`'s request.
 
-    A window covers the prompt tokens `[P-w, P)` by position, so chunked prefill, short last chunks and the
-    replay after a preemption all leave the same content.
+    As the authors of KVzip do, the attention is over the attention sinks, the part and the repetition alone.
     """
 
-    def __init__(self, num_layers: int, num_query_heads: int, head_size: int, dtype: torch.dtype) -> None:
-        self._shape = (num_query_heads, head_size)
-        self._num_layers = num_layers
-        self._dtype = dtype
-        self._windows: dict[str, tuple[int, Tensor]] = {}
+    observed: Observed
+    tokens: slice
+    first: int
+    context: "RowContext"
+    part: Repetition
+
+    def record(self, layer: int, query: Tensor) -> None:
+        skipped = max(self.part.num_context - self.first, 0)  # the context's last, incomplete block again
+        own = query[self.tokens][skipped:]
+        if not len(own):
+            return
+        end = self.first + skipped + len(own)
+        seen = self.context.observe(layer, own, end)
+        policy, states = self.observed.policy, self.observed.states
+        sinks = min(policy.sinks, self.part.begin)
+        columns = torch.cat(
+            [
+                torch.arange(sinks),
+                torch.arange(self.part.begin, self.part.end),
+                torch.arange(self.part.num_context, end),
+            ]
+        )
+        state = policy.observe(replace(seen, keys=seen.keys[:, columns], state=None))
+        if states[layer] is None:
+            states[layer] = torch.zeros(len(state), self.part.num_context)
+        own_part = states[layer][:, self.part.begin : self.part.end]
+        torch.maximum(own_part, state[:, sinks : sinks + own_part.shape[1]], out=own_part)
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """Reads the keys of one row of a batch.
+
+    Attributes:
+        cache: every page.
+        layers: the layers' constants.
+        table: what the request is compacted to, if it is.
+        blocks: `[n]` int64, its raw blocks.
+    """
+
+    cache: PagedCache
+    layers: Sequence[LayerAttention]
+    table: RequestTable | None
+    blocks: Tensor
+
+    def observe(self, layer: int, queries: Tensor, num_tokens: int) -> LayerObservation:
+        """A layer as its newest queries `[n, Hq, D]` see it."""
+        pages = self.cache.context(layer, self.table, self.blocks)
+        block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
+        boundary = 0 if self.table is None else self.table.boundary
+        raw = num_tokens - boundary
+        width = (pages.shape[1] - len(self.blocks)) * block_size + raw
+        keys = self.cache.read_keys(pages)[:, :width]
+        padding = (pages < 0).sum(1) * block_size
+        attention = self.layers[layer]
+        return LayerObservation(
+            keys=keys,
+            values=keys[..., :0],
+            queries=queries.unflatten(1, (heads, -1)),
+            scale=attention.scale,
+            num_scored=width,
+            num_tokens=num_tokens,
+            logits_soft_cap=attention.logits_soft_cap,
+            padding=padding if bool(padding.any()) else None,
+            rotary=attention.rotary,
+        )
+
+
+@dataclass
+class Observer:
+    """Records of the requests that will be compacted, or compacted again.
+
+    Records are by position, so chunked prefill, short last chunks and the replay after a preemption all leave
+    the same content.
+
+    Attributes:
+        cache: every page.
+        layers: the layers' constants.
+        num_query_heads: Hq on this rank.
+        head_size: D.
+        dtype: of the queries.
+        tables: request id to the pages of each compacted request.
+    """
+
+    cache: PagedCache
+    layers: Sequence[LayerAttention]
+    num_query_heads: int
+    head_size: int
+    dtype: torch.dtype
+    tables: dict[str, RequestTable]
+    _observed: dict[str, Observed] = field(default_factory=dict)
+    _repetitions: dict[str, Repetition] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return len(self._windows)
+        return len(self._observed)
 
-    def watch(self, request_id: str, num_prompt_tokens: int, window: int) -> None:
-        """Start to keep the queries of the prompt's last `window` tokens."""
-        first = num_prompt_tokens - window
-        assert first >= 0
-        if request_id not in self._windows:
-            buffer = torch.zeros(self._num_layers, window, *self._shape, dtype=self._dtype)
-            self._windows[request_id] = first, buffer
+    def watch(self, request_id: str, policy: Policy) -> None:
+        """Start to keep what a policy needs of a request."""
+        ring = None
+        if policy.window:
+            shape = (len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size)
+            ring = torch.zeros(shape, dtype=self.dtype)
+        self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers))
 
-    def take(self, request_id: str) -> Tensor:
-        """Hand over and forget a request's `[L, w, Hq, D]` queries."""
-        return self._windows.pop(request_id)[1]
+    def watch_repetition(self, repetition: Repetition) -> None:
+        """Start to keep what a repeating request tells of its owner's context."""
+        self._repetitions[repetition.request_id] = repetition
+
+    def of(self, request_id: str) -> Observed | None:
+        """A request's record, if it has one."""
+        return self._observed.get(request_id)
 
     def forget(self, request_id: str) -> None:
-        """Drop a request's window, if it has one."""
-        self._windows.pop(request_id, None)
+        """Drop a request's record, if it has one."""
+        self._observed.pop(request_id, None)
+        self._repetitions.pop(request_id, None)
 
     def spans(
-        self, request_ids: Sequence[str], query_start_loc: Tensor, seq_lens: Tensor
-    ) -> list[ObservedSpan]:
-        """Which of this step's tokens to keep.
+        self, request_ids: Sequence[str], query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor
+    ) -> list[Span]:
+        """Which of this step's tokens to note.
 
         Args:
             request_ids: one per row.
             query_start_loc: `[R + 1]`, on the CPU.
             seq_lens: `[R]`, tokens of each row including this step's.
+            block_table: `[R, W]`, vLLM's blocks by position.
         """
-        spans = []
+        spans: list[Span] = []
         for row, request_id in enumerate(request_ids):
-            if request_id not in self._windows:
+            repetition = self._repetitions.get(request_id)
+            observed = self._observed.get(repetition.owner_id if repetition else request_id)
+            if observed is None:
                 continue
-            first, buffer = self._windows[request_id]
             begin, end = query_start_loc[row : row + 2].tolist()
-            # Position p is at batch index p + shift.
-            shift = end - int(seq_lens[row])
-            start = max(first, begin - shift)
-            stop = min(first + buffer.shape[1], end - shift)
-            if start < stop:
-                spans.append(ObservedSpan(buffer, start - first, slice(start + shift, stop + shift)))
+            seq_len = int(seq_lens[row])
+            table = self.tables.get(request_id)
+            boundary = 0 if table is None else table.boundary
+            block_size = self.cache.grid.block_size
+            blocks = block_table[row, boundary // block_size : -(-seq_len // block_size)].long()
+            context = RowContext(self.cache, self.layers, table, blocks)
+            row_span = (observed, slice(begin, end), seq_len - (end - begin), context)
+            spans.append(RepeatedSpan(*row_span, repetition) if repetition else QuerySpan(*row_span))
         return spans

@@ -28,14 +28,14 @@ class CompressionState:
     Attributes:
         tables: request id to the pages of each compacted request.
         batch: the tables of the current batch.
-        observer: query windows of requests that are not compacted yet.
+        observer: what is kept of the queries of requests to be compacted.
         rows: the row adapter.
     """
 
     def __init__(self, rows: Rows, observer: Observer) -> None:
         self.rows = rows
         self.observer = observer
-        self.tables: dict[str, RequestTable] = {}
+        self.tables: dict[str, RequestTable] = observer.tables
         self.batch = BatchTables()
 
     @property

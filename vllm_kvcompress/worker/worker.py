@@ -16,7 +16,9 @@ from vllm_kvcompress.attention.cpu_pages import learn_packing
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.worker.compactor import Compactor, LayerAttention
+from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.layers import layer_attention
 from vllm_kvcompress.worker.observer import Observer
 from vllm_kvcompress.worker.state import CompressionState, RunnerV1Rows
 
@@ -35,8 +37,8 @@ class CompressionCPUWorker(CPUWorker):
         layers: list[Attention] = sorted(
             (context[name] for name in group.layer_names), key=lambda layer: layer.kv_cache.data_ptr()
         )
-        cache, impl = layers[0].kv_cache, layers[0].impl
-        num_blocks, num_heads, block_size, _ = cache.shape
+        impl = layers[0].impl
+        num_blocks, num_heads, block_size, _ = layers[0].kv_cache.shape
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
         pages = _every_page([layer.kv_cache for layer in layers])
         for index, layer in enumerate(layers):
@@ -46,27 +48,32 @@ class CompressionCPUWorker(CPUWorker):
 
         ((attention_group,),) = self.model_runner.attn_groups
         builder = attention_group.get_metadata_builder(0)
-        observer = Observer(len(layers), impl.num_heads, impl.head_size, cache.dtype)
+        dtype = layers[0].kv_cache.dtype
+        packing = learn_packing(builder.isa, block_size, impl.head_size, dtype)
+        cache = PagedCache(grid, pages.view(-1, 2, block_size * impl.head_size), *packing)
+        model = self.model_runner.get_model()
+        constants = [layer_attention(model, layer) for layer in layers]
+        observer = Observer(cache, constants, impl.num_heads, impl.head_size, dtype, tables={})
         self.compression = CompressionState(RunnerV1Rows(self.model_runner), observer)
         builder.state = self.compression
-        self.compactor = Compactor(
-            grid,
-            pages.view(-1, 2, block_size * impl.head_size),
-            learn_packing(builder.isa, block_size, impl.head_size, cache.dtype),
-            [LayerAttention(layer.impl.scale, layer.impl.logits_soft_cap) for layer in layers],
-        )
+        self.compactor = Compactor(cache, constants)
 
     def execute_model(self, scheduler_output: SchedulerOutput):
         step: CompressionStep = scheduler_output.kv_compression
+        state = self.compression
         for request_id in (*step.released, *scheduler_output.finished_req_ids):
-            self.compression.forget(request_id)
+            state.forget(request_id)
         for observation in step.observations:
-            self.compression.observer.watch(
-                observation.request_id, observation.num_prompt_tokens, observation.window
-            )
+            state.observer.watch(observation.request_id, observation.config.build_policy())
+        for repetition in step.repetitions:
+            state.observer.watch_repetition(repetition)
         for job in step.jobs:
-            queries = self.compression.observer.take(job.request_id) if job.config.observed_window else None
-            self.compression.tables[job.request_id] = self.compactor.run(job, queries)
+            observed = state.observer.of(job.request_id)
+            assert (observed is None) == (not job.config.observes)
+            table = self.compactor.run(job, state.tables.get(job.request_id), observed)
+            state.tables[job.request_id] = table
+            if job.config.interval is None:
+                state.observer.forget(job.request_id)
         return super().execute_model(scheduler_output)
 
 

@@ -1,0 +1,107 @@
+"""Requests that repeat another request's context, so that the attention they pay scores it (KVzip)."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.request import Request
+
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.paging.job import Repetition
+
+# The authors' words.
+FIRST = "\n\nRepeat the previous context exactly."
+NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
+OVERLAP = 8  # last tokens of the part before, which name where the next one starts
+MARGIN = 64  # tokens that FIRST or NEXT and the overlap take at most
+LEAST = 256  # tokens behind a prompt that its repetition needs at least
+
+
+@dataclass
+class _Progress:
+    """How far the repetition of a context has come.
+
+    Attributes:
+        done: context tokens that have been repeated.
+        repeating: the request that repeats the next part, while there is one.
+        end: the end of that part.
+    """
+
+    done: int = 0
+    repeating: Request | None = None
+    end: int = 0
+
+
+class Repetitions:
+    """Turns a context into requests that repeat it part by part, one after the other.
+
+    vLLM schedules them like any other prompt, in chunks beside everybody else's steps. They read the owner's
+    blocks, and what they write goes back to the pool when they end.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._config = vllm_config
+        self._progress: dict[str, _Progress] = {}  # by owner
+        self._announced: dict[str, Repetition] = {}  # by repeating request
+
+    def next_part(self, owner: Request, config: KVCompressionConfig) -> Request | None:
+        """The request that repeats the next part; None while one does or when all is repeated."""
+        progress = self._progress.setdefault(owner.request_id, _Progress())
+        context = owner.prompt_token_ids
+        assert context is not None
+        if progress.repeating is not None or progress.done == len(context):
+            return None
+        begin = progress.done
+        room = self._config.model_config.max_model_len - len(context) - MARGIN
+        progress.end = min(len(context), begin + min(config.build_policy().chunk, room))
+        ask = self._encode(NEXT if begin else FIRST) + context[max(0, begin - OVERLAP) : begin]
+        repeating = Request(
+            request_id=f"{owner.request_id}:repeat-{begin}",
+            prompt_token_ids=context + ask + context[begin : progress.end],
+            sampling_params=SamplingParams(temperature=0, max_tokens=1),
+            pooling_params=None,
+            client_index=owner.client_index,
+            arrival_time=owner.arrival_time,
+            lora_request=owner.lora_request,
+            priority=owner.priority,
+        )
+        progress.repeating = repeating
+        self._announced[repeating.request_id] = Repetition(
+            repeating.request_id, owner.request_id, begin, progress.end, len(context)
+        )
+        return repeating
+
+    def complete(self, owner_id: str) -> bool:
+        """Whether all of a context is repeated, of which `next_part` was asked before."""
+        return self._progress[owner_id].repeating is None
+
+    def of(self, request_id: str) -> Repetition | None:
+        """What a request repeats, if it is a repeating one."""
+        return self._announced.get(request_id)
+
+    def announced(self, started: Iterable[str]) -> list[Repetition]:
+        """The repetitions among the requests that start to be computed."""
+        return [self._announced[name] for name in started if name in self._announced]
+
+    def waiting(self, running: Iterable[Request]) -> Request | None:
+        """The first of the running requests' repetitions, all of which are waiting to be scheduled."""
+        owners = (self._progress.get(request.request_id) for request in running)
+        return next((owner.repeating for owner in owners if owner and owner.repeating), None)
+
+    def ended(self, request_id: str) -> None:
+        """A request was freed: a repeating one has repeated its part, an owner needs nothing any more."""
+        self._progress.pop(request_id, None)
+        repetition = self._announced.pop(request_id, None)
+        if repetition is not None and (progress := self._progress.get(repetition.owner_id)) is not None:
+            progress.done, progress.repeating = progress.end, None
+
+    def abandon(self, owner_id: str) -> str | None:
+        """Forget an owner's progress; the id of the request to be aborted, if one is repeating."""
+        progress = self._progress.pop(owner_id, None)
+        return progress.repeating.request_id if progress and progress.repeating else None
+
+    def _encode(self, text: str) -> list[int]:
+        tokenizer = cached_tokenizer_from_config(self._config.model_config)
+        return tokenizer.encode(text, add_special_tokens=False)

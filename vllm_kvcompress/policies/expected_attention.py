@@ -1,0 +1,99 @@
+"""Expected attention: what queries still to come will attend to, from the statistics of those seen."""
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.policies.base import LayerObservation, Policy
+
+
+class QueryStatistics(NamedTuple):
+    """Running moments of queries before RoPE.
+
+    Attributes:
+        count: queries seen.
+        mean: `[H, G, D]` float32.
+        scatter: `[H, G, D, D]` float32, Σ (q - mean)(q - mean)ᵀ.
+    """
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(Policy):
+    """Attention expected of a normally distributed future query, times the length of the value.
+
+        z_i = scale·k_iᵀR̄μ + scale²/2·k_iᵀR̄ΣR̄ᵀk_i
+        s_i = (mean over the group of softmax(z)_i + ε)·‖v_i‖₂
+
+    μ and Σ are the mean and covariance of the queries seen so far before RoPE, without the first `skip`; R̄ is
+    the mean rotation of the next `future` positions. The softmax leaves out the first `skip` tokens, which
+    score +inf.
+
+    Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
+    Queries Distribution", arXiv 2510.00636, and its authors' code in kvpress, whose defaults these are.
+    Deviations: queries are taken back through RoPE instead of projected again, moments are merged chunk by
+    chunk in float32, and queries behind a prefix-cache hit are never computed, so they are missing.
+
+    Attributes:
+        future: positions over which the rotation is averaged.
+        skip: first tokens, whose queries and keys are outliers.
+        epsilon: ε, added before the values' lengths weigh in.
+    """
+
+    name: ClassVar[str] = "expected_attention"
+    paper: ClassVar[str] = "Expected Attention (arXiv 2510.00636)"
+    cost: ClassVar[str] = "moments of all queries; a D x D form per key"
+    accumulates: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
+    future: int = 512
+    skip: int = 4
+    epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.future < 1:
+            raise ValueError(f"future must be at least 1 position, got {self.future}")
+        if self.skip < 0 or self.epsilon < 0:
+            raise ValueError("skip and epsilon must not be negative")
+
+    def observe(self, observation: LayerObservation) -> QueryStatistics | None:
+        assert observation.rotary is not None
+        first = observation.num_tokens - len(observation.queries)
+        queries = observation.rotary.undo(observation.queries, first)[max(self.skip - first, 0) :]
+        old: QueryStatistics | None = observation.state
+        if not len(queries):
+            return old
+        mean = queries.mean(0)
+        centred = queries - mean
+        new = QueryStatistics(len(queries), mean, torch.einsum("nhgi,nhgj->hgij", centred, centred))
+        return new if old is None else _merged(old, new)
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        assert observation.rotary is not None
+        keys, size = observation.keys.float(), observation.keys.shape[-1]
+        queries: QueryStatistics = observation.state
+        rotation = observation.rotary.mean_matrix(observation.num_tokens, self.future, size)
+        mean = queries.mean @ rotation.T
+        covariance = rotation @ (queries.scatter / queries.count) @ rotation.T
+        logits = torch.einsum("hwd,hgd->hgw", keys, mean) * observation.scale
+        logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (observation.scale**2 / 2)
+        column = torch.arange(keys.shape[1])
+        first = 0 if observation.padding is None else observation.padding[:, None]
+        logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)
+        expected = logits.softmax(-1).mean(1)  # [H, W]
+        scores = (expected + self.epsilon) * observation.values.float().norm(dim=-1)
+        scores.masked_fill_(column < first + self.skip, torch.inf)
+        return scores[:, : observation.num_scored]
+
+
+def _merged(a: QueryStatistics, b: QueryStatistics) -> QueryStatistics:
+    """Moments of two sets together (Chan et al., 1979)."""
+    count = a.count + b.count
+    apart = b.mean - a.mean
+    mean = a.mean + apart * (b.count / count)
+    between = apart[..., :, None] * apart[..., None, :] * (a.count * b.count / count)
+    return QueryStatistics(count, mean, a.scatter + b.scatter + between)

@@ -1,0 +1,61 @@
+"""Rotary position embedding, undone and averaged."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A layer's rotary position embedding.
+
+    Attributes:
+        cos_sin: `[positions, R]`, cosines of the R/2 angles, then their sines; R <= D elements are rotated.
+        is_neox: whether element i is paired with i + R/2; otherwise 2i with 2i + 1.
+    """
+
+    cos_sin: Tensor
+    is_neox: bool
+
+    def undo(self, rotated: Tensor, first_position: int) -> Tensor:
+        """Vectors before the embedding.
+
+        Args:
+            rotated: `[n, ..., D]` of tokens at consecutive positions.
+            first_position: of the first one.
+
+        Returns:
+            `[n, ..., D]` float32.
+        """
+        table = self.cos_sin[first_position : first_position + rotated.shape[0]].float()
+        cos, sin = table.view(len(table), *[1] * (rotated.ndim - 2), -1).chunk(2, -1)
+        size = self.cos_sin.shape[-1]
+        out = rotated.float().clone()
+        if self.is_neox:
+            left, right = slice(0, size // 2), slice(size // 2, size)
+        else:
+            left, right = slice(0, size, 2), slice(1, size, 2)
+        a, b = out[..., left].clone(), out[..., right].clone()
+        length = cos.square() + sin.square()  # not 1 where the embedding also scales (YaRN)
+        out[..., left] = (a * cos + b * sin) / length
+        out[..., right] = (b * cos - a * sin) / length
+        return out
+
+    def mean_matrix(self, first_position: int, count: int, size: int) -> Tensor:
+        """The mean of the embedding's matrices over positions, `[D, D]` float32; past the table its end.
+
+        Args:
+            first_position: of the range.
+            count: positions in it.
+            size: D.
+        """
+        positions = torch.arange(first_position, first_position + count).clamp(max=len(self.cos_sin) - 1)
+        cos, sin = self.cos_sin[positions].float().mean(0).chunk(2)
+        rotated = self.cos_sin.shape[-1]
+        pairs = torch.arange(rotated).view(2, -1) if self.is_neox else torch.arange(rotated).view(-1, 2).T
+        left, right = pairs
+        matrix = torch.eye(size)
+        matrix[left, left] = matrix[right, right] = cos
+        matrix[left, right], matrix[right, left] = -sin, sin
+        return matrix
