@@ -1,6 +1,11 @@
 """Allocations spend the page budget exactly, starve no head, and are optimal for their objective."""
 
+import functools
 import itertools
+import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +15,43 @@ from hypothesis import strategies as st
 from vllm_kvcompress.allocation import (
     ALLOCATIONS,
     Adaptive,
+    Allocation,
     Global,
+    Profile,
     Uniform,
     get_allocation,
     select,
     whole_pages,
 )
+
+FOLDER = tempfile.TemporaryDirectory(prefix="head-profiles-")
+
+
+def write_profile(path: Path, shares, budgets=(0.25,), **changes) -> str:
+    """A head profile as a file; `shares` is `[budgets][L][H]`."""
+    content = {"version": 1, "model": "tiny", "budgets": budgets, "shares": shares}
+    content |= {"num_layers": len(shares[0]), "num_kv_heads": len(shares[0][0])} | changes
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@functools.cache
+def any_profile(layers: int, heads: int, even: bool = False) -> str:
+    """A file whose shares are even, or very skewed, some of them zero."""
+    draw = torch.Generator().manual_seed(layers * 100 + heads)
+    shares = torch.ones(2, layers, heads)
+    if not even:
+        shares = torch.rand(shares.shape, generator=draw) ** 4 * (
+            torch.rand(shares.shape, generator=draw) > 0.2
+        )
+        shares[:, 0, 0] += 0.01
+    return write_profile(Path(FOLDER.name, f"{layers}-{heads}-{even}.json"), shares.tolist(), (0.5, 0.1))
+
+
+def made(name: str, scores: torch.Tensor, even: bool = False) -> Allocation:
+    """The allocation of that name, for a model whose heads have these scores."""
+    cls = ALLOCATIONS[name]
+    return cls(any_profile(*scores.shape[:2], even)) if cls is Profile else cls()
 
 
 @st.composite
@@ -38,7 +74,7 @@ def problems(draw, max_layers=4, max_heads=4, max_pages=6):
 @given(problem=problems())
 def test_the_budget_is_spent_exactly_and_protected_tokens_are_kept(name, problem):
     scores, num_pages, page, num_sinks = problem
-    counts = ALLOCATIONS[name]().allocate(scores, num_pages, page)
+    counts = made(name, scores).allocate(scores, num_pages, page)
     assert counts.dtype == torch.int64 and counts.shape == scores.shape[:2]
     assert int(counts.sum()) == num_pages
     assert int(counts.min()) >= 1 and int(counts.max()) <= scores.shape[-1] // page
@@ -117,7 +153,9 @@ def test_whole_pages_keep_their_sum_and_stay_within_one_page_where_bounds_allow(
     pages = round(float(wanted.sum()))
     if not len(wanted) <= pages <= 6 * len(wanted):
         return
-    counts = whole_pages(wanted, pages, torch.ones(len(wanted), dtype=torch.int64), 6)
+    counts = whole_pages(
+        wanted, pages, torch.ones(len(wanted), dtype=torch.int64), torch.full((len(wanted),), 6)
+    )
     assert int(counts.sum()) == pages and int(counts.min()) >= 1 and int(counts.max()) <= 6
 
 
@@ -125,7 +163,7 @@ def test_whole_pages_keep_their_sum_and_stay_within_one_page_where_bounds_allow(
 @pytest.mark.parametrize("num_pages", [3, 17])
 def test_an_impossible_budget_is_refused(name, num_pages):
     with pytest.raises(ValueError, match="cannot be split"):
-        ALLOCATIONS[name]().allocate(torch.rand(2, 2, 32), num_pages, 8)
+        made(name, torch.rand(2, 2, 32)).allocate(torch.rand(2, 2, 32), num_pages, 8)
 
 
 @settings(max_examples=60, deadline=None)
@@ -154,7 +192,7 @@ def test_heads_with_protected_tokens_of_their_own_get_room_for_them(name, proble
     needed = [[max(1, -(-protected[x * heads + y] // page)) for y in range(heads)] for x in range(layers)]
     # Layers share evenly before their heads compete, but never get less than their heads need.
     num_pages = data.draw(st.integers(sum(map(sum, needed)), layers * heads * num_tokens // page))
-    counts = ALLOCATIONS[name]().allocate(scores, num_pages, page)
+    counts = made(name, scores).allocate(scores, num_pages, page)
     assert int(counts.sum()) == num_pages
     assert (counts >= torch.tensor(needed)).all() and int(counts.max()) <= num_tokens // page
     runs = select(scores, counts, page).split(counts.flatten().tolist())
@@ -169,7 +207,9 @@ def test_whole_pages_are_the_closest_split_within_the_bounds(data):
     wanted = data.draw(st.lists(st.floats(0, 6, width=32), min_size=heads, max_size=heads))
     smallest = data.draw(st.lists(st.integers(1, largest), min_size=heads, max_size=heads))
     pages = data.draw(st.integers(sum(smallest), heads * largest))
-    counts = whole_pages(torch.tensor(wanted), pages, torch.tensor(smallest), largest).tolist()
+    counts = whole_pages(
+        torch.tensor(wanted), pages, torch.tensor(smallest), torch.full((len(wanted),), largest)
+    ).tolist()
 
     def distance(split) -> float:
         return sum((w - c) ** 2 for w, c in zip(wanted, split, strict=True))
@@ -182,7 +222,8 @@ def test_whole_pages_are_the_closest_split_within_the_bounds(data):
 
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_equal_scores_favour_the_earlier_head(name):
-    counts = ALLOCATIONS[name]().allocate(torch.zeros(1, 4, 32), 10, 8)[0]
+    scores = torch.zeros(1, 4, 32)
+    counts = made(name, scores, even=True).allocate(scores, 10, 8)[0]
     assert int(counts.sum()) == 10 and (counts.diff() <= 0).all()
 
 
@@ -191,7 +232,7 @@ def test_a_head_without_numbers_breaks_neither_the_budget_nor_the_other_heads(na
     scores = torch.rand(2, 2, 32)
     scores[0, 1, 3:] = torch.nan
     scores[..., :2] = torch.inf
-    counts = ALLOCATIONS[name]().allocate(scores, 8, 4)
+    counts = made(name, scores).allocate(scores, 8, 4)
     assert int(counts.sum()) == 8 and int(counts.min()) >= 1
     runs = select(scores, counts, 4).split(counts.flatten().tolist())
     assert {0, 1, 2} <= set(runs[1].flatten().tolist())
@@ -203,13 +244,13 @@ def test_allocating_and_selecting_leave_the_scores_alone():
     scores = torch.rand(2, 2, 32)
     before = scores.clone()
     for allocation in ALLOCATIONS.values():
-        select(scores, allocation().allocate(scores, 8, 4), 4)
+        select(scores, made(allocation.name, scores).allocate(scores, 8, 4), 4)
     assert torch.equal(scores, before)
 
 
 def test_an_allocation_is_found_by_its_name():
     assert get_allocation("global") is Global
-    with pytest.raises(ValueError, match="use one of uniform, adaptive, pyramid, global"):
+    with pytest.raises(ValueError, match="use one of uniform, adaptive, pyramid, global, profile"):
         get_allocation("globe")
 
 
@@ -236,3 +277,153 @@ def test_pyramid_of_one_layer_is_the_mean():
 def test_a_pyramid_needs_a_positive_beta():
     with pytest.raises(ValueError, match="beta must be at least 1"):
         ALLOCATIONS["pyramid"](beta=0)
+
+
+# ---------------------------------------------------------------------- head profiles
+
+
+def test_a_profile_gives_each_head_its_share(tmp_path):
+    path = write_profile(tmp_path / "p.json", [[[2, 1], [0.5, 0.5]]])
+    assert Profile(path).allocate(torch.rand(2, 2, 400), 40, 4).tolist() == [[20, 10], [5, 5]]
+
+
+def test_what_one_head_cannot_take_the_others_share_in_proportion(tmp_path):
+    path = write_profile(tmp_path / "p.json", [[[10, 2, 1, 0.001]]])
+    # The first head is full at 20 pages and the last one keeps a page; 12 remain, for 2 : 1.
+    assert Profile(path).allocate(torch.rand(1, 4, 80), 33, 4).tolist() == [[20, 8, 4, 1]]
+
+
+def slow_profile(shares, total, smallest, largest):
+    """The level at which the heads' clamped shares add up to the total, by bisection."""
+    shares = [max(share, 1e-6 * max(shares)) for share in shares]
+
+    def at(level):
+        bounds = zip(shares, smallest, largest, strict=True)
+        return [min(max(level * share, low), high) for share, low, high in bounds]
+
+    lower, upper = 0.0, 1e12
+    for _ in range(300):
+        middle = (lower + upper) / 2
+        lower, upper = (middle, upper) if sum(at(middle)) < total else (lower, middle)
+    return at(upper)
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_profile_is_the_whole_page_split_closest_to_its_clamped_shares(data):
+    heads, page, largest = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3)), 4
+    shares = data.draw(st.lists(st.floats(0, 8, width=16), min_size=heads, max_size=heads))
+    shares[data.draw(st.integers(0, heads - 1))] += 0.5
+    capacity = data.draw(st.lists(st.integers(1, largest), min_size=heads, max_size=heads))
+    sinks = [data.draw(st.integers(0, most * page)) for most in capacity]
+    smallest = [max(1, -(-count // page)) for count in sinks]
+    scores = torch.rand(1, heads, largest * page)
+    for row, count, most in zip(scores[0], sinks, capacity, strict=True):
+        first = (largest - most) * page
+        row[:first], row[first : first + count] = -torch.inf, torch.inf
+    total = data.draw(st.integers(sum(smallest), sum(capacity)))
+    path = write_profile(Path(FOLDER.name, "drawn.json"), [[shares]], num_layers=1)
+    counts = Profile(path).allocate(scores, total, page, torch.tensor([capacity]))[0].tolist()
+
+    wanted = slow_profile(shares, total, smallest, capacity)
+    assert sum(wanted) == pytest.approx(total, rel=1e-6)
+    splits = itertools.product(*(range(low, high + 1) for low, high in zip(smallest, capacity, strict=True)))
+    distances = {
+        split: sum((w - c) ** 2 for w, c in zip(wanted, split, strict=True))
+        for split in splits
+        if sum(split) == total
+    }
+    assert distances[tuple(counts)] == pytest.approx(min(distances.values()), abs=1e-4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_a_larger_share_never_gets_fewer_pages(problem, data):
+    scores, num_pages, page, _ = problem
+    layers, heads, _ = scores.shape
+    drawn = st.lists(st.integers(0, 100), min_size=layers * heads, max_size=layers * heads)
+    shares = torch.tensor(data.draw(drawn))
+    shares[0] += 1
+    path = write_profile(Path(FOLDER.name, "sorted.json"), [shares.view(layers, heads).tolist()])
+    counts = Profile(path).allocate(scores, num_pages, page).flatten()
+    assert int(counts.sum()) == num_pages
+    for one, other in itertools.combinations(range(layers * heads), 2):
+        if shares[one] != shares[other]:
+            assert (shares[one] > shares[other]) == (counts[one] > counts[other]) or counts[one] == counts[
+                other
+            ]
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(0.5, [4, 4]), (0.25, [3, 2]), (0.125, [2, 0]), (0.01, [2, 0]), (0.9, [4, 4])]
+)
+def test_shares_are_linear_in_the_logarithm_of_the_budget(tmp_path, budget, expected):
+    path = write_profile(tmp_path / "p.json", [[[4, 4]], [[2, 0]]], (0.5, 0.125))
+    assert Profile(path).profile.at(budget)[0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "there is no head profile"),
+        ("not json", "is not a head profile"),
+        ("[1, 2]", "is not a head profile"),
+        ("{}", "is not a head profile"),
+        ({"version": 2}, "has version 2, and this package reads version 1"),
+        ({"num_layers": 3}, "is damaged"),
+        ({"shares": "many"}, "is damaged"),
+        ({"shares": [[[1, -1], [1, 1]]]}, "is damaged"),
+        ({"shares": [[[1, float("nan")], [1, 1]]]}, "is damaged"),
+        ({"shares": [[[0, 0], [0, 0]]]}, "is damaged"),
+        ({"shares": [[[1, 1], [1]]]}, "is damaged"),
+        ({"budgets": [0.0]}, "is damaged"),
+        ({"budgets": []}, "is damaged"),
+        ({"budgets": [0.5, 0.25]}, "is damaged"),
+        ({"budgets": None}, "is damaged"),
+        ({"model": None, "num_kv_heads": None}, "is damaged"),
+    ],
+    ids=str,
+)
+def test_a_profile_that_cannot_be_read_is_one_line(tmp_path, content, says):
+    path = tmp_path / "p.json"
+    if isinstance(content, dict):
+        write_profile(path, [[[1, 1], [1, 1]]])
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    elif content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError) as caught:
+        Profile(str(path))
+    assert says in str(caught.value) and str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_profile_is_for_models_of_its_shape(tmp_path):
+    profile = Profile(write_profile(tmp_path / "p.json", [[[1, 1], [1, 1]]]))
+    profile.check_model(2, 2)
+    with pytest.raises(ValueError, match="is for 2 layers of 2 KV heads, but .* has 2 of 1; use"):
+        profile.check_model(2, 1)
+    with pytest.raises(ValueError, match="is for 2 layers"):
+        profile.allocate(torch.rand(1, 2, 32), 4, 8)
+    Uniform().check_model(2, 1)
+
+
+def test_a_profile_is_read_once_and_again_when_it_has_changed(tmp_path, monkeypatch):
+    reads = []
+    read_text = Path.read_text
+    path = write_profile(tmp_path / "p.json", [[[1, 3]]])
+    monkeypatch.setattr(Path, "read_text", lambda self: reads.append(self) or read_text(self))
+    before, again = Profile(path), Profile(path)
+    assert len(reads) == 1 and before == again
+    write_profile(tmp_path / "p.json", [[[3, 1]]])
+    os.utime(path, ns=(1, 1))
+    assert Profile(path).allocate(torch.rand(1, 2, 80), 8, 4).tolist() == [[6, 2]]
+    assert len(reads) == 2
+    (tmp_path / "p.json").unlink()
+    assert before.allocate(torch.rand(1, 2, 80), 8, 4).tolist() == [[2, 6]]  # what has been read stays
+
+
+def test_profiles_of_the_package_go_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm_kvcompress.profiles.FOLDER", tmp_path)
+    write_profile(tmp_path / "tiny-model.json", [[[1, 3]]])
+    assert Profile("tiny-model").profile.shape == (1, 2)
+    with pytest.raises(ValueError, match=r"there is no head profile huge-model: .*\(tiny-model\)$"):
+        Profile("huge-model")

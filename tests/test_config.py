@@ -1,11 +1,13 @@
 """Every form users write means the same, and every mistake is one clear line."""
 
 import dataclasses
+import json
 import pickle
 
 import pytest
 
 from vllm_kvcompress import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import METHODS
 from vllm_kvcompress.policies import POLICIES, Policy, get_policy, register_policy
 
@@ -98,6 +100,57 @@ def test_own_options_hidden_among_the_methods_are_refused():
 def test_off_in_any_form_disables(value):
     assert not KVCompressionConfig.parse(value).enabled
     assert not KVCompressionConfig().for_request(value).enabled
+
+
+@pytest.fixture
+def head_profile(tmp_path):
+    path = tmp_path / "of=a:model.json"
+    shares = {"budgets": [0.25], "shares": [[[1, 3]]], "num_layers": 1, "num_kv_heads": 2}
+    path.write_text(json.dumps({"version": 1, "model": "tiny", **shares}))
+    return path
+
+
+def test_an_allocation_may_name_a_file(head_profile):
+    config = KVCompressionConfig.parse(f"snapkv:budget=0.5,allocation=profile:{head_profile},kernel_size=5")
+    assert config.build_allocation() == ALLOCATIONS["profile"](str(head_profile))
+    assert config.options == {"kernel_size": 5}
+    assert config.to_dict()["allocation"] == f"profile:{head_profile}"
+    for form in (config.to_dict(), json.dumps(config.to_dict())):
+        assert KVCompressionConfig.parse(form) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    plain = KVCompressionConfig.parse("snapkv:budget=0.5,kernel_size=5")
+    assert plain.for_request({"allocation": f"profile:{head_profile}"}) == config
+    assert plain.for_request(f"snapkv:allocation=profile:{head_profile}") == config
+    assert config.for_request({"allocation": "uniform"}).build_allocation().name == "uniform"
+    assert config.for_request("adakv").build_allocation().name == "adaptive"
+
+
+def test_an_engine_does_not_need_the_file_after_its_start(head_profile):
+    config = KVCompressionConfig.parse(f"snapkv:allocation=profile:{head_profile}")
+    head_profile.unlink()
+    assert config.build_allocation().profile.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "says"),
+    [
+        ("profile", "write allocation=profile:PATH"),
+        ("profile:", "write allocation=profile:PATH"),
+        ("profile:/nowhere/to/be/found.json", "there is no head profile /nowhere/to/be/found.json"),
+        ("uniform:3", "allocation uniform takes no argument, got '3'"),
+        ("profiel:x", "did you mean 'profile'"),
+    ],
+)
+def test_mistakes_about_a_file_are_one_line(allocation, says):
+    for parse in (KVCompressionConfig.parse, KVCompressionConfig().for_request):
+        with pytest.raises(KVCompressionError) as caught:
+            parse({"method": "snapkv", "allocation": allocation})
+        assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_file_of_an_allocation_has_one_place(head_profile):
+    with pytest.raises(KVCompressionError, match="unknown kv_compression option of snapkv 'path'"):
+        KVCompressionConfig.parse({"allocation": f"profile:{head_profile}", "path": str(head_profile)})
 
 
 def test_what_one_request_wrote_does_not_change_what_another_means():

@@ -1,12 +1,13 @@
 """Every refusal is one line that names the feature; what is not refused passes."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 from vllm.platforms import current_platform
 
-from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.support import check_supported
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.support import check_method, check_supported
 
 
 def engine_config(**changes):
@@ -84,3 +85,18 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
 )
 def test_what_is_supported_passes(accepted):
     check_supported(engine_config(**accepted))
+
+
+def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
+    path = tmp_path / "profile.json"
+    content = {"version": 1, "model": "tiny", "num_layers": 2, "num_kv_heads": 1}
+    path.write_text(json.dumps({**content, "budgets": [0.25], "shares": [[[1], [2]]]}))
+    compression = KVCompressionConfig.parse(f"snapkv:allocation=profile:{path}")
+
+    def engine(layers, heads):
+        model = SimpleNamespace(get_num_layers=lambda _: layers, get_num_kv_heads=lambda _: heads)
+        return SimpleNamespace(model_config=model, parallel_config=None)
+
+    check_method(compression, engine(2, 1))
+    with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 30 of 3; use"):
+        check_method(compression, engine(30, 3))

@@ -1,5 +1,6 @@
 """How many pages each head gets, and which tokens fill them."""
 
+import functools
 import heapq
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vllm_kvcompress import profiles
+
 
 class Allocation(ABC):
     """Splits a request's page budget over its layers and heads. Subclasses are dataclasses of options.
@@ -16,15 +19,30 @@ class Allocation(ABC):
     Attributes:
         name: what users write.
         paper: title and arXiv id.
+        argument: the option that users write behind the name, as in `NAME:ARGUMENT`; None for none.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    argument: ClassVar[str | None] = None
 
-    def allocate(self, scores: Tensor, num_pages: int, page_size: int) -> Tensor:
+    def check_model(self, num_layers: int, num_kv_heads: int) -> None:  # noqa: B027 (most fit any model)
+        """Refuse a model that this allocation is not for, before any request is served.
+
+        Args:
+            num_layers: L of the cache that one worker holds.
+            num_kv_heads: H of it.
+
+        Raises:
+            ValueError: in one line, why not.
+        """
+
+    def allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, capacity: Tensor | None = None
+    ) -> Tensor:
         """Decide each head's pages.
 
-        Every head gets at least one page and enough for its protected tokens, and at most T / page_size.
+        Every head gets at least one page and enough for its protected tokens, and at most its capacity.
         Equal scores are resolved in favour of the earlier layer, head and token, so the same scores always
         give the same pages. NaN counts as the lowest score.
 
@@ -33,6 +51,8 @@ class Allocation(ABC):
                 `page_size`.
             num_pages: pages to spend, all of them.
             page_size: tokens per page.
+            capacity: `[L, H]` int64, pages that each head could fill; None for T / page_size. Of a head with
+                fewer tokens, the first T - capacity·page_size scores are -inf and stand for nothing.
 
         Returns:
             `[L, H]` int64 on the scores' device, summing to `num_pages`.
@@ -44,20 +64,23 @@ class Allocation(ABC):
         layers, heads, num_tokens = scores.shape
         assert num_tokens % page_size == 0
         scores = _comparable(scores)
-        largest = num_tokens // page_size
+        if capacity is None:
+            capacity = torch.full((layers, heads), num_tokens // page_size, device=scores.device)
         protected = torch.isposinf(scores).sum(-1)
         smallest = ((protected + page_size - 1) // page_size).clamp(min=1)
-        least, most = int(smallest.sum()), layers * heads * largest
+        least, most = int(smallest.sum()), int(capacity.sum())
         if not least <= num_pages <= most:
             raise ValueError(
                 f"{num_pages} pages cannot be split over {layers}x{heads} heads, which need {least} and can "
                 f"fill {most}; {'raise' if num_pages < least else 'lower'} budget"
             )
-        return self._allocate(scores, num_pages, page_size, smallest)
+        return self._allocate(scores, num_pages, page_size, smallest, capacity)
 
     @abstractmethod
-    def _allocate(self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor) -> Tensor:
-        """As `allocate`, arguments checked; `smallest` `[L, H]` int64 is each head's minimum of pages."""
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
+        """As `allocate`, arguments checked; `smallest`, `largest` `[L, H]` int64 bound each head's pages."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +90,11 @@ class Uniform(Allocation):
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "the common default"
 
-    def _allocate(self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor) -> Tensor:
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
         even = torch.full_like(smallest, num_pages, dtype=torch.float32) / smallest.numel()
-        counts = whole_pages(even.flatten(), num_pages, smallest.flatten(), scores.shape[-1] // page_size)
+        counts = whole_pages(even.flatten(), num_pages, smallest.flatten(), largest.flatten())
         return counts.view_as(smallest)
 
 
@@ -96,11 +121,12 @@ class Adaptive(Allocation):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, got {self.alpha}")
 
-    def _allocate(self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor) -> Tensor:
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
         layers, heads, num_tokens = scores.shape
-        largest = num_tokens // page_size
         even = torch.full((layers,), num_pages / layers, device=scores.device)
-        shares = whole_pages(even, num_pages, smallest.sum(1), heads * largest)
+        shares = whole_pages(even, num_pages, smallest.sum(1), largest.sum(1))
         kept = shares * page_size  # tokens of each layer
 
         ascending = _ascending(scores.reshape(layers, heads * num_tokens))
@@ -113,7 +139,7 @@ class Adaptive(Allocation):
 
         wanted = ((1 - self.alpha) * chosen + self.alpha * kept[:, None] / heads) / page_size
         rows = [
-            whole_pages(wanted[layer], share, smallest[layer], largest)
+            whole_pages(wanted[layer], share, smallest[layer], largest[layer])
             for layer, share in enumerate(shares.tolist())
         ]
         return torch.stack(rows)
@@ -133,18 +159,21 @@ class Global(Allocation):
     name: ClassVar[str] = "global"
     paper: ClassVar[str] = "KV-Compress: block eviction over all heads (arXiv 2410.00161)"
 
-    def _allocate(self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor) -> Tensor:
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
         num_tokens = scores.shape[-1]
-        largest = num_tokens // page_size
         cost = _ascending(scores.reshape(-1, num_tokens))[:, page_size - 1 :: page_size]
-        may_go = torch.arange(largest, device=scores.device) < largest - smallest.view(-1, 1)
+        page = torch.arange(cost.shape[1], device=scores.device)  # the first ones stand for nothing
+        absent = cost.shape[1] - largest.view(-1, 1)
+        may_go = (page >= absent) & (page < cost.shape[1] - smallest.view(-1, 1))
         head = may_go.nonzero()[:, 0]
         # Earlier heads win ties, so later ones free first; a head's own costs ascend, so whichever of its
         # pages are freed, their number is that of its cheapest.
-        num_freed = smallest.numel() * largest - num_pages
+        num_freed = int(largest.sum()) - num_pages
         freed = cost[may_go].flip(0).sort(stable=True).indices[:num_freed]
         freed_of = torch.bincount(head.flip(0)[freed], minlength=smallest.numel())
-        return (largest - freed_of).view_as(smallest)
+        return largest - freed_of.view_as(largest)
 
 
 @dataclass(frozen=True)
@@ -170,7 +199,9 @@ class Pyramid(Allocation):
         if self.beta < 1:
             raise ValueError(f"beta must be at least 1, got {self.beta}")
 
-    def _allocate(self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor) -> Tensor:
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
         layers, heads, num_tokens = scores.shape
         mean = num_pages * page_size / (layers * heads)
         last = float(mean // self.beta)
@@ -181,11 +212,82 @@ class Pyramid(Allocation):
         if layers == 1:
             line = torch.full_like(line, mean)
         wanted = (line / page_size).repeat_interleave(heads)
-        counts = whole_pages(wanted, num_pages, smallest.flatten(), num_tokens // page_size)
+        counts = whole_pages(wanted, num_pages, smallest.flatten(), largest.flatten())
         return counts.view_as(smallest)
 
 
-def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: int) -> Tensor:
+@dataclass(frozen=True)
+class Profile(Allocation):
+    """Each head gets what it needed when the model was measured on calibration text.
+
+    A head wants its share of the profile times the mean. What a head cannot take, because it has no more
+    tokens or less than its minimum, is shared by the others in proportion. Shares are those of the fraction
+    of the heads' tokens that the budget pays for, linear in its logarithm between the measured ones.
+
+    Source: Zweiger et al., "Fast KV Compaction via Attention Matching", arXiv 2602.16284, head budgets.
+
+    Attributes:
+        path: a file that `vllm-kvcompress calibrate` wrote, or the name of one that comes with the package.
+    """
+
+    name: ClassVar[str] = "profile"
+    paper: ClassVar[str] = "Fast KV Compaction via Attention Matching: head budgets (arXiv 2602.16284)"
+    argument: ClassVar[str | None] = "path"
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("allocation profile needs a head profile; write allocation=profile:PATH")
+        _ = self.profile  # a file that cannot be read is refused here
+
+    @functools.cached_property
+    def profile(self) -> profiles.HeadProfile:
+        """The file's content, which stays this allocation's if the file changes."""
+        return profiles.load(self.path)
+
+    def check_model(self, num_layers: int, num_kv_heads: int) -> None:
+        layers, heads = self.profile.shape
+        if (num_layers, num_kv_heads) != (layers, heads):
+            raise ValueError(
+                f"the head profile {self.path} is for {layers} layers of {heads} KV heads, but each worker "
+                f"of this engine has {num_layers} of {num_kv_heads}; use a profile of this model, without "
+                "tensor or pipeline parallelism"
+            )
+
+    def _allocate(
+        self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
+    ) -> Tensor:
+        self.check_model(*smallest.shape)
+        # On the CPU: these are a few hundred numbers, in float64, which not every device has.
+        low, high = smallest.cpu().flatten(), largest.cpu().flatten()
+        shares = self.profile.at(num_pages / int(high.sum())).flatten()
+        wanted = in_proportion(shares, num_pages, low, high)
+        return whole_pages(wanted, num_pages, low, high).view_as(smallest).to(smallest.device)
+
+
+def in_proportion(shares: Tensor, total: int, smallest: Tensor, largest: Tensor) -> Tensor:
+    """Split a total in proportion to shares; what a bound takes from or adds to a head, the others share.
+
+        wanted_h = clamp(level·share_h, smallest_h, largest_h),  Σ wanted = total
+
+    Args:
+        shares: `[heads]` float64, not negative; a head without any still takes what no other head can.
+        total: Σ smallest <= total <= Σ largest.
+        smallest: `[heads]` int64.
+        largest: `[heads]` int64.
+
+    Returns:
+        `[heads]` float64.
+    """
+    shares = shares.clamp(min=1e-6 * float(shares.max()))
+    # The sum is piecewise linear in the level, and bends where a head meets a bound.
+    levels = torch.cat([smallest / shares, largest / shares]).sort().values
+    filled = (levels[:, None] * shares).clamp(smallest, largest).sum(1)
+    level = float(np.interp(total, filled.numpy(), levels.numpy()))
+    return (level * shares).clamp(smallest, largest)
+
+
+def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: Tensor) -> Tensor:
     """Round wanted pages to whole ones that sum to `num_pages`, each between `smallest` and `largest`.
 
     Largest remainder: whole parts first; then the pages still missing go to (or surplus ones come from) the
@@ -194,31 +296,33 @@ def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: int) 
 
     Args:
         wanted: `[heads]` float.
-        num_pages: what the counts sum to; Σ smallest <= num_pages <= heads · largest.
+        num_pages: what the counts sum to; Σ smallest <= num_pages <= Σ largest.
         smallest: `[heads]` int64.
-        largest: every head's maximum.
+        largest: `[heads]` int64.
 
     Returns:
         `[heads]` int64.
     """
     # On plain numbers: they are a few hundred at most, and a tensor operation per page would cost more.
-    want, low = wanted.tolist(), smallest.tolist()
-    counts = [min(max(int(w), least), largest) for w, least in zip(want, low, strict=True)]
+    want, low, high = wanted.tolist(), smallest.tolist(), largest.tolist()
+    counts = [min(max(int(w), least), most) for w, least, most in zip(want, low, high, strict=True)]
     missing = num_pages - sum(counts)
     step = 1 if missing > 0 else -1
-    heads = [h for h, c in enumerate(counts) if (c < largest if missing > 0 else c > low[h])]
+    heads = [h for h, c in enumerate(counts) if (c < high[h] if missing > 0 else c > low[h])]
     heap = [((counts[h] - want[h]) * step, h * step) for h in heads]
     heapq.heapify(heap)
     for _ in range(abs(missing)):
         excess, signed = heapq.heappop(heap)
         head = signed * step
         counts[head] += step
-        if low[head] < counts[head] < largest:
+        if low[head] < counts[head] < high[head]:
             heapq.heappush(heap, (excess + 1, signed))
     return torch.tensor(counts, device=wanted.device)
 
 
-ALLOCATIONS: dict[str, type[Allocation]] = {cls.name: cls for cls in (Uniform, Adaptive, Pyramid, Global)}
+ALLOCATIONS: dict[str, type[Allocation]] = {
+    cls.name: cls for cls in (Uniform, Adaptive, Pyramid, Global, Profile)
+}
 
 
 def get_allocation(name: str) -> type[Allocation]:
@@ -237,6 +341,7 @@ def select(scores: Tensor, counts: Tensor, page_size: int) -> Tensor:
 
     Args:
         scores: `[L, H, T]` float32, higher = keep; the earlier token wins a tie, NaN counts as the lowest.
+            A head with fewer tokens has -inf before its first one, as in `allocate`.
         counts: `[L, H]` int64, pages of each head, 1 to T / page_size.
         page_size: tokens per page.
 

@@ -12,7 +12,7 @@ from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.models import ModelUnavailable
-from vllm_kvcompress.policies import POLICIES
+from vllm_kvcompress.policies import POLICIES, Policy
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,13 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _add_measuring(commands: Any) -> None:
-    """The commands that run engines; vLLM is imported only once one of them runs."""
-    from vllm_kvcompress.evaluation import bench, evaluate, inspection
+    """The commands that run models; what they need is imported only once one of them runs."""
+    from vllm_kvcompress.evaluation import bench, calibrate, evaluate, inspection
 
     for name, module, summary in (
         ("eval", evaluate, "quality of every method and budget against the full cache"),
         ("bench", bench, "memory and speed, stock vLLM against compressed"),
         ("inspect", inspection, "which heads keep how much of a prompt"),
+        ("calibrate", calibrate, "measure a model's heads for the allocation `profile`"),
     ):
         parser = commands.add_parser(name, help=summary, description=module.__doc__.partition("\n\n")[0])
         module.add_arguments(parser)
@@ -73,9 +74,9 @@ def _methods(arguments: argparse.Namespace) -> None:
         print(f"    {'options':<11}{_assignments(method['options']) or '-'}")
     print("\nallocations (any method takes any of them: METHOD:allocation=NAME)")
     for allocation in listing["allocations"]:
-        print(f"    {allocation['name']:<11}{allocation['summary']}")
+        print(f"    {allocation['usage']:<14}{allocation['summary']}")
         if allocation["options"]:
-            print(f"    {'':<11}options {_assignments(allocation['options'])}")
+            print(f"    {'':<14}options {_assignments(allocation['options'])}")
     print(f"\noptions of every method: {_assignments(listing['common_options'])}")
 
 
@@ -96,26 +97,28 @@ def describe_methods() -> dict[str, Any]:
         "allocations": [
             {
                 "name": name,
+                "usage": f"{name}:{cls.argument.upper()}" if cls.argument else name,
                 "summary": (cls.__doc__ or "").splitlines()[0],
                 "paper": cls.paper,
-                "options": _defaults(cls),
+                "options": {key: value for key, value in _defaults(cls).items() if key != cls.argument},
             }
             for name, cls in ALLOCATIONS.items()
         ],
         "common_options": {
             name: value
             for name, value in _defaults(KVCompressionConfig).items()
-            if name in ("budget", "sink_tokens", "window")
+            if name not in ("method", "allocation", "options", "enabled")
         },
     }
 
 
 def _defaults(cls: type) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(cls)}
+    defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+    return {name: value.name if isinstance(value, Policy) else value for name, value in defaults.items()}
 
 
 def _assignments(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={'(method)' if value is None else value}" for name, value in options.items())
+    return ", ".join(f"{name}={'none' if value is None else value}" for name, value in options.items())
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
 from vllm_kvcompress.policies import POLICIES, Policy
 
 DEFAULT_WINDOW = 32
+STREAMING_INTERVAL = 1024
+DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -51,6 +53,11 @@ METHODS: dict[str, Method] = {
     "adakv": Method("snapkv", "adaptive", "SnapKV scores; heads of a layer compete for its budget"),
     "pyramidkv": Method("snapkv", "pyramid", "SnapKV scores; lower layers keep more"),
     "kv_compress": Method("kv_compress", "global", "squared attention; all heads and layers compete"),
+    "kv_compress_full": Method("kv_compress_full", "global", "squared attention of all queries"),
+    "h2o": Method("h2o", "uniform", "what all queries so far attended to, and the most recent tokens"),
+    "expected_attention": Method("expected_attention", "uniform", "what future queries should attend to"),
+    "criticalkv": Method("criticalkv", "uniform", "SnapKV scores, then those times ‖W_O v‖"),
+    "kvzip": Method("kvzip", "global", "what the model needs to repeat its context; asks no question"),
     "tova": Method("tova", "uniform", "what the last token attends to, all heads of a layer together"),
     "knorm": Method("knorm", "uniform", "keys of small norm"),
     "keydiff": Method("keydiff", "uniform", "keys unlike the others"),
@@ -63,8 +70,8 @@ class Plan:
 
     Attributes:
         boundary: first token that stays raw, a multiple of the block size.
-        source_blocks: raw blocks below the boundary.
-        kept_blocks: blocks of compacted pages that replace them.
+        source_blocks: blocks below the boundary, as if all of them were raw.
+        kept_blocks: blocks of compacted pages that stand for them.
     """
 
     boundary: int
@@ -79,9 +86,15 @@ class KVCompressionConfig:
     Attributes:
         method: a name listed by `vllm-kvcompress methods`.
         budget: fraction of the raw bytes below the boundary that is kept, 0 < budget <= 1.
-        allocation: how pages are shared among heads; None for the method's own.
+        allocation: how pages are shared among heads, `NAME` or `profile:PATH`; None for the method's own.
         sink_tokens: first tokens of a prompt, never dropped.
         window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
+        when: "prompt": once a prompt is computed; "streaming": also while it is computed, every
+            `recompact_every` tokens, so that it may be larger than the pool.
+        recompact_every: tokens of output after which a request is compacted again; None for never (1024
+            when streaming).
+        max_tokens_kept: mean number of tokens that a head keeps below the boundary, at most; None for no
+            limit but the budget.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -94,6 +107,9 @@ class KVCompressionConfig:
     allocation: str | None = None
     sink_tokens: int = 4
     window: int | None = None
+    when: Literal["prompt", "streaming"] = "prompt"
+    recompact_every: int | None = None
+    max_tokens_kept: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
@@ -102,7 +118,8 @@ class KVCompressionConfig:
             object.__setattr__(self, name, _convert(name, getattr(self, name), kind))
         _known(self.method, [*METHODS, *POLICIES], "method", "`vllm-kvcompress methods` lists them")
         if self.allocation is not None:
-            _known(self.allocation, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
+            name = self.allocation.partition(":")[0]
+            _known(name, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
         if not 0 < self.budget <= 1:
             raise KVCompressionError(
                 f"budget must be a fraction of the cache to keep, 0 < budget <= 1, got {self.budget}"
@@ -111,6 +128,12 @@ class KVCompressionConfig:
             raise KVCompressionError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if self.window is not None and self.window < 1:
             raise KVCompressionError(f"window must be at least 1, got {self.window}")
+        if self.recompact_every is not None and self.recompact_every < 1:
+            raise KVCompressionError(f"recompact_every must be at least 1, got {self.recompact_every}")
+        if self.max_tokens_kept is not None and self.max_tokens_kept < max(1, self.sink_tokens):
+            raise KVCompressionError(
+                f"max_tokens_kept must be at least 1 and sink_tokens, got {self.max_tokens_kept}"
+            )
         types = self._option_types()
         options = {}
         for name, value in self.options.items():
@@ -125,6 +148,10 @@ class KVCompressionConfig:
             raise
         except ValueError as error:
             raise KVCompressionError(f"{self.method}: {error}") from None
+        if self.repeats and self.interval is not None:
+            raise KVCompressionError(
+                f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
+            )
 
     # ------------------------------------------------------------------ reading
 
@@ -178,16 +205,40 @@ class KVCompressionConfig:
 
     def build_policy(self) -> Policy:
         """The policy with this configuration's hyper-parameters."""
-        cls = POLICIES[self.preset.policy]
+        return self._build(POLICIES[self.preset.policy])
+
+    def _build(self, cls: type[Policy]) -> Policy:
         options = self._options_of(cls)
         if self.window is not None and "window" in _field_types(cls):
             options["window"] = self.window
+        if "base" in _field_types(cls):  # a policy on top of another one
+            options["base"] = self._build(self._base(cls))
         return cls(**options)
+
+    def _base(self, cls: type[Policy]) -> type[Policy]:
+        name = self.options.get("base", DEFAULT_BASE)
+        _known(name, POLICIES, f"base policy of {self.method}", "use one of " + ", ".join(POLICIES))
+        if POLICIES[name] is cls:
+            raise KVCompressionError(f"base of {self.method} must be another policy")
+        return POLICIES[name]
 
     def build_allocation(self) -> Allocation:
         """The allocation with this configuration's hyper-parameters."""
-        cls = ALLOCATIONS[self.allocation or self.preset.allocation]
-        return cls(**self._options_of(cls))
+        return self._allocation
+
+    @functools.cached_property
+    def _allocation(self) -> Allocation:
+        # Built once: a file that it reads must not have to stay for as long as requests are served.
+        cls, argument = self._allocation_and_argument()
+        if argument and cls.argument is None:
+            raise KVCompressionError(f"allocation {cls.name} takes no argument, got {argument!r}")
+        given = {cls.argument: argument} if cls.argument else {}
+        return cls(**given, **self._options_of(cls))
+
+    def _allocation_and_argument(self) -> tuple[type[Allocation], str]:
+        """`NAME:ARGUMENT` as a class and what is behind the colon."""
+        name, _, argument = (self.allocation or self.preset.allocation).partition(":")
+        return ALLOCATIONS[name], argument
 
     @functools.cached_property
     def observed_window(self) -> int:
@@ -199,25 +250,84 @@ class KVCompressionConfig:
         """Last prompt tokens that are never dropped."""
         return max(self.observed_window, self.window or 0) or DEFAULT_WINDOW
 
-    def plan(self, num_prompt_tokens: int, block_size: int) -> Plan | None:
-        """What compacting a prompt would do; None if nothing would be freed or it is disabled.
+    @functools.cached_property
+    def observes(self) -> bool:
+        """Whether the policy needs anything of a request's queries."""
+        policy = self.build_policy()
+        return bool(policy.window) or policy.accumulates or policy.repeats
+
+    @functools.cached_property
+    def repeats(self) -> bool:
+        """Whether the policy needs the context repeated by the model."""
+        return self.build_policy().repeats
+
+    @property
+    def interval(self) -> int | None:
+        """Tokens between two compactions of a request; None where there is only one."""
+        if self.when == "streaming":
+            return self.recompact_every or STREAMING_INTERVAL
+        return self.recompact_every
+
+    def next_point(self, num_prompt_tokens: int, point: int | None = None) -> int | None:
+        """The number of computed tokens at which a request is compacted first, or next after `point`.
+
+        It depends on the request alone, so that what is kept does not depend on what else was running.
+        """
+        if point is None or point < num_prompt_tokens:
+            if self.when == "prompt":
+                return num_prompt_tokens
+            assert self.interval is not None
+            return min(num_prompt_tokens, (point or 0) + self.interval)
+        return None if self.interval is None else point + self.interval
+
+    def plan(self, num_tokens: int, block_size: int, held: Plan | None = None) -> Plan | None:
+        """What compacting a request would do; None if nothing would be freed or it is disabled.
 
         Args:
-            num_prompt_tokens: P.
+            num_tokens: tokens computed so far.
             block_size: tokens per block.
+            held: its last compaction.
         """
         if not self.enabled:
             return None
-        source = max(0, num_prompt_tokens - self.recent_tokens) // block_size
-        # Through the decimal form, so that a budget of 0.1 keeps 3 blocks of 30 and not 4.
-        kept = math.ceil(Fraction(str(self.budget)) * source)
-        if kept >= source or self.sink_tokens > kept * block_size:
+        source = max(0, num_tokens - self.recent_tokens) // block_size
+        kept = self._kept_blocks(source, block_size)
+        now = held.kept_blocks + source - held.source_blocks if held else source
+        if kept >= now or self.sink_tokens > kept * block_size:
             return None
         return Plan(source * block_size, source, kept)
 
+    def _kept_blocks(self, source: int, block_size: int) -> int:
+        # Through the decimal form, so that a budget of 0.1 keeps 3 blocks of 30 and not 4.
+        kept = math.ceil(Fraction(str(self.budget)) * source)
+        return kept if self.max_tokens_kept is None else min(kept, max(1, self.max_tokens_kept // block_size))
+
+    def peak_blocks(self, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
+        """Blocks that a request holds at most.
+
+        Args:
+            num_prompt_tokens: its prompt's length.
+            num_tokens: its length at its end.
+            block_size: tokens per block.
+        """
+        whole = -(-num_tokens // block_size)
+        if not self.enabled or self.interval is None:
+            return whole
+        raw = -(-(self.interval + self.recent_tokens) // block_size) + 2  # the edges of two boundaries
+        bounded = min(whole, self._kept_blocks(whole, block_size) + raw)
+        if self.when == "prompt":
+            return max(-(-num_prompt_tokens // block_size), bounded)
+        return bounded
+
     def _option_types(self) -> dict[str, Any]:
-        allocation = ALLOCATIONS[self.allocation or self.preset.allocation]
-        return _field_types(POLICIES[self.preset.policy]) | _field_types(allocation)
+        allocation, _ = self._allocation_and_argument()
+        policy = POLICIES[self.preset.policy]
+        types = _field_types(policy) | _field_types(allocation)
+        if allocation.argument is not None:
+            types = {name: kind for name, kind in types.items() if name != allocation.argument}
+        if "base" in _field_types(policy):
+            types = _field_types(self._base(policy)) | types | {"base": str}
+        return types
 
     def _options_of(self, cls: type) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name in _field_types(cls)}

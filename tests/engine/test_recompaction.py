@@ -29,7 +29,7 @@ def expected_points(num_prompt: int, num_tokens: int, every: int, streaming: boo
 def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
     separator = "," if ":" in method else ":"
     options = f"{method}{separator}budget=0.25,recompact_every={EVERY}"
-    name = engine.add(long_ids(500, seed=3), sampling(400, options))
+    name = engine.add(long_ids(500, seed=3), sampling(200, options))
     held, most = {}, 0
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
@@ -38,7 +38,7 @@ def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
             held[computed] = engine.held(name)
             engine.check_accounts()
     jobs = [c.job for c in engine.compactions]
-    assert [job.num_tokens for job in jobs] == expected_points(500, 900, EVERY, streaming=False)
+    assert [job.num_tokens for job in jobs] == expected_points(500, 700, EVERY, streaming=False)
     boundary = 0
     for job in jobs:
         source = (job.num_tokens - WINDOW) // BLOCK_SIZE
@@ -52,18 +52,18 @@ def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
             kept = math.ceil(Fraction("0.25") * source)
             most = max(most, blocks)
             assert blocks == kept + blocks_of(computed) - source, computed
-    assert most <= math.ceil(900 * 0.25 / BLOCK_SIZE) + blocks_of(EVERY + WINDOW) + 1
+    assert most <= math.ceil(700 * 0.25 / BLOCK_SIZE) + blocks_of(EVERY + WINDOW) + 1
 
 
 def test_a_fixed_number_of_tokens_bounds_the_blocks_of_any_output(engine, long_ids):
     options = f"snapkv:budget=1.0,max_tokens_kept=128,recompact_every={EVERY}"
-    name = engine.add(long_ids(200, seed=4), sampling(700, options))
+    name = engine.add(long_ids(200, seed=4), sampling(450, options))
     held = []
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
         if engine.scheduler.requests and engine.compaction_of(name):
             held.append(engine.held(name))
-    assert max(held[-300:]) == max(held[100:400]), "it does not grow"
+    assert max(held[-150:]) == max(held[100:250]), "it does not grow"
     assert max(held) <= 128 // BLOCK_SIZE + blocks_of(EVERY + WINDOW) + 1
     assert all(len(c.job.destination) == 4 for c in engine.compactions[1:])
 
@@ -72,7 +72,10 @@ def test_a_short_prompt_is_compacted_once_its_output_is_long(engine, long_ids):
     name = engine.add(long_ids(20, seed=5), sampling(200, f"snapkv:budget=0.25,recompact_every={EVERY}"))
     engine.finish()
     engine.outputs.pop(name)
-    assert [c.job.num_tokens for c in engine.compactions] == [20 + EVERY, 20 + 2 * EVERY]
+    assert [c.job.num_tokens for c in engine.compactions] == [
+        20 + 2 * EVERY,
+        20 + 3 * EVERY,
+    ]  # earlier nothing would be freed
 
 
 def test_what_a_head_keeps_comes_from_what_it_kept_before_and_the_new_tokens(engine, long_ids):

@@ -15,6 +15,8 @@ from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
 def test_methods_are_split_where_a_method_begins():
     given = "adakv,snapkv:allocation=global,window=16,kv_compress"
     assert split_methods(given) == ["adakv", "snapkv:allocation=global,window=16", "kv_compress"]
+    given = "snapkv:window=16,allocation=profile:/a/b.json,kv_compress:window=8"
+    assert split_methods(given) == ["snapkv:window=16,allocation=profile:/a/b.json", "kv_compress:window=8"]
 
 
 def test_variants_start_with_the_full_cache():

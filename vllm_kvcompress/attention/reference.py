@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.paging.layout import PageGrid
+
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
     """Causal attention of one KV head's group over the tokens that the head kept.
@@ -20,10 +22,59 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logits_sof
     Returns:
         `[q, G, D]` float32.
     """
+    weights = causal_logits(query, keys, scale, logits_soft_cap).softmax(-1)
+    return torch.einsum("gqn,nd->qgd", weights, values.float())
+
+
+def causal_logits(query: Tensor, keys: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
+    """What `attend` takes the softmax of, `[G, q, n]` float32; -inf where a query precedes a key."""
     num_queries, num_keys = query.shape[0], keys.shape[0]
     logits = torch.einsum("qgd,nd->gqn", query.float(), keys.float()) * scale
     if logits_soft_cap:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
-    newest = torch.arange(num_queries)[:, None] + num_keys - num_queries
-    logits = logits.masked_fill(torch.arange(num_keys) > newest, -torch.inf)
-    return torch.einsum("gqn,nd->qgd", logits.softmax(-1), values.float())
+    newest = torch.arange(num_queries, device=keys.device)[:, None] + num_keys - num_queries
+    return logits.masked_fill(torch.arange(num_keys, device=keys.device) > newest, -torch.inf)
+
+
+def attend_paged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    destination: Tensor,
+    start: Tensor,
+    tail: Tensor,
+    tail_len: int,
+    layer: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row over its runs and its raw tail; a row without compaction has no destination.
+
+    Args:
+        query: `[q, Hq, D]`, the row's newest q tokens.
+        keys: `[L, B, H, N, D]`.
+        values: `[L, B, H, N, D]`.
+        destination: `[n]` int64 on the CPU, its compacted blocks.
+        start: `[L·H + 1]` int64 on the CPU, where each (layer, head)'s run begins; all 0 without compaction.
+        tail: `[m]` int64 on the CPU, its raw blocks from the boundary on.
+        tail_len: tokens that they hold.
+        layer: which of the L layers.
+        scale: softmax scale of the layer.
+        logits_soft_cap: 0 for none.
+
+    Returns:
+        `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
+    """
+    num_layers, num_blocks, heads, block_size, _ = keys.shape
+    grid = PageGrid(num_layers, num_blocks, heads, block_size)
+    linear, raw = grid.linear_pages(destination), grid.positional_pages(tail)[layer]
+    outputs, lses = [], []
+    for head, group in enumerate(query.unflatten(1, (heads, -1)).unbind(1)):
+        run = linear[start[layer * heads + head] : start[layer * heads + head + 1]]
+        pages = torch.cat([run, raw[head]]).to(keys.device)
+        held = len(run) * block_size + tail_len
+        own_keys = keys.flatten(0, 2)[pages].flatten(0, 1)[:held]
+        own_values = values.flatten(0, 2)[pages].flatten(0, 1)[:held]
+        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap))
+        lses.append(causal_logits(group, own_keys, scale, logits_soft_cap).logsumexp(-1).T)
+    return torch.cat(outputs, 1), torch.cat(lses, 1)

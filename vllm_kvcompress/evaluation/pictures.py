@@ -216,6 +216,39 @@ def kept_by_head(kept: Sequence[Sequence[float]], path: Path, title: str) -> Any
     return _save(figure, path, f"{title}\n{note}")
 
 
+def head_sensitivity(
+    costs: Sequence[Sequence[Sequence[float]]], fractions: Sequence[float], path: Path, title: str
+) -> Any:
+    """What it costs that one head keeps few tokens: a map for each kept fraction, on one logarithmic scale.
+
+    Args:
+        costs: `[fraction][layer][head]`, KL divergence in nats per token.
+        fractions: of the tokens that the one head keeps.
+        path: PNG to write.
+        title: of the picture.
+    """
+    layers, heads = len(costs[0]), len(costs[0][0])
+    positive = [value for grid in costs for row in grid for value in row if value > 0] or [1.0]
+    # Below a millionth of the worst there is only rounding.
+    high = math.log10(max(positive))
+    low = max(math.log10(min(positive)), high - 6)
+    width = min(5.0, max(1.8, 0.35 * heads))
+    figure = _figure(max(5.6, width * len(costs) + 2), max(4.0, 0.2 * layers + 2))
+    axes = figure.subplots(1, len(costs), squeeze=False, sharey=True)[0]
+    image = None
+    for axis, fraction, grid in zip(axes, fractions, costs, strict=True):
+        logarithms = [[math.log10(max(value, 10**low)) for value in row] for row in grid]
+        image = _map(axis, logarithms, low, max(high, low + 0.1), text=False)
+        axis.set_title(f"it keeps {100 * fraction:g} %", fontsize=11)
+        axis.set_xlabel("KV head")
+        axis.set_xticks(range(0, heads, math.ceil(heads / 16)))
+        axis.set_yticks(range(0, layers, max(1, layers // 15)))
+    axes[0].set_ylabel("layer")
+    label = "KL divergence to the full cache, nats/token"
+    figure.colorbar(image, ax=axes, label=label, aspect=30, format=lambda value, _: f"{10**value:.2g}")
+    return _save(figure, path, title)
+
+
 def decode_time(
     contexts: Sequence[int],
     ratios: Mapping[str, Sequence[float]],

@@ -80,7 +80,7 @@ def documents(
         seed: of the facts and their places.
 
     Raises:
-        KVCompressionError: the prose is shorter than a document.
+        KVCompressionError: the prose is shorter than a document, or a document than its facts.
     """
     paragraphs = [line for line in prose.splitlines() if line.strip()]
     sizes = [len(tokenizer.encode(line + "\n", add_special_tokens=False)) for line in paragraphs]
@@ -125,6 +125,10 @@ def _document(
     ]
 
     room = length - sum(len(tokenizer.encode(text + "\n", add_special_tokens=False)) for _, text in facts)
+    if room < 1:
+        raise KVCompressionError(
+            f"a document of {length} tokens has no room for its facts; use more than {length - room}"
+        )
     prose, ends, used = [], [0], 0
     while used < room:
         index = (start + len(prose)) % len(paragraphs)

@@ -39,7 +39,7 @@ def split_methods(given: str) -> list[str]:
     """`"adakv,snapkv:allocation=global,window=16"` as two methods."""
     methods: list[str] = []
     for part in given.split(","):
-        if methods and "=" in part and ":" not in part:
+        if methods and "=" in part.partition(":")[0]:  # an option, whose value may have a colon
             methods[-1] += "," + part
         elif part:
             methods.append(part)

@@ -13,12 +13,12 @@ class QueryStatistics(NamedTuple):
     """Running moments of queries before RoPE.
 
     Attributes:
-        count: queries seen.
+        seen: queries.
         mean: `[H, G, D]` float32.
         scatter: `[H, G, D, D]` float32, Σ (q - mean)(q - mean)ᵀ.
     """
 
-    count: int
+    seen: int
     mean: Tensor
     scatter: Tensor
 
@@ -78,7 +78,7 @@ class ExpectedAttention(Policy):
         queries: QueryStatistics = observation.state
         rotation = observation.rotary.mean_matrix(observation.num_tokens, self.future, size)
         mean = queries.mean @ rotation.T
-        covariance = rotation @ (queries.scatter / queries.count) @ rotation.T
+        covariance = rotation @ (queries.scatter / queries.seen) @ rotation.T
         logits = torch.einsum("hwd,hgd->hgw", keys, mean) * observation.scale
         logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (observation.scale**2 / 2)
         column = torch.arange(keys.shape[1])
@@ -92,8 +92,8 @@ class ExpectedAttention(Policy):
 
 def _merged(a: QueryStatistics, b: QueryStatistics) -> QueryStatistics:
     """Moments of two sets together (Chan et al., 1979)."""
-    count = a.count + b.count
+    seen = a.seen + b.seen
     apart = b.mean - a.mean
-    mean = a.mean + apart * (b.count / count)
-    between = apart[..., :, None] * apart[..., None, :] * (a.count * b.count / count)
-    return QueryStatistics(count, mean, a.scatter + b.scatter + between)
+    mean = a.mean + apart * (b.seen / seen)
+    between = apart[..., :, None] * apart[..., None, :] * (a.seen * b.seen / seen)
+    return QueryStatistics(seen, mean, a.scatter + b.scatter + between)

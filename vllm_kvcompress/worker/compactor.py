@@ -100,7 +100,7 @@ class Compactor:
             listener(job, counts, positions)
         new = RequestTable(self.grid, destination, counts, job.boundary, positions)
         if observed is not None and job.config.interval is not None:
-            self._carry(policy, observed, layers, counts, kept)
+            self._carry(job, policy, observed, layers, counts, kept)
         return new
 
     def _candidates(self, job: Job, table: RequestTable | None, index: int) -> _Candidates:
@@ -153,7 +153,13 @@ class Compactor:
         return torch.cat(packed), torch.cat(positions)
 
     def _carry(
-        self, policy: Policy, observed: Observed, layers: list[_Candidates], counts: Tensor, kept: Tensor
+        self,
+        job: Job,
+        policy: Policy,
+        observed: Observed,
+        layers: list[_Candidates],
+        counts: Tensor,
+        kept: Tensor,
     ) -> None:
         """Give the policy's states the columns that the new table has."""
         block_size = self.grid.block_size
@@ -162,7 +168,7 @@ class Compactor:
                 continue
             width = int(counts[index].max()) * block_size
             runs = tokens.flatten().split((counts[index] * block_size).tolist())
-            tail = torch.arange(layer.num_scored, layer.pages.shape[1] * block_size)
+            tail = torch.arange(layer.num_scored, layer.num_scored + job.num_tokens - job.boundary)
             old = torch.full((self.grid.num_heads, width + len(tail)), -1)
             for head, run in enumerate(runs):
                 old[head, width - len(run) : width] = run
