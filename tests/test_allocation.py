@@ -220,6 +220,117 @@ def test_whole_pages_are_the_closest_split_within_the_bounds(data):
     assert distance(counts) == pytest.approx(best, abs=1e-4)
 
 
+# ---------------------------------------------------------------------- heads that hold fewer tokens
+
+
+@st.composite
+def uneven_problems(draw, max_layers=3, max_heads=4, largest=4):
+    """Heads that hold as many pages of tokens as their capacity says, some of them protected."""
+    layers, heads, page = (
+        draw(st.integers(1, max_layers)),
+        draw(st.integers(1, max_heads)),
+        draw(st.integers(1, 4)),
+    )
+    cells = layers * heads
+    capacity = draw(st.lists(st.integers(1, largest), min_size=cells, max_size=cells))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    scores = torch.rand(cells, largest * page, generator=generator)
+    if draw(st.booleans()):
+        scores = (scores * 3).round()  # many ties
+    needed = []
+    for row, most in zip(scores, capacity, strict=True):
+        first = (largest - most) * page
+        protected = draw(st.integers(0, most * page))
+        row[:first], row[first : first + protected] = -torch.inf, torch.inf
+        needed.append(max(1, -(-protected // page)))
+    pages = draw(st.integers(sum(needed), sum(capacity)))
+    shape = layers, heads
+    return (
+        scores.view(*shape, -1),
+        pages,
+        page,
+        torch.tensor(capacity).view(shape),
+        torch.tensor(needed).view(shape),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, cls in ALLOCATIONS.items() if cls.argument is None])
+@settings(max_examples=60, deadline=None)
+@given(problem=uneven_problems())
+def test_the_budget_is_spent_within_what_each_head_holds(name, problem):
+    scores, num_pages, page, capacity, needed = problem
+    counts = ALLOCATIONS[name]().allocate(scores, num_pages, page, capacity)
+    assert counts.dtype == torch.int64 and counts.shape == capacity.shape
+    assert int(counts.sum()) == num_pages
+    assert (counts >= needed).all() and (counts <= capacity).all()
+    runs = select(scores, counts, page).split(counts.flatten().tolist())
+    for row, most, run in zip(scores.flatten(0, 1), capacity.flatten().tolist(), runs, strict=True):
+        tokens = run.flatten().tolist()
+        first = len(row) - most * page
+        assert min(tokens) >= first, "a column that holds nothing"
+        best = sorted(range(first, len(row)), key=lambda t: (-float(row[t]), t))[: len(tokens)]  # noqa: B023
+        assert tokens == sorted(best)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=uneven_problems(max_layers=2, max_heads=2))
+def test_global_frees_the_cheapest_pages_that_are_held(problem):
+    scores, num_pages, page, capacity, needed = problem
+    bounds = list(zip(needed.flatten().tolist(), capacity.flatten().tolist(), strict=True))
+    held = [
+        sorted(row.tolist())[-most * page :]
+        for row, (_, most) in zip(scores.flatten(0, 1), bounds, strict=True)
+    ]
+
+    def cost(counts) -> float:
+        return sum(
+            tokens[(i + 1) * page - 1]
+            for tokens, count in zip(held, counts, strict=True)
+            for i in range(len(tokens) // page - count)
+        )
+
+    splits = itertools.product(*(range(least, most + 1) for least, most in bounds))
+    best = min(cost(split) for split in splits if sum(split) == num_pages)
+    counts = Global().allocate(scores, num_pages, page, capacity)
+    assert cost(counts.flatten().tolist()) == pytest.approx(best, rel=1e-6, abs=1e-6)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problem=uneven_problems(max_layers=1, max_heads=4), alpha=st.sampled_from([0.0, 0.2, 1.0]))
+def test_adaptive_is_the_closest_split_that_the_heads_can_fill(problem, alpha):
+    scores, num_pages, page, capacity, needed = problem
+    wanted, _ = slow_adaptive(scores[0], num_pages, page, alpha, 0)
+    splits = itertools.product(
+        *(range(low, high + 1) for low, high in zip(needed[0].tolist(), capacity[0].tolist(), strict=True))
+    )
+    distance = {
+        split: sum((w - c) ** 2 for w, c in zip(wanted, split, strict=True))
+        for split in splits
+        if sum(split) == num_pages
+    }
+    counts = Adaptive(alpha=alpha).allocate(scores, num_pages, page, capacity)[0].tolist()
+    assert distance[tuple(counts)] == pytest.approx(min(distance.values()), abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in ALLOCATIONS.items() if cls.argument is None])
+def test_a_full_capacity_is_as_none(name):
+    scores = torch.rand(3, 2, 32)
+    full = torch.full((3, 2), 8)
+    for pages in (6, 20, 48):
+        counts = ALLOCATIONS[name]().allocate(scores, pages, 4, full)
+        assert torch.equal(counts, ALLOCATIONS[name]().allocate(scores, pages, 4))
+
+
+@pytest.mark.parametrize("name", [name for name, cls in ALLOCATIONS.items() if cls.argument is None])
+def test_more_pages_than_the_heads_hold_are_refused(name):
+    scores = torch.rand(1, 2, 32)
+    scores[0, 1, :16] = -torch.inf
+    capacity = torch.tensor([[4, 2]])
+    assert ALLOCATIONS[name]().allocate(scores, 6, 8, capacity).tolist() == [[4, 2]]
+    with pytest.raises(ValueError, match="can fill 6; lower budget"):
+        ALLOCATIONS[name]().allocate(scores, 7, 8, capacity)
+
+
 @pytest.mark.parametrize("name", ALLOCATIONS)
 def test_equal_scores_favour_the_earlier_head(name):
     scores = torch.zeros(1, 4, 32)

@@ -298,13 +298,13 @@ def selecting_scores(method: str, options, reference, prompt: Prompt, scores: Te
                 recent = kept // 4 if "recent=0.25" in options else kept // 2
                 chosen[layer, head, scores.shape[2] - recent :] = torch.inf
                 continue
-            weight = reference.model.layers[layer].self_attn.o_proj.weight.double()
+            weight = reference.model.layers[layer].self_attn.o_proj.weight
             size = prompt.values[layer].shape[2]
             group = weight.shape[1] // size // scores.shape[1]
             length = 0
             for member in range(group):
                 begin = (head * group + member) * size
-                through = prompt.values[layer][head].double() @ weight[:, begin : begin + size].T
+                through = prompt.values[layer][head] @ weight[:, begin : begin + size].T
                 length = length + through.abs().sum(-1) / group
             # SnapKV's mean over the group, where the oracle above has the sum.
             weighted = (scores[layer, head] / group + 1e-4) * length[: scores.shape[2]]

@@ -22,6 +22,10 @@ OPTIONS = [
     {"budget": 0.4, "allocation": "global"},
     "adakv:budget=0.3",
     "streaming_llm:budget=0.5",
+    "snapkv:budget=0.3,recompact_every=6",
+    "h2o:budget=0.4,recompact_every=8",
+    "kv_compress:budget=0.25,when=streaming,recompact_every=96",
+    "kvzip:budget=0.3,chunk=128",
     "off",
     "off",
 ]
@@ -166,6 +170,10 @@ def test_the_crowd_is_what_it_is_meant_to_be(run):
         "compacted again after preemption"
     )
     assert any(output.num_cached_tokens for output in run.outputs.values())
+    assert any(c.job.previous for c in run.compactions), "compacted again as it grew"
+    several = {c.job.request_id for c in run.compactions if c.job.previous}
+    first = Counter(c.job.request_id for c in run.compactions if not c.job.previous)
+    assert any(first[name] > 1 for name in several), "preempted between two compactions"
     assert any(set(job.source) & set(job.destination) for job in run.sent), (
         "compacted in place in a full pool"
     )
@@ -204,11 +212,14 @@ def test_a_compacted_request_is_the_same_as_when_run_alone(run, engine):
     chosen = eventful[: RUN_ALONE // 2] + random.Random(SEED).sample(
         eventful[RUN_ALONE // 2 :], RUN_ALONE - RUN_ALONE // 2
     )
+    engine.compactions.clear()
     for name in chosen:
         member = run.members[name]
         alone = engine.run_fresh(member.prompt, member.params())
-        reference = engine.compactions[-1]
+        references = {c.job.num_tokens: c for c in engine.compactions}
+        engine.compactions.clear()
         for compaction in of_request[name]:
+            reference = references[compaction.job.num_tokens]
             assert torch.equal(compaction.counts, reference.counts), name
             assert torch.equal(compaction.kept, reference.kept), name
         compare(run.outputs[name], alone, differences, name)

@@ -23,13 +23,11 @@ def expected_points(num_prompt: int, num_tokens: int, every: int, streaming: boo
     return points
 
 
-@pytest.mark.parametrize(
-    "method", ["snapkv", "kv_compress", "adakv", "h2o", "keydiff", "tova:window=32", "streaming_llm"]
-)
+@pytest.mark.parametrize("method", ["snapkv", "kv_compress", "h2o", "keydiff:allocation=adaptive"])
 def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
     separator = "," if ":" in method else ":"
     options = f"{method}{separator}budget=0.25,recompact_every={EVERY}"
-    name = engine.add(long_ids(500, seed=3), sampling(200, options))
+    name = engine.add(long_ids(500, seed=3), sampling(150, options))
     held, most = {}, 0
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
@@ -38,7 +36,7 @@ def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
             held[computed] = engine.held(name)
             engine.check_accounts()
     jobs = [c.job for c in engine.compactions]
-    assert [job.num_tokens for job in jobs] == expected_points(500, 700, EVERY, streaming=False)
+    assert [job.num_tokens for job in jobs] == expected_points(500, 650, EVERY, streaming=False)
     boundary = 0
     for job in jobs:
         source = (job.num_tokens - WINDOW) // BLOCK_SIZE
@@ -52,18 +50,18 @@ def test_a_long_output_stays_within_its_budget(engine, long_ids, method):
             kept = math.ceil(Fraction("0.25") * source)
             most = max(most, blocks)
             assert blocks == kept + blocks_of(computed) - source, computed
-    assert most <= math.ceil(700 * 0.25 / BLOCK_SIZE) + blocks_of(EVERY + WINDOW) + 1
+    assert most <= math.ceil(650 * 0.25 / BLOCK_SIZE) + blocks_of(EVERY + WINDOW) + 1
 
 
 def test_a_fixed_number_of_tokens_bounds_the_blocks_of_any_output(engine, long_ids):
     options = f"snapkv:budget=1.0,max_tokens_kept=128,recompact_every={EVERY}"
-    name = engine.add(long_ids(200, seed=4), sampling(450, options))
+    name = engine.add(long_ids(200, seed=4), sampling(300, options))
     held = []
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step()
         if engine.scheduler.requests and engine.compaction_of(name):
             held.append(engine.held(name))
-    assert max(held[-150:]) == max(held[100:250]), "it does not grow"
+    assert max(held[-100:]) == max(held[50:150]), "it does not grow"
     assert max(held) <= 128 // BLOCK_SIZE + blocks_of(EVERY + WINDOW) + 1
     assert all(len(c.job.destination) == 4 for c in engine.compactions[1:])
 
@@ -193,13 +191,13 @@ def test_stock_refuses_a_pool_smaller_than_its_longest_request(smollm2):
 def test_a_prompt_several_times_larger_than_the_pool_is_served(small_pool, long_ids):
     free = small_pool.free
     assert free == 24
-    name = small_pool.add(long_ids(3000, seed=12), sampling(300))
+    name = small_pool.add(long_ids(3000, seed=12), sampling(150))
     most = 0
     while small_pool.llm.llm_engine.has_unfinished_requests():
         small_pool.step()
         small_pool.check_accounts()
         most = max(most, free - small_pool.free)
-    assert len(tokens(small_pool.outputs.pop(name))) == 300
+    assert len(tokens(small_pool.outputs.pop(name))) == 150
     assert most <= 16 and small_pool.preemptions == 0
     assert small_pool.free == free
 

@@ -110,13 +110,13 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             # Queries behind a prefix hit are never computed. The hit gives way to the observation window,
-            # so that what a request keeps does not depend on what happened to be cached.
+            # so that what a request keeps does not depend on what happened to be cached. At least one token
+            # is left to compute: only a running request can be compacted.
             assert tracked.point is not None
-            limit = (
-                (tracked.point - tracked.config.observed_window) // manager.block_size * manager.block_size
-            )
-            if num_hit > max(limit, 0):
-                num_hit = max(limit, 0)
+            uncached = max(tracked.config.observed_window, 1)
+            limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
+            if num_hit > limit:
+                num_hit = limit
                 kept = blocks.blocks[0][: num_hit // manager.block_size]
                 blocks = self.kv_cache_manager.create_kv_cache_blocks((list(kept),))
         return blocks, num_hit, shared_prefix_boundary, diverged

@@ -1,0 +1,111 @@
+"""KVzip's repetition: a request of its own that nobody sees, waits for nobody and leaves nothing."""
+
+import pytest
+import torch
+from harness import first_difference, sampling
+from vllm.exceptions import VLLMValidationError
+
+# A step computes 512 tokens, so that a part takes two of them.
+OPTIONS = "kvzip:budget=0.25,chunk=600"
+
+
+def repeating(engine) -> list[str]:
+    return [name for name in engine.scheduler.requests if ":repeat-" in name]
+
+
+def step_until_repeating(engine) -> None:
+    while not repeating(engine):
+        engine.step()
+
+
+def test_a_context_is_repeated_part_by_part_and_then_compacted(engine, long_ids, monkeypatch):
+    seen, announced = [], engine.scheduler._repetitions.announced
+    monkeypatch.setattr(
+        engine.scheduler._repetitions, "announced", lambda ids: seen.extend(r := announced(ids)) or r
+    )
+    name = engine.add(long_ids(640, seed=30), sampling(8, "kvzip:budget=0.25,chunk=256"))
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        engine.check_accounts()
+        assert len(repeating(engine)) <= 1
+    assert [(part.begin, part.end, part.num_context) for part in seen] == [
+        (0, 256, 640),
+        (256, 512, 640),
+        (512, 640, 640),
+    ]
+    (compaction,) = engine.compactions
+    assert compaction.job.num_tokens == 640
+    assert list(engine.outputs) == [name], "repetitions are nobody's output"
+    engine.outputs.clear()
+
+
+def test_other_requests_get_a_token_in_every_step_meanwhile(engine, stock, long_ids):
+    other = sampling(40, "off")
+    plain = stock.run(long_ids(100, seed=31), sampling(40))
+    decoding = engine.add(long_ids(100, seed=31), other)
+    engine.step_until_due(decoding)
+    name = engine.add(long_ids(1300, seed=32), sampling(4, OPTIONS))
+    during = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        busy = bool(repeating(engine))
+        before = engine.live(decoding).num_output_tokens if decoding not in engine.outputs else None
+        engine.step()
+        if before is not None and decoding not in engine.outputs:
+            assert engine.live(decoding).num_output_tokens == before + 1
+            during += busy
+    assert during >= 2
+    assert first_difference(engine.outputs.pop(decoding), plain) is None
+    assert engine.compaction_of(name)
+    engine.outputs.clear()
+
+
+@pytest.mark.parametrize("more_steps", [0, 1])
+def test_an_owner_aborted_while_its_context_is_repeated_takes_the_repetition_along(
+    engine, long_ids, more_steps
+):
+    free = engine.free
+    name = engine.add(long_ids(640, seed=33), sampling(8, OPTIONS))
+    step_until_repeating(engine)
+    for _ in range(more_steps):
+        engine.step()
+    engine.llm.llm_engine.abort_request([name])
+    engine.finish()
+    engine.step()
+    assert not repeating(engine) and engine.free == free
+
+
+@pytest.mark.parametrize("victim", ["owner", "repetition"])
+def test_a_preemption_while_a_context_is_repeated_changes_nothing(engine, long_ids, victim):
+    prompt, params = long_ids(640, seed=34), sampling(8, OPTIONS)
+    alone = engine.run_fresh(prompt, params)
+    reference = engine.compactions[-1]
+    engine.forget_prefixes()
+    name = engine.add(prompt, params)
+    step_until_repeating(engine)
+    (request,) = (
+        [engine.live(name)]
+        if victim == "owner"
+        else [r for r in engine.scheduler.running if ":repeat-" in r.request_id]
+    )
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.finish()
+    assert torch.equal(engine.compactions[-1].kept, reference.kept)
+    assert first_difference(engine.outputs.pop(name), alone) is None
+
+
+def test_in_a_full_pool_contexts_are_repeated_one_after_the_other(engine, long_ids):
+    params = sampling(4, OPTIONS)
+    prompts = [long_ids(448, seed=40 + i) for i in range(3)]
+    alone = [engine.run_fresh(prompt, params) for prompt in prompts]
+    engine.forget_prefixes()
+    with engine.squeezed(46):  # three prompts of 14 blocks and not one repetition of 15
+        together = engine.run_all((prompt, params) for prompt in prompts)
+    for one, other in zip(alone, together, strict=True):
+        assert first_difference(one, other) is None
+
+
+def test_a_prompt_without_room_for_its_repetition_is_refused_with_one_line(engine, long_ids):
+    with pytest.raises(VLLMValidationError, match="needs 256 tokens behind the prompt of 3900") as error:
+        engine.add(long_ids(3900, seed=35), sampling(4, OPTIONS))
+    assert "\n" not in str(error.value)
