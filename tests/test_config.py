@@ -266,3 +266,92 @@ def test_a_policy_that_cannot_be_configured_or_hides_another_is_refused():
     assert get_policy("snapkv") is POLICIES["snapkv"]
     with pytest.raises(ValueError, match="unknown policy 'bare'"):
         get_policy("bare")
+
+
+# ---------------------------------------------------------------------- compaction that goes on
+
+
+def points(text: str, num_prompt: int, count: int) -> list[int | None]:
+    config, found = KVCompressionConfig.parse(text), [None]
+    while len(found) <= count and (len(found) == 1 or found[-1] is not None):
+        found.append(config.next_point(num_prompt, found[-1]))
+    return found[1:]
+
+
+def test_compaction_points_depend_on_the_request_alone():
+    assert points("snapkv", 500, 4) == [500, None]
+    assert points("snapkv:recompact_every=100", 500, 3) == [500, 600, 700]
+    assert points("snapkv:when=streaming", 2500, 4) == [1024, 2048, 2500, 3524]
+    assert points("snapkv:when=streaming,recompact_every=200", 500, 4) == [200, 400, 500, 700]
+    assert points("snapkv:when=streaming", 500, 2) == [500, 1524]
+
+
+def test_a_later_plan_frees_blocks_or_is_none():
+    config = KVCompressionConfig.parse("snapkv:budget=0.25,recompact_every=64")
+    first = config.plan(512, 32)
+    assert (first.source_blocks, first.kept_blocks) == (15, 4)
+    second = config.plan(576, 32, first)
+    assert (second.source_blocks, second.kept_blocks) == (17, 5)  # of the 4 + 2 that are held
+    assert config.plan(512, 32, first) is None
+
+
+def test_a_number_of_tokens_bounds_what_is_kept():
+    config = KVCompressionConfig.parse("snapkv:budget=0.5,max_tokens_kept=100")
+    assert config.plan(4096, 32).kept_blocks == 3
+    assert config.plan(128, 32).kept_blocks == 2  # half of the 3 below the boundary
+    assert KVCompressionConfig.parse("snapkv:max_tokens_kept=10").plan(4096, 32).kept_blocks == 1
+
+
+def blocks_held(config, num_prompt: int, num_tokens: int, block: int) -> int:
+    """The most blocks that a request holds, counted token by token."""
+    held, point, most = None, config.next_point(num_prompt), 0
+    for computed in range(1, num_tokens + 1):
+        raw = -(-computed // block) - (held.source_blocks if held else 0)
+        most = max(most, raw + (held.kept_blocks if held else 0))
+        if computed == point:
+            held = config.plan(computed, block, held) or held
+            point = config.next_point(num_prompt, point)
+    return most
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.9, 1.0])
+@pytest.mark.parametrize("options", ["", ",recompact_every=100", ",when=streaming,recompact_every=64"])
+@pytest.mark.parametrize("bound", ["", ",max_tokens_kept=130"])
+@pytest.mark.parametrize("num_prompt", [10, 300, 1000])
+def test_no_request_holds_more_than_its_peak(budget, options, bound, num_prompt):
+    config = KVCompressionConfig.parse(f"snapkv:budget={budget}{options}{bound}")
+    for num_tokens in (num_prompt, num_prompt + 7, num_prompt + 500):
+        most = blocks_held(config, num_prompt, num_tokens, 16)
+        assert most <= config.peak_blocks(num_prompt, num_tokens, 16)
+
+
+def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
+    config = KVCompressionConfig.parse("snapkv:budget=0.25,when=streaming,max_tokens_kept=512")
+    assert config.peak_blocks(100_000, 100_000, 32) == 512 // 32 + (1024 + 32) // 32 + 2
+    assert KVCompressionConfig.parse("snapkv").peak_blocks(1000, 1100, 32) == 35
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("snapkv:recompact_every=0", "recompact_every must be at least 1"),
+        ("snapkv:max_tokens_kept=3", "max_tokens_kept must be at least 1 and sink_tokens"),
+        ("snapkv:when=never", "when must be"),
+        ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),
+        ("kvzip:when=streaming", "remove when=streaming and recompact_every"),
+        ("criticalkv:base=kvzip,when=streaming", "remove when=streaming and recompact_every"),
+        ("criticalkv:base=snapkw", "did you mean 'snapkv'"),
+        ("criticalkv:base=criticalkv", "base of criticalkv must be another policy"),
+        ("criticalkv:base=tova,kernel_size=3", "unknown kv_compression option of criticalkv 'kernel_size'"),
+        ("h2o:recent=2", "recent must be between 0 and 1"),
+    ],
+)
+def test_mistakes_in_what_goes_on_are_one_line(text, said):
+    with pytest.raises(KVCompressionError, match=said) as error:
+        KVCompressionConfig.parse(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_policy_on_top_of_another_takes_its_options():
+    policy = KVCompressionConfig.parse("criticalkv:base=kv_compress,kernel_size=3,window=16").build_policy()
+    assert (type(policy.base).__name__, policy.base.kernel_size, policy.window) == ("KVCompress", 3, 16)

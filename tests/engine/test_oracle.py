@@ -9,6 +9,7 @@ import heapq
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -498,3 +499,18 @@ def test_the_oracle_tells_compacted_from_full_attention(case, reference):
         for token, logprob in top.items()
     )
     assert off > 3e-2
+
+
+def test_a_policy_in_user_code_runs_in_the_engine(shared_engine, long_ids):
+    # What `KV_COMPRESSION_POLICIES` does in every process of an engine.
+    from vllm_kvcompress.policies.user import _load_file
+
+    example = Path(__file__).parents[2] / "examples" / "custom_policy.py"
+    _load_file(example)
+    shared_engine.forget_prefixes()
+    name = shared_engine.add(long_ids(640, seed=7), sampling(4, "value_norm:budget=0.5"))
+    shared_engine.finish()
+    compaction = shared_engine.compaction_of(name)
+    shared_engine.outputs.pop(name)
+    assert type(compaction.job.config.build_policy()).__name__ == "ValueNorm"
+    assert len(compaction.job.destination) == 10  # of 19

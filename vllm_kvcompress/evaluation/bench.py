@@ -1,6 +1,6 @@
 """The `vllm-kvcompress bench` command: memory and speed, stock vLLM against compressed, alternating.
 
-Two parts. Engines stepped by hand, one process each, give decode step times against context length and the
+Engines stepped by hand, one process each, give decode step times against context length and the
 time spent in compaction. Servers with pools of one size, loaded by vLLM's own benchmark client, give what
 users see: how many requests run at once, throughput, time to first token, inter-token latency, preemptions;
 once under memory pressure and once with short prompts in a roomy pool, where compression does not pay.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.evaluation.held import measure_blocks
 from vllm_kvcompress.evaluation.host import checkpoint
 from vllm_kvcompress.evaluation.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.stepped import measure_steps, ratios
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-tokens", type=int, default=48, help="answer tokens of the served requests")
     parser.add_argument("--requests", type=int, default=12, help="requests sent at once")
     parser.add_argument("--server-rounds", type=int, default=2, help="alternations of the served load")
-    parser.add_argument("--parts", default="steps,serve", help="of steps, serve")
+    parser.add_argument("--parts", default="steps,serve", help="of steps, serve, blocks")
+    parser.add_argument("--long-output", type=int, default=4000, help="output tokens of the part `blocks`")
+    parser.add_argument("--long-prompt", type=int, default=6000, help="prompt tokens of the part `blocks`")
     parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
     parser.add_argument("--output", type=Path, help="folder of the results")
 
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the tables."""
     KVCompressionConfig.parse(arguments.compression)
-    parts = {"steps": measure_steps, "serve": measure_serving}
+    parts = {"steps": measure_steps, "serve": measure_serving, "blocks": measure_blocks}
     chosen = [part for part in arguments.parts.split(",") if part]
     if not chosen or set(chosen) - set(parts):
         raise KVCompressionError(f"--parts takes {', '.join(parts)}, got {arguments.parts!r}")
@@ -71,6 +74,8 @@ def table(result: dict[str, Any]) -> str:
         lines += _serving_table(result["serve"], settings)
     if "steps" in result:
         lines += _steps_table(result["steps"])
+    if "blocks" in result:
+        lines += _blocks_lines(result["blocks"])
     return "\n".join(lines) + "\n"
 
 
@@ -130,6 +135,19 @@ def _steps_table(steps: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _blocks_lines(blocks: dict[str, Any]) -> list[str]:
+    lines = [f"A pool of {blocks['pool_blocks']} blocks of {blocks['block_size']} tokens:", ""]
+    for name in ("output", "prompt"):
+        held, prompt = blocks[name]["held"], blocks[name]["prompt"]
+        tokens = held[-1][0]
+        whole = -(-tokens // blocks["block_size"])
+        lines.append(
+            f"- {prompt} + {tokens - prompt} tokens held at most {max(b for _, b in held)} blocks, "
+            f"where stock vLLM would hold {whole}"
+        )
+    return [*lines, "", f"Stock vLLM on this pool: {blocks['stock_says'] or 'starts'}"]
+
+
 def _draw(result: dict[str, Any], folder: Path) -> None:
     from vllm_kvcompress.evaluation import pictures
 
@@ -145,6 +163,8 @@ def _draw(result: dict[str, Any], folder: Path) -> None:
             folder / "decode_time.png",
             title,
         )
+    if "blocks" in result:
+        pictures.blocks_over_time(result["blocks"], folder / "blocks_over_time.png", title)
     if "serve" in result:
         rows = []
         for name, regime in result["serve"]["regimes"].items():

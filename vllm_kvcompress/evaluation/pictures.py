@@ -279,6 +279,35 @@ def decode_time(
     return _save(figure, path, title)
 
 
+def blocks_over_time(blocks: Mapping[str, Any], path: Path, title: str) -> Any:
+    """Blocks that a long output and a prompt larger than the pool hold, against tokens computed.
+
+    Args:
+        blocks: of `held.measure_blocks`.
+        path: PNG to write.
+        title: of the picture.
+    """
+    figure = _figure(12, 4.5)
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, name in zip(axes, ("output", "prompt"), strict=True):
+        run = blocks[name]
+        tokens, held = zip(*run["held"], strict=True)
+        axis.set_title(
+            f"{run['prompt']} tokens of prompt, {tokens[-1] - run['prompt']} of output", fontsize=11
+        )
+        whole = [0, -(-tokens[-1] // blocks["block_size"])]
+        axis.plot([0, tokens[-1]], whole, color="grey", linestyle="--", label="stock would hold")
+        axis.axhline(blocks["pool_blocks"], color=COLOURS[1], label="the whole pool")
+        axis.plot(tokens, held, color=COLOURS[0], label="compressed holds")
+        axis.set_xlabel("tokens computed")
+        axis.set_xlim(left=0)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("blocks held")
+    _legend_below(figure, axes, ["stock would hold", "the whole pool", "compressed holds"])
+    return _save(figure, path, title)
+
+
 def concurrency(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Any:
     """Requests at once and output tokens per second over stock's, a pair of bars for each variant.
 

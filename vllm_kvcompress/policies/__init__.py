@@ -13,6 +13,7 @@ from vllm_kvcompress.policies.kvzip import KVzip
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 from vllm_kvcompress.policies.tova import TOVA
+from vllm_kvcompress.policies.user import load_user_policies
 
 __all__ = ["POLICIES", "LayerObservation", "Policy", "get_policy", "register_policy", "window_attention"]
 
@@ -64,3 +65,5 @@ for _policy in (
     KVzip,
 ):
     register_policy(_policy)
+
+load_user_policies()

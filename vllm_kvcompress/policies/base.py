@@ -33,7 +33,7 @@ class LayerObservation:
         padding: `[H]` int64, leading columns of each head that hold nothing; None for none.
         state: what the policy's `observe` returned last.
         rotary: the layer's position embedding; None if it has none.
-        output_projection: makes the layer's `[H, G, D, hidden]` output projection.
+        output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32.
     """
 
     keys: Tensor

@@ -21,7 +21,9 @@ class CriticalKV(Policy):
     with W_O the head's share of the output projection. Allocations see the base scores.
 
     Source: Feng et al., "Identify Critical KV Cache in LLM Inference from an Output Perturbation
-    Perspective", arXiv 2502.03805.
+    Perspective", arXiv 2502.03805. Beside kvpress: there SnapKV averages over its window where ours sums, so
+    the same ε weighs w times more; and the first stage is a share of all tokens kept, the window included,
+    here of those below the boundary. With both aligned the tokens are the same.
 
     Attributes:
         base: the policy whose scores these are, any by name.
@@ -74,7 +76,8 @@ class CriticalKV(Policy):
         first = (self.first_stage * kept).long().clamp(min=1 if self.first_stage else 0)
         rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         weighted = (scores + self.epsilon) * projected_length(observation)
-        return weighted.masked_fill(rank < first[:, None], torch.inf)
+        weighted.masked_fill_(rank < first[:, None], torch.inf)
+        return torch.where(scores.isinf(), scores, weighted)  # what is protected stays so (inf·0 is NaN)
 
 
 def projected_length(observation: LayerObservation) -> Tensor:
