@@ -18,8 +18,9 @@ class TOVA(Policy):
     tokens.
 
     Source: Oren et al., "Transformers are Multi-State RNNs", arXiv 2401.06104. Deviation: the paper drops a
-    token at each step, of prefill too; here the prompt is compacted once, by the attention of its last token. Where heads hold different numbers of
-    tokens (a later compaction, after an allocation that is not uniform), the mean is over columns, not tokens.
+    token at each step, of prefill too; here the prompt is compacted once, by the attention of its last token.
+    Where heads hold different numbers of tokens (a later compaction after an allocation that is not uniform),
+    the mean is over columns, not tokens.
     """
 
     name: ClassVar[str] = "tova"
