@@ -110,6 +110,17 @@ def run(shared_engine: Engine, long_ids) -> Run:
                     engine.llm.llm_engine.abort_request([name])
                 ages[name] += 1
             engine.step()
+            growing = [
+                request
+                for request in engine.scheduler.running
+                if (tracked := engine.scheduler._tracked.get(request.request_id))
+                and tracked.held is not None
+                and tracked.point is not None
+            ]
+            if growing and random_.random() < 0.08:  # as a full pool would, between two of its compactions
+                victim = random_.choice(growing)
+                engine.scheduler.running.remove(victim)
+                engine.scheduler._preempt_request(victim, 0.0)
             engine.check_accounts()
             most_running = max(most_running, len(engine.scheduler.running))
         left = engine.free
