@@ -69,7 +69,8 @@ class Engine:
     """Runs requests of different variants side by side in one engine with prefix caching.
 
     The prompt's raw blocks are computed once; each variant then computes only what its observation window
-    needs and compacts a request of its own. What it keeps does not depend on what was cached.
+    needs and compacts a request of its own. A policy that watches every query reads no cached block. So
+    what a request keeps does not depend on what was cached.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Engine:
                 max_tokens=max(1, len(ask.forced) + ask.max_tokens),
                 ignore_eos=ask.ignore_eos or not ask.max_tokens,
                 output_kind=RequestOutputKind.CUMULATIVE,
+                skip_reading_prefix_cache=self._needs_every_query(ask.variant),
                 extra_args={**self._compression(ask.variant), _SCRIPT: _Script(ask.forced, ask.recorder)},
             )
             engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
@@ -189,6 +191,7 @@ class Engine:
                 temperature=0,
                 max_tokens=4 * steps + 64,
                 ignore_eos=True,
+                skip_reading_prefix_cache=self._needs_every_query(variant),
                 extra_args=self._compression(variant),
             )
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
@@ -209,15 +212,18 @@ class Engine:
     def _compression(self, variant: str) -> dict[str, str]:
         return {} if self.stock else {"kv_compression": variant}
 
+    def _needs_every_query(self, variant: str) -> bool:
+        return not self.stock and KVCompressionConfig.parse(variant).build_policy().accumulates
+
     def _held(self, request_id: str) -> int:
         return self.scheduler.compacting_manager.held_blocks(request_id)
 
     def _time_compactions(self) -> None:
         run = self.compactor.run
 
-        def timed(job, queries):
+        def timed(job, *given):
             begin = time.perf_counter()
-            table = run(job, queries)
+            table = run(job, *given)
             self._compacted[job.request_id] = time.perf_counter() - begin
             return table
 
