@@ -111,3 +111,15 @@ def test_mistakes_are_one_line(smollm2, arguments):
     assert done.returncode == 2
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: "), done.stderr[-1000:]
+
+
+def test_bench_counts_the_blocks_of_a_prompt_larger_than_the_pool(smollm2, tmp_path):
+    arguments = ["--parts", "blocks", "--long-output", "24", "--long-prompt", "3000"]
+    printed = command("bench", str(smollm2), *arguments, "--output", str(tmp_path)).stdout
+    blocks = json.loads((tmp_path / "bench.json").read_text())["blocks"]
+    assert blocks["pool_blocks"] == 31  # 992 tokens
+    held = dict(blocks["prompt"]["held"])
+    assert max(held) > 3000 and max(held.values()) <= 31
+    assert "stock vLLM would hold 96" in printed
+    assert blocks["stock_says"] and "KV cache" in blocks["stock_says"]
+    assert is_picture(tmp_path / "blocks_over_time.png")

@@ -171,3 +171,18 @@ def test_text_heatmap():
         "      0    10   30",
         "      1    50  100",
     ]
+
+
+def test_blocks_over_time_show_the_pool_and_what_stock_would_hold(tmp_path):
+    run = {"prompt": 64, "held": [(64, 2), (96, 3), (128, 2)]}
+    blocks = {"pool_blocks": 3, "block_size": 32, "output": run, "prompt": {**run, "prompt": 120}}
+    figure = pictures.blocks_over_time(blocks, tmp_path / "b.png", "title")
+    for axis in figure.axes:
+        stock, pool, held = axis.lines
+        assert list(stock.get_ydata()) == [0, 4] and set(pool.get_ydata()) == {3}
+        assert list(held.get_ydata()) == [2, 3, 2]
+    assert [axis.get_title() for axis in figure.axes] == [
+        "64 tokens of prompt, 64 of output",
+        "120 tokens of prompt, 8 of output",
+    ]
+    assert (tmp_path / "b.png").read_bytes().startswith(PNG)
