@@ -97,10 +97,10 @@ class Repetitions:
         if repetition is not None and (progress := self._progress.get(repetition.owner_id)) is not None:
             progress.done, progress.repeating = progress.end, None
 
-    def abandon(self, owner_id: str) -> str | None:
-        """Forget an owner's progress; the id of the request to be aborted, if one is repeating."""
+    def abandon(self, owner_id: str) -> list[str]:
+        """Forget an owner's progress; the ids of the requests to be aborted, at most one."""
         progress = self._progress.pop(owner_id, None)
-        return progress.repeating.request_id if progress and progress.repeating else None
+        return [progress.repeating.request_id] if progress and progress.repeating else []
 
     def _encode(self, text: str) -> list[int]:
         tokenizer = cached_tokenizer_from_config(self._config.model_config)

@@ -45,6 +45,7 @@ class _Compression:
         assert isinstance(self.compacting_manager, CompactingManager)
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
+        self._abandoned: list[str] = []  # repeating requests to be ended
 
     # ------------------------------------------------------------------ vLLM's scheduler, extended
 
@@ -73,6 +74,7 @@ class _Compression:
             self.running.remove(victim)
             self._preempt_request(victim, time.monotonic())
             jobs += self._compact_due()
+        self._end_abandoned()
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
@@ -126,7 +128,9 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point, tracked.held = tracked.config.next_point(request.num_prompt_tokens), None
-            self._abandon_repetition(request.request_id)
+            # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
+            # before the next one.
+            self._abandoned += self._repetitions.abandon(request.request_id)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -134,8 +138,8 @@ class _Compression:
         if request_ids is None:
             return super().finish_requests(None, finished_status)
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        for name in names:
-            self._abandon_repetition(name)
+        repeating = [part for name in names for part in self._repetitions.abandon(name)]
+        super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
         return super().finish_requests(names, finished_status)
 
     def _free_blocks(self, request: Request) -> None:
@@ -224,9 +228,9 @@ class _Compression:
             self.waiting.prepend_request(repeating)
         return self._repetitions.complete(request.request_id)
 
-    def _abandon_repetition(self, owner_id: str) -> None:
-        if (repeating := self._repetitions.abandon(owner_id)) is not None:
-            super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
+    def _end_abandoned(self) -> None:
+        abandoned, self._abandoned = self._abandoned, []
+        super().finish_requests(abandoned, RequestStatus.FINISHED_ABORTED)
 
 
 class CompressionScheduler(_Compression, Scheduler):
