@@ -16,6 +16,7 @@ from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
 from vllm_kvcompress.policies import POLICIES, Policy
 
 DEFAULT_WINDOW = 32
+MOST_WINDOW = 1024
 STREAMING_INTERVAL = 1024
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 _BOOLEANS = {"true": True, "false": False}
@@ -126,8 +127,8 @@ class KVCompressionConfig:
             )
         if self.sink_tokens < 0:
             raise KVCompressionError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
-        if self.window is not None and self.window < 1:
-            raise KVCompressionError(f"window must be at least 1, got {self.window}")
+        if self.window is not None and not 1 <= self.window <= MOST_WINDOW:
+            raise KVCompressionError(f"window must be 1 to {MOST_WINDOW}, got {self.window}")
         if self.recompact_every is not None and self.recompact_every < 1:
             raise KVCompressionError(f"recompact_every must be at least 1, got {self.recompact_every}")
         if self.max_tokens_kept is not None and self.max_tokens_kept < max(1, self.sink_tokens):
@@ -293,14 +294,16 @@ class KVCompressionConfig:
         source = max(0, num_tokens - self.recent_tokens) // block_size
         kept = self._kept_blocks(source, block_size)
         now = held.kept_blocks + source - held.source_blocks if held else source
-        if kept >= now or self.sink_tokens > kept * block_size:
+        if kept >= now:
             return None
         return Plan(source * block_size, source, kept)
 
     def _kept_blocks(self, source: int, block_size: int) -> int:
         # Through the decimal form, so that a budget of 0.1 keeps 3 blocks of 30 and not 4.
         kept = math.ceil(Fraction(str(self.budget)) * source)
-        return kept if self.max_tokens_kept is None else min(kept, max(1, self.max_tokens_kept // block_size))
+        if self.max_tokens_kept is not None:
+            kept = min(kept, self.max_tokens_kept // block_size)
+        return max(kept, -(-self.sink_tokens // block_size), min(source, 1))
 
     def peak_blocks(self, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
         """Blocks that a request holds at most.

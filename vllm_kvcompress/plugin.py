@@ -15,8 +15,9 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.paging.repetition import LEAST
+from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.support import check_method, check_supported
 
 KEY = "kv_compression"
@@ -154,7 +155,14 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
             raise KVCompressionError(
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
-        check_method(engine.for_request(value), vllm_config)
+        config = engine.for_request(value)
+        own = (config.allocation or "").partition(":")[2]
+        if own and config.allocation != engine.allocation and own not in profiles.included():
+            raise KVCompressionError(
+                "a request may use the server's own head profile or a packaged one; "
+                f"start the server with allocation=profile:{own}"
+            )
+        check_method(config, vllm_config)
     except KVCompressionError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None
 
@@ -182,19 +190,20 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     problem = None
     if config.enabled and config.repeats and (prompt is None or request.mm_features):
         problem = f"{config.method} repeats the prompt, which must be text; use another method"
-    elif config.enabled and config.repeats and len(prompt) + LEAST > longest:
+    elif config.enabled and config.repeats and longest_repetition(vllm_config, len(prompt)) < LEAST:
         problem = (
-            f"{config.method} needs {LEAST} tokens behind the prompt of {len(prompt)}, but --max-model-len "
-            f"is {longest}; raise it or use another method"
+            f"{config.method} needs {LEAST} tokens behind the prompt of {len(prompt)}, more than "
+            "--max-model-len and the KV cache leave; raise them or use another method"
         )
     elif engine.when == "streaming" and prompt is not None:
         # The pool may be smaller than a request that keeps everything.
         cache = vllm_config.cache_config
         num_tokens = min(len(prompt) + (params.max_tokens or longest), longest)
         needed = config.peak_blocks(len(prompt), num_tokens, cache.block_size)
-        if cache.num_gpu_blocks and needed > cache.num_gpu_blocks - 1:
+        usable = (cache.num_gpu_blocks or 0) // vllm_config.parallel_config.data_parallel_size - 1
+        if needed > usable > 0:
             problem = (
-                f"{num_tokens} tokens need {needed} blocks of the pool's {cache.num_gpu_blocks - 1} with "
+                f"{num_tokens} tokens need {needed} blocks of the pool's {usable} with "
                 "these options; lower max_tokens, or keep when=streaming"
             )
     if problem:

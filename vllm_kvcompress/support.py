@@ -35,6 +35,11 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} needs one-dimensional rotary position embeddings, "
             "which this model has not; use another method"
         )
+    if config.repeats and vllm_config.scheduler_config.max_num_seqs < 2:
+        raise KVCompressionError(
+            f"kv-compression method {config.method} repeats the prompt in a request of its own; "
+            "use --max-num-seqs 2 or more"
+        )
     if config.repeats and model.skip_tokenizer_init:
         raise KVCompressionError(
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"

@@ -109,3 +109,42 @@ def test_a_prompt_without_room_for_its_repetition_is_refused_with_one_line(engin
     with pytest.raises(VLLMValidationError, match="needs 256 tokens behind the prompt of 3900") as error:
         engine.add(long_ids(3900, seed=35), sampling(4, OPTIONS))
     assert "\n" not in str(error.value)
+
+
+def test_two_contexts_that_are_due_at_once_do_not_block_each_other(engine, long_ids):
+    params = sampling(4, OPTIONS)
+    prompts = [long_ids(256, seed=50), long_ids(1300, seed=51)]
+    alone = [engine.run_fresh(prompt, params) for prompt in prompts]
+    engine.forget_prefixes()
+    with engine.squeezed(8 + 41 + 15):  # room for the smaller repetition, not for the larger one
+        names = [engine.add(prompt, params) for prompt in reversed(prompts)]
+        for _ in range(300):
+            engine.step()
+        assert not engine.llm.llm_engine.has_unfinished_requests()
+    for name, output in zip(reversed(names), alone, strict=True):
+        assert first_difference(engine.outputs.pop(name), output) is None
+
+
+def test_a_preempted_request_does_not_come_before_a_repetition(engine, stock, long_ids):
+    plain = stock.run(long_ids(224, seed=53), sampling(120))
+    with engine.squeezed(40):
+        name = engine.add(long_ids(640, seed=52), sampling(4, OPTIONS))
+        other = engine.add(long_ids(224, seed=53), sampling(120, "off"))
+        for _ in range(500):
+            engine.step()
+        assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert engine.compaction_of(name)
+    assert first_difference(engine.outputs.pop(other), plain) is None
+    engine.outputs.clear()
+
+
+def test_an_owner_that_ends_with_its_first_token_leaves_no_repetition(engine, long_ids):
+    free = engine.free
+    engine.run(long_ids(640, seed=54), sampling(1, OPTIONS))
+    assert not repeating(engine) and not engine.compactions
+    assert engine.free == free
+
+
+def test_another_policy_may_stand_on_the_repetition(engine, long_ids):
+    engine.run(long_ids(400, seed=55), sampling(4, "criticalkv:base=kvzip,budget=0.25,chunk=256"))
+    assert len(engine.compactions) == 1

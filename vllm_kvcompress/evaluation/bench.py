@@ -136,7 +136,8 @@ def _steps_table(steps: dict[str, Any]) -> list[str]:
 
 
 def _blocks_lines(blocks: dict[str, Any]) -> list[str]:
-    lines = [f"A pool of {blocks['pool_blocks']} blocks of {blocks['block_size']} tokens:", ""]
+    options = ", ".join(f"{name}={value}" for name, value in blocks["options"].items())
+    lines = [f"A pool of {blocks['pool_blocks']} blocks of {blocks['block_size']} tokens, {options}:", ""]
     for name in ("output", "prompt"):
         held, prompt = blocks[name]["held"], blocks[name]["prompt"]
         tokens = held[-1][0]
@@ -164,7 +165,9 @@ def _draw(result: dict[str, Any], folder: Path) -> None:
             title,
         )
     if "blocks" in result:
-        pictures.blocks_over_time(result["blocks"], folder / "blocks_over_time.png", title)
+        every, kept = (result["blocks"]["options"][name] for name in ("recompact_every", "max_tokens_kept"))
+        how = f"{title.partition(':')[0]}, compacted every {every} tokens to {kept}"
+        pictures.blocks_over_time(result["blocks"], folder / "blocks_over_time.png", how)
     if "serve" in result:
         rows = []
         for name, regime in result["serve"]["regimes"].items():

@@ -15,8 +15,22 @@ from vllm_kvcompress.paging.job import Repetition
 FIRST = "\n\nRepeat the previous context exactly."
 NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 OVERLAP = 8  # last tokens of the part before, which name where the next one starts
-MARGIN = 64  # tokens that FIRST or NEXT and the overlap take at most
-LEAST = 256  # tokens behind a prompt that its repetition needs at least
+LEAST = 256  # tokens behind a prompt that its repetition needs at least, the instruction included
+
+
+def longest_repetition(vllm_config: VllmConfig, num_context: int) -> int:
+    """Tokens behind a context that a repetition may have when nobody else is served.
+
+    Bound by `max_model_len`, and by the blocks that its owner and the admission watermark leave.
+    """
+    cache = vllm_config.cache_config
+    longest = vllm_config.model_config.max_model_len - num_context
+    if not cache.num_gpu_blocks:
+        return longest
+    usable = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
+    usable -= int(vllm_config.scheduler_config.watermark * cache.num_gpu_blocks)
+    left = usable - -(-num_context // cache.block_size)
+    return min(longest, left * cache.block_size - num_context % cache.block_size)
 
 
 @dataclass
@@ -54,13 +68,14 @@ class Repetitions:
         if progress.repeating is not None or progress.done == len(context):
             return None
         begin = progress.done
-        room = self._config.model_config.max_model_len - len(context) - MARGIN
-        progress.end = min(len(context), begin + min(config.build_policy().chunk, room))
         ask = self._encode(NEXT if begin else FIRST) + context[max(0, begin - OVERLAP) : begin]
+        room = longest_repetition(self._config, len(context)) - len(ask) - 1
+        progress.end = min(len(context), begin + max(1, min(config.build_policy().chunk, room)))
         repeating = Request(
             request_id=f"{owner.request_id}:repeat-{begin}",
             prompt_token_ids=context + ask + context[begin : progress.end],
-            sampling_params=SamplingParams(temperature=0, max_tokens=1),
+            # (Reading the prefix cache is skipped for vLLM's statistics: it reads its owner's blocks.)
+            sampling_params=SamplingParams(temperature=0, max_tokens=1, skip_reading_prefix_cache=True),
             pooling_params=None,
             client_index=owner.client_index,
             arrival_time=owner.arrival_time,
@@ -84,11 +99,6 @@ class Repetitions:
     def announced(self, started: Iterable[str]) -> list[Repetition]:
         """The repetitions among the requests that start to be computed."""
         return [self._announced[name] for name in started if name in self._announced]
-
-    def waiting(self, running: Iterable[Request]) -> Request | None:
-        """The first of the running requests' repetitions, all of which are waiting to be scheduled."""
-        owners = (self._progress.get(request.request_id) for request in running)
-        return next((owner.repeating for owner in owners if owner and owner.repeating), None)
 
     def ended(self, request_id: str) -> None:
         """A request was freed: a repeating one has repeated its part, an owner needs nothing any more."""

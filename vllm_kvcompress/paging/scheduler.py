@@ -50,14 +50,23 @@ class _Compression:
     # ------------------------------------------------------------------ vLLM's scheduler, extended
 
     def add_request(self, request: Request) -> None:
-        super().add_request(request)
+        # A resumable request is a streaming session, whose prompt is never complete: it stays raw, up to its
+        # last part, which is not resumable.
+        session = request.resumable or request.request_id in self.requests
         params = request.sampling_params
-        # A resumable request is a streaming session, whose prompt is never complete: it stays raw.
-        if params is None or request.resumable:
-            return
-        config = self.compression.for_request((params.extra_args or {}).get("kv_compression"))
+        config = None
+        if params is not None and not session:
+            config = self.compression.for_request((params.extra_args or {}).get("kv_compression"))
+        super().add_request(request)
+        if config is not None:
+            self._track(request, config)
+
+    def _track(self, request: Request, config: KVCompressionConfig) -> None:
+        """Remember a request that will be compacted."""
         block_size, num_prompt = self.compacting_manager.block_size, request.num_prompt_tokens
         if not config.enabled or (config.interval is None and config.plan(num_prompt, block_size) is None):
+            return
+        if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
         self._tracked[request.request_id] = _Tracked(config, config.next_point(num_prompt))
         if config.when == "streaming":
@@ -115,7 +124,8 @@ class _Compression:
             # so that what a request keeps does not depend on what happened to be cached. At least one token
             # is left to compute: only a running request can be compacted.
             assert tracked.point is not None
-            uncached = max(tracked.config.observed_window, 1)
+            # Of fewer than two tokens vLLM makes a step of drafts, which may not run past the point.
+            uncached = max(tracked.config.observed_window, 2 if self.num_spec_tokens else 1)
             limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
             if num_hit > limit:
                 num_hit = limit
@@ -123,8 +133,16 @@ class _Compression:
                 blocks = self.kv_cache_manager.create_kv_cache_blocks((list(kept),))
         return blocks, num_hit, shared_prefix_boundary, diverged
 
+    def _holds_kv_blocks(self, request: Request) -> bool:
+        # vLLM admits holders of blocks before anybody else, because nobody behind whom they waited might ever
+        # get blocks. The same holds for a repetition: its owner holds blocks until it is done.
+        return self._repetitions.of(request.request_id) is not None or super()._holds_kv_blocks(request)
+
     def _preempt_request(self, request: Request, *args, **kwargs) -> None:
         super()._preempt_request(request, *args, **kwargs)
+        if self._repetitions.of(request.request_id) is not None:
+            self.waiting.remove_request(request)
+            self.kv_holding_waiting.prepend_request(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point, tracked.held = tracked.config.next_point(request.num_prompt_tokens), None
@@ -144,6 +162,9 @@ class _Compression:
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
+        # An owner that ends before it is compacted needs no repetition any more.
+        repeating = self._repetitions.abandon(request.request_id)
+        super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
         self._tracked.pop(request.request_id, None)
         self.compacting_manager.peak_blocks.pop(request.request_id, None)
         self.compacting_manager.borrowers.discard(request.request_id)
@@ -165,14 +186,21 @@ class _Compression:
         """Whether requests run, but none of them can go on unless one of them makes room."""
         if not all(self._due(request) for request in self.running):
             return False
-        repetition = self._repetitions.waiting(self.running)
-        return repetition is None or not self._can_start(repetition)
+        if not self.kv_holding_waiting:
+            return True
+        return not self._can_start(self.kv_holding_waiting.peek_request())
 
     def _can_start(self, request: Request) -> bool:
-        blocks = -(-request.num_tokens // self.compacting_manager.block_size)
-        shared = self._repetitions.of(request.request_id).num_context // self.compacting_manager.block_size
+        """Whether vLLM would admit the first of the repetitions that wait."""
+        repetition = self._repetitions.of(request.request_id)
+        if repetition is None:
+            return True
+        block_size = self.compacting_manager.block_size
+        needed = -(-request.num_tokens // block_size) - repetition.num_context // block_size
+        needed += self.kv_cache_manager.watermark_blocks
+        num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
-        return len(self.running) < self.max_num_running_reqs and blocks - shared <= free
+        return num_active < self.max_num_active_reqs and needed <= free
 
     def _compact(self, request: Request) -> Job | None:
         """Compact a request that is due; None if it has to wait, or nothing would be freed."""
@@ -223,9 +251,6 @@ class _Compression:
         if repeating is not None:
             self.compacting_manager.borrowers.add(repeating.request_id)
             super().add_request(repeating)
-            # Its owner holds blocks and waits, so nobody may be admitted before it.
-            self.waiting.remove_request(repeating)
-            self.waiting.prepend_request(repeating)
         return self._repetitions.complete(request.request_id)
 
     def _end_abandoned(self) -> None:

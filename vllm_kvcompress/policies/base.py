@@ -68,6 +68,8 @@ class Policy(ABC):
         reads_keys: False if keys, values and queries may be empty (`[H, W, 0]`).
         accumulates: True if it must `observe` every query.
         repeats: True if it must `observe` the queries with which the model repeats the context.
+        chunk: context tokens that are repeated at a time.
+        sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         window: w, the number of last queries it needs; 0 for none.
     """
@@ -79,6 +81,8 @@ class Policy(ABC):
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
+    chunk: ClassVar[int] = 2048
+    sinks: ClassVar[int] = 4
 
     @property
     def window(self) -> int:

@@ -59,6 +59,14 @@ class CriticalKV(Policy):
         return self.base.repeats
 
     @property
+    def chunk(self) -> int:  # type: ignore[override]
+        return self.base.chunk
+
+    @property
+    def sinks(self) -> int:  # type: ignore[override]
+        return self.base.sinks
+
+    @property
     def needs_rotary(self) -> bool:  # type: ignore[override]
         return self.base.needs_rotary
 

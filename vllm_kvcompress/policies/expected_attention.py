@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 
+MOST_FUTURE = 1 << 16
+
 
 class QueryStatistics(NamedTuple):
     """Running moments of queries before RoPE.
@@ -32,7 +34,7 @@ class ExpectedAttention(Policy):
 
     μ and Σ are the mean and covariance of the queries seen so far before RoPE, without the first `skip`; R̄ is
     the mean rotation of the next `future` positions. The softmax leaves out the first `skip` tokens, which
-    score +inf.
+    score the most.
 
     Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
     Queries Distribution", arXiv 2510.00636, and its authors' code in kvpress, whose defaults these are.
@@ -55,8 +57,8 @@ class ExpectedAttention(Policy):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.future < 1:
-            raise ValueError(f"future must be at least 1 position, got {self.future}")
+        if not 1 <= self.future <= MOST_FUTURE:
+            raise ValueError(f"future must be 1 to {MOST_FUTURE} positions, got {self.future}")
         if self.skip < 0 or self.epsilon < 0:
             raise ValueError("skip and epsilon must not be negative")
 
@@ -75,7 +77,9 @@ class ExpectedAttention(Policy):
     def score(self, observation: LayerObservation) -> Tensor:
         assert observation.rotary is not None
         keys, size = observation.keys.float(), observation.keys.shape[-1]
-        queries: QueryStatistics = observation.state
+        queries: QueryStatistics | None = observation.state
+        if queries is None:  # a context of outliers alone
+            return observation.values[:, : observation.num_scored].float().norm(dim=-1)
         rotation = observation.rotary.mean_matrix(observation.num_tokens, self.future, size)
         mean = queries.mean @ rotation.T
         covariance = rotation @ (queries.scatter / queries.seen) @ rotation.T
@@ -86,7 +90,8 @@ class ExpectedAttention(Policy):
         logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)
         expected = logits.softmax(-1).mean(1)  # [H, W]
         scores = (expected + self.epsilon) * observation.values.float().norm(dim=-1)
-        scores.masked_fill_(column < first + self.skip, torch.inf)
+        # The best of all, but finite: only the attention sinks are never dropped.
+        scores.masked_fill_(column < first + self.skip, torch.finfo(torch.float32).max)
         return scores[:, : observation.num_scored]
 
 

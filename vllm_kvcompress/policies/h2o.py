@@ -61,6 +61,7 @@ class H2O(Policy):
         return observation.state[:, : observation.num_scored]
 
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
-        recent = (self.recent * kept).long()[:, None]
+        others = kept - scores.isposinf().sum(1)  # but for the attention sinks
+        recent = torch.minimum((self.recent * kept).long(), others)[:, None]
         newest = torch.arange(scores.shape[1]) >= scores.shape[1] - recent
         return scores.masked_fill(newest, torch.inf)

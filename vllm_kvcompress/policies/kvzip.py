@@ -34,8 +34,8 @@ class KVzip(Policy):
     paper: ClassVar[str] = "KVzip: Query-Agnostic KV Cache Compression (arXiv 2505.23416)"
     cost: ClassVar[str] = "the prompt computed a second time, and its attention within each part"
     repeats: ClassVar[bool] = True
-    chunk: int = 2048
-    sinks: int = 4
+    chunk: int = 2048  # type: ignore[misc]
+    sinks: int = 4  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
