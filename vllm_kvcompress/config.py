@@ -258,6 +258,11 @@ class KVCompressionConfig:
         return bool(policy.window) or policy.accumulates or policy.repeats
 
     @functools.cached_property
+    def observes_all(self) -> bool:
+        """Whether the policy must see every query, so that no cached prefix can be read."""
+        return self.build_policy().accumulates
+
+    @functools.cached_property
     def repeats(self) -> bool:
         """Whether the policy needs the context repeated by the model."""
         return self.build_policy().repeats

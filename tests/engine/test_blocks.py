@@ -211,3 +211,14 @@ def test_a_prompt_too_short_to_free_a_block_is_left_alone(engine, stock, long_id
         (compaction,) = engine.compactions
         assert len(compaction.job.source) == 2 and len(compaction.job.destination) == 1
         assert all(kept[:SINKS] == list(range(SINKS)) for row in compaction.positions() for kept in row)
+
+
+def test_a_policy_that_watches_every_query_reads_no_cached_prefix(engine, long_ids):
+    prompt, params = long_ids(400, seed=61), sampling(6, "h2o:budget=0.25")
+    fresh = engine.run_fresh(prompt, params)
+    again = engine.run(prompt, params)
+    assert again.num_cached_tokens == 0
+    assert engine.run(prompt, sampling(6, "snapkv:budget=0.25")).num_cached_tokens > 0
+    first, second = engine.compactions[:2]
+    assert torch.equal(first.kept, second.kept)
+    assert tokens(again) == tokens(fresh)

@@ -299,7 +299,7 @@ def selecting_scores(method: str, options, reference, prompt: Prompt, scores: Te
                 recent = kept // 4 if "recent=0.25" in options else kept // 2
                 chosen[layer, head, scores.shape[2] - recent :] = torch.inf
                 continue
-            weight = reference.model.layers[layer].self_attn.o_proj.weight
+            weight = reference.model.layers[layer].self_attn.o_proj.weight.detach()
             size = prompt.values[layer].shape[2]
             group = weight.shape[1] // size // scores.shape[1]
             length = 0

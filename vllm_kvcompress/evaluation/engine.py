@@ -137,7 +137,6 @@ class Engine:
                 max_tokens=max(1, len(ask.forced) + ask.max_tokens),
                 ignore_eos=ask.ignore_eos or not ask.max_tokens,
                 output_kind=RequestOutputKind.CUMULATIVE,
-                skip_reading_prefix_cache=self._needs_every_query(ask.variant),
                 extra_args={**self._compression(ask.variant), _SCRIPT: _Script(ask.forced, ask.recorder)},
             )
             engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
@@ -191,7 +190,6 @@ class Engine:
                 temperature=0,
                 max_tokens=4 * steps + 64,
                 ignore_eos=True,
-                skip_reading_prefix_cache=self._needs_every_query(variant),
                 extra_args=self._compression(variant),
             )
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
@@ -211,9 +209,6 @@ class Engine:
 
     def _compression(self, variant: str) -> dict[str, str]:
         return {} if self.stock else {"kv_compression": variant}
-
-    def _needs_every_query(self, variant: str) -> bool:
-        return not self.stock and KVCompressionConfig.parse(variant).build_policy().accumulates
 
     def _held(self, request_id: str) -> int:
         return self.scheduler.compacting_manager.held_blocks(request_id)

@@ -127,6 +127,8 @@ class _Compression:
             # Of fewer than two tokens vLLM makes a step of drafts, which may not run past the point.
             uncached = max(tracked.config.observed_window, 2 if self.num_spec_tokens else 1)
             limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
+            if tracked.config.observes_all:
+                limit = 0
             if num_hit > limit:
                 num_hit = limit
                 kept = blocks.blocks[0][: num_hit // manager.block_size]

@@ -66,7 +66,8 @@ class Policy(ABC):
         paper: title and arXiv id.
         cost: one line on what scoring a prompt takes.
         reads_keys: False if keys, values and queries may be empty (`[H, W, 0]`).
-        accumulates: True if it must `observe` every query.
+        accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
+            are never computed, so that what they keep does not depend on what was cached.
         repeats: True if it must `observe` the queries with which the model repeats the context.
         chunk: context tokens that are repeated at a time.
         sinks: first tokens that are observed with every such part.

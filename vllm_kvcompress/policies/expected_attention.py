@@ -38,8 +38,8 @@ class ExpectedAttention(Policy):
 
     Source: Devoto et al., "Expected Attention: KV Cache Compression by Estimating Attention from Future
     Queries Distribution", arXiv 2510.00636, and its authors' code in kvpress, whose defaults these are.
-    Deviations: queries are taken back through RoPE instead of projected again, moments are merged chunk by
-    chunk in float32, and queries behind a prefix-cache hit are never computed, so they are missing.
+    Deviations: queries are taken back through RoPE instead of projected again, and moments are merged chunk
+    by chunk in float32.
 
     Attributes:
         future: positions over which the rotation is averaged.

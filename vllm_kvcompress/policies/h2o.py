@@ -27,11 +27,10 @@ class H2O(Policy):
     tokens are gone.
 
     Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
-    Models", arXiv 2306.14048. Deviations: a KV head has one sum, over its group; queries behind a
-    prefix-cache hit are never computed, so their attention is missing; the paper drops a token at each step,
-    here the prompt is compacted once it is computed, and the output with `recompact_every`. The raw tail
-    comes on top of the recent share. (The press of this kind in kvpress divides each sum by the number of
-    queries that could see the token, and has no recent share.)
+    Models", arXiv 2306.14048. Deviations: a KV head has one sum, over its group; the paper
+    drops a token at each step, here the prompt is compacted once it is computed, and the output with
+    `recompact_every`; the raw tail comes on top of the recent share. (The press of this kind in kvpress
+    divides each sum by the number of queries that could see the token, and has no recent share.)
 
     Attributes:
         recent: share of each head's kept tokens that goes to the most recent ones below the boundary.

@@ -60,8 +60,7 @@ class KVCompressFull(Policy):
 
     The paper's full variant: not pooled, a running `[H, W]` float32 sum per layer, as in H2O.
 
-    Source and deviations: as `KVCompress`; queries behind a prefix-cache hit are never computed, so their
-    attention is missing.
+    Source: as `KVCompress`.
     """
 
     name: ClassVar[str] = "kv_compress_full"
