@@ -2,11 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import bench, report, retrieval, stepped
+from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.evaluation.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
@@ -238,9 +240,22 @@ def test_a_server_that_ends_says_why():
         "(EngineCore pid=7) ERROR Traceback (most recent call last):\n"
         "(EngineCore pid=7) ERROR ValueError: Available memory on node 0 is too small\n"
         "(APIServer pid=6) ValueError: Available memory on node 0 is too small\n"
+        "(EngineCore pid=7) ERROR AssertionError\n"
         "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n"
     )
     assert first_errors(log) == [
         "ValueError: Available memory on node 0 is too small",
+        "AssertionError",
         "RuntimeError: Engine core initialization failed. See root cause above.",
     ]
+
+
+def test_an_engine_gets_one_openmp_library(monkeypatch, tmp_path):
+    (tmp_path / "lib").mkdir()
+    intel = tmp_path / "lib" / "libiomp5.so"
+    intel.touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    monkeypatch.setenv("LD_PRELOAD", "/torch/lib/libgomp.so.1:/usr/lib/libtcmalloc.so.4")
+    assert engine_environment()["LD_PRELOAD"] == f"/usr/lib/libtcmalloc.so.4:{intel}"
+    monkeypatch.setenv("LD_PRELOAD", str(intel))
+    assert engine_environment()["LD_PRELOAD"] == str(intel)

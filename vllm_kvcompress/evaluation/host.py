@@ -26,9 +26,11 @@ def engine_environment() -> dict[str, str]:
     }
     environment = {**defaults, **os.environ}
     openmp = Path(sys.prefix) / "lib" / "libiomp5.so"
-    preloaded = environment.get("LD_PRELOAD", "")
+    preloaded = [path for path in environment.get("LD_PRELOAD", "").split(":") if path]
     if openmp.exists() and str(openmp) not in preloaded:
-        environment["LD_PRELOAD"] = ":".join(filter(None, [preloaded, str(openmp)]))
+        # vLLM refuses two OpenMP libraries, and leaves torch's own to the children of a process that ran it.
+        others = [path for path in preloaded if "libgomp" not in Path(path).name]
+        environment["LD_PRELOAD"] = ":".join([*others, str(openmp)])
     return environment
 
 

@@ -148,7 +148,7 @@ class Server:
 
 def first_errors(log: str) -> list[str]:
     """The exceptions named in a server's log, each once, in order: the cause before its effects."""
-    named = re.findall(r"\b(\w+(?:Error|Exception): .+)", log)
+    named = re.findall(r"\b(\w+(?:Error|Exception)(?:: .+)?)$", log, re.MULTILINE)
     return list(dict.fromkeys(named))[:3]
 
 
