@@ -159,7 +159,8 @@ def test_h2o_protects_the_most_recent_tokens_of_what_each_head_keeps(recent):
     )
     assert refined.dtype == torch.float32
     for head, count in enumerate(kept.tolist()):
-        newest = min(int(recent * count), count - 1)  # beside the one that is protected already
+        protected = int(scores[head].isposinf().sum())
+        newest = min(int(recent * count), count - protected)
         wanted = scores[head].tolist()
         for column in range(20 - newest, 20):
             wanted[column] = torch.inf
