@@ -4,6 +4,7 @@ import pytest
 import torch
 from harness import first_difference, sampling
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.request import RequestStatus
 
 # A step computes 512 tokens, so that a part takes two of them.
 OPTIONS = "kvzip:budget=0.25,chunk=600"
@@ -72,6 +73,18 @@ def test_an_owner_aborted_while_its_context_is_repeated_takes_the_repetition_alo
     engine.finish()
     engine.step()
     assert not repeating(engine) and engine.free == free
+
+
+def test_all_requests_may_end_at_once_while_a_context_is_repeated(engine, long_ids):
+    free = engine.free
+    name = engine.add(long_ids(640, seed=36), sampling(8, OPTIONS))
+    step_until_repeating(engine)
+    ended = engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    assert not engine.scheduler.requests and len(ended) == 1
+    engine.llm.llm_engine.abort_request([name])
+    engine.finish()
+    engine.step()
+    assert engine.free == free
 
 
 @pytest.mark.parametrize("victim", ["owner", "repetition"])

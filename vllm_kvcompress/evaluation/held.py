@@ -14,8 +14,8 @@ PROMPT = 256  # of the long output
 def measure_blocks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Generate a long output and serve a prompt larger than the pool, counting blocks after every step.
 
-    The method is that of `--compression`, streaming, with `EVERY` and `KEPT`. The pool is half the longer
-    request. Stock vLLM is started on the same pool to show what it says.
+    The method is that of `--compression`, streaming, with `EVERY` and `KEPT`. The pool is a third of
+    the longer prompt. Stock vLLM is started on the same pool to show what it says.
     """
     import torch
     from tqdm import tqdm

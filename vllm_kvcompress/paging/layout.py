@@ -51,6 +51,10 @@ class PageGrid:
         layer, head = self._slots()
         return self._index(layer[..., None], block_ids, head[..., None])
 
+    def layer_pages(self, layer: int, block_ids: Tensor) -> Tensor:
+        """`positional_pages` of one layer alone, `[H, n]` int64."""
+        return self._index(torch.tensor(layer), block_ids, torch.arange(self.num_heads)[:, None])
+
     def _slots(self) -> tuple[Tensor, Tensor]:
         return torch.arange(self.num_layers)[:, None], torch.arange(self.num_heads)[None, :]
 

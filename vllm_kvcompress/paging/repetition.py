@@ -101,8 +101,7 @@ class Repetitions:
         return [self._announced[name] for name in started if name in self._announced]
 
     def ended(self, request_id: str) -> None:
-        """A request was freed: a repeating one has repeated its part, an owner needs nothing any more."""
-        self._progress.pop(request_id, None)
+        """A request was freed; if it is a repeating one, its part is repeated."""
         repetition = self._announced.pop(request_id, None)
         if repetition is not None and (progress := self._progress.get(repetition.owner_id)) is not None:
             progress.done, progress.repeating = progress.end, None

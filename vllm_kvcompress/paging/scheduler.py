@@ -155,8 +155,9 @@ class _Compression:
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
+        # Repetitions end before their owners do, also where all requests end: they must not end twice.
         if request_ids is None:
-            return super().finish_requests(None, finished_status)
+            request_ids = self.requests
         names = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         repeating = [part for name in names for part in self._repetitions.abandon(name)]
         super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
@@ -223,7 +224,7 @@ class _Compression:
         if swapped is None:  # it waits, and is tried again at the next step
             return None
         previous, source, destination = swapped
-        self._repetitions.ended(request.request_id)
+        self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
         tracked.point = config.next_point(request.num_prompt_tokens, point)
         return Job(

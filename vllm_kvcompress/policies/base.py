@@ -171,14 +171,29 @@ def window_attention(observation: LayerObservation) -> Tensor:
     return torch.cat(list(attention_blocks(observation)), 2)
 
 
-def add_columns(state: Tensor | None, heads: int, width: int) -> Tensor:
-    """A per-token state `[H, W]` float32 with zeros for the columns that are new."""
-    new = torch.zeros(heads, width)
-    if state is not None:
-        new[:, : state.shape[1]] = state
-    return new
+class AttentionSum(Policy):
+    """Scores by what all queries so far have paid to each token: a running `[H, W]` float32 sum per layer.
 
+    A is computed blockwise a second time beside the attention kernel, which does not return it. Once a
+    request is compacted, A is over what the heads kept, and the sums of dropped tokens are gone.
+    """
 
-def take_columns(state: Tensor, kept: Tensor) -> Tensor:
-    """A per-token state `[H, W]` after a compaction (see `Policy.carry`)."""
-    return state.gather(1, kept.clamp(min=0)).masked_fill_(kept < 0, 0.0)
+    accumulates: ClassVar[bool] = True
+
+    @abstractmethod
+    def paid(self, attention: Tensor) -> Tensor:
+        """What attention `[H, G, q, W]` adds to each token, before it is summed over group and queries."""
+
+    def observe(self, observation: LayerObservation) -> Tensor:
+        sums = torch.zeros(observation.keys.shape[:2])
+        if observation.state is not None:  # the step's own columns are new
+            sums[:, : observation.state.shape[1]] = observation.state
+        for attention in attention_blocks(observation):
+            sums += self.paid(attention).sum((1, 2))
+        return sums
+
+    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
+        return state.gather(1, kept.clamp(min=0)).masked_fill_(kept < 0, 0.0)
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        return observation.state[:, : observation.num_scored]

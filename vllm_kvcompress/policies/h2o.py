@@ -6,25 +6,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import (
-    LayerObservation,
-    Policy,
-    add_columns,
-    attention_blocks,
-    take_columns,
-)
+from vllm_kvcompress.policies.base import AttentionSum, LayerObservation
 
 
 @dataclass(frozen=True)
-class H2O(Policy):
+class H2O(AttentionSum):
     """Attention summed over all queries, of the prompt and of the output, and a share for the recent tokens.
 
         s_i = Σ over the group Σ over all queries of A_i
 
-    Each head keeps the highest sums outside its most recent tokens, and those. A is computed blockwise a
-    second time beside the attention kernel, which does not return it; the sums are a running `[H, W]`
-    float32 per layer. Once a request is compacted, A is over what the heads kept, and the sums of dropped
-    tokens are gone.
+    Each head keeps the highest sums outside its most recent tokens, and those.
 
     Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language
     Models", arXiv 2306.14048. Deviations: a KV head has one sum, over its group; the paper
@@ -39,25 +30,14 @@ class H2O(Policy):
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O: Heavy-Hitter Oracle (arXiv 2306.14048)"
     cost: ClassVar[str] = "the attention weights of every query, computed a second time"
-    accumulates: ClassVar[bool] = True
     recent: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
 
-    def observe(self, observation: LayerObservation) -> Tensor:
-        heads, width, _ = observation.keys.shape
-        sums = add_columns(observation.state, heads, width)
-        for attention in attention_blocks(observation):
-            sums += attention.sum((1, 2))
-        return sums
-
-    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
-        return take_columns(state, kept)
-
-    def score(self, observation: LayerObservation) -> Tensor:
-        return observation.state[:, : observation.num_scored]
+    def paid(self, attention: Tensor) -> Tensor:
+        return attention
 
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
         others = kept - scores.isposinf().sum(1)  # but for the attention sinks

@@ -6,14 +6,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import (
-    LayerObservation,
-    Policy,
-    add_columns,
-    attention_blocks,
-    take_columns,
-    window_attention,
-)
+from vllm_kvcompress.policies.base import AttentionSum, LayerObservation, Policy, window_attention
 
 
 @dataclass(frozen=True)
@@ -53,12 +46,12 @@ class KVCompress(Policy):
 
 
 @dataclass(frozen=True)
-class KVCompressFull(Policy):
+class KVCompressFull(AttentionSum):
     """Squared attention that each token was paid, by all queries so far.
 
         s_i = Σ over the group Σ over all queries of A_i²
 
-    The paper's full variant: not pooled, a running `[H, W]` float32 sum per layer, as in H2O.
+    The paper's full variant: not pooled.
 
     Source: as `KVCompress`.
     """
@@ -66,17 +59,6 @@ class KVCompressFull(Policy):
     name: ClassVar[str] = "kv_compress_full"
     paper: ClassVar[str] = KVCompress.paper
     cost: ClassVar[str] = "the attention weights of every query, computed a second time"
-    accumulates: ClassVar[bool] = True
 
-    def observe(self, observation: LayerObservation) -> Tensor:
-        heads, width, _ = observation.keys.shape
-        sums = add_columns(observation.state, heads, width)
-        for attention in attention_blocks(observation):
-            sums += attention.square_().sum((1, 2))
-        return sums
-
-    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
-        return take_columns(state, kept)
-
-    def score(self, observation: LayerObservation) -> Tensor:
-        return observation.state[:, : observation.num_scored]
+    def paid(self, attention: Tensor) -> Tensor:
+        return attention.square_()

@@ -40,7 +40,7 @@ class PagedCache:
         Returns:
             `[H, W]` int64, -1 where a head has no page.
         """
-        positional = self.grid.positional_pages(raw)[layer]
+        positional = self.grid.layer_pages(layer, raw)
         return positional if table is None else torch.cat([table.right_aligned(layer), positional], 1)
 
     def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:

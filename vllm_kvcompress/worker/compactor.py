@@ -147,7 +147,7 @@ class Compactor:
         ends = counts.sum(1).tolist()
         for index, (layer, tokens) in enumerate(zip(layers, kept.split(ends), strict=True)):
             head = torch.repeat_interleave(torch.arange(self.grid.num_heads), counts[index])[:, None]
-            keys, values = self.cache.read(layer.pages)
+            keys, values = self.cache.read(layer.pages[:, : layer.num_scored // self.grid.block_size])
             packed.append(self.cache.pack(keys[head, tokens], values[head, tokens]))
             positions.append(layer.positions[head, tokens])
         return torch.cat(packed), torch.cat(positions)
