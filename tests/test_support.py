@@ -7,13 +7,12 @@ import pytest
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.support import check_method, check_supported
+from vllm_kvcompress.support import check_method, check_supported, check_watched
 
 
 def engine_config(**changes):
     """What `check_supported` reads of a `VllmConfig`, with dotted changes."""
     config = SimpleNamespace(
-        use_v2_model_runner=False,
         model_config=SimpleNamespace(
             runner_type="generate",
             is_encoder_decoder=False,
@@ -21,9 +20,12 @@ def engine_config(**changes):
             is_hybrid=False,
             is_attention_free=False,
             get_sliding_window=lambda: None,
+            get_head_size=lambda: 64,
             hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 2, model_type="llama"),
         ),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+        ),
         cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False, block_size=32),
         kv_transfer_config=None,
         ec_transfer_config=None,
@@ -40,7 +42,7 @@ def engine_config(**changes):
 
 
 REFUSED = {
-    "Model Runner V2": {"use_v2_model_runner": True},
+    "dual batch overlap": {"parallel_config__use_ubatching": True},
     "the pooling runner": {"model_config__runner_type": "pooling"},
     "encoder-decoder models": {"model_config__is_encoder_decoder": True},
     "multi-head latent attention": {"model_config__use_mla": True},
@@ -85,6 +87,36 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
 )
 def test_what_is_supported_passes(accepted):
     check_supported(engine_config(**accepted))
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
+    monkeypatch.setattr("vllm_kvcompress.support.current_platform", platform)
+    return platform
+
+
+def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkeypatch):
+    check_supported(engine_config(cache_config__block_size=16))
+    with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
+        check_supported(engine_config(model_config__get_head_size=lambda: 512))
+    monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)
+    with pytest.raises(KVCompressionError, match="does not support cuda devices; use vLLM on"):
+        check_supported(engine_config())
+
+
+@pytest.mark.parametrize("method", ["h2o", "kvzip", "criticalkv:base=kv_compress_full"])
+def test_a_request_cannot_have_every_query_watched_inside_captured_graphs(method):
+    def engine(full):
+        mode = SimpleNamespace(has_full_cudagraphs=lambda: full)
+        return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+
+    request, snapkv = KVCompressionConfig.parse(method), KVCompressionConfig.parse("snapkv")
+    check_watched(request, snapkv, engine(full=False))
+    check_watched(request, KVCompressionConfig.parse("h2o"), engine(full=True))
+    check_watched(snapkv, snapkv, engine(full=True))
+    with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
+        check_watched(request, snapkv, engine(full=True))
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):

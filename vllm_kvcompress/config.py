@@ -268,6 +268,11 @@ class KVCompressionConfig:
         return self.build_policy().repeats
 
     @property
+    def watches_every_query(self) -> bool:
+        """Whether code of the policy must run beside attention, which it cannot inside a captured graph."""
+        return self.observes_all or self.repeats
+
+    @property
     def interval(self) -> int | None:
         """Tokens between two compactions of a request; None where there is only one."""
         if self.when == "streaming":

@@ -18,11 +18,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
-from vllm_kvcompress.support import check_method, check_supported
+from vllm_kvcompress.support import check_method, check_supported, check_watched
 
 KEY = "kv_compression"
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.worker.CompressionCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.worker.worker.CompressionGPUWorker",
 }
 
 
@@ -163,6 +164,7 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
                 f"start the server with allocation=profile:{own}"
             )
         check_method(config, vllm_config)
+        check_watched(config, engine, vllm_config)
     except KVCompressionError as error:
         raise VLLMValidationError(str(error), parameter=KEY) from None
 

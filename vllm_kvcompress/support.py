@@ -8,6 +8,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 SUPPORTED_VLLM = "0.32."
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
+MAX_HEAD_SIZE = 256  # of our GPU kernels
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -53,6 +54,20 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(f"kv-compression: {error}") from None
 
 
+def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_config: VllmConfig) -> None:
+    """Refuse a request's method that must see queries which this engine computes inside captured graphs.
+
+    Raises:
+        KVCompressionError: one line that names it and what to do.
+    """
+    graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    if graphs and request.watches_every_query and not engine.watches_every_query:
+        raise KVCompressionError(
+            f"kv-compression method {request.method} watches every query, which full CUDA graphs would hide; "
+            "start the server with such a method, or with --enforce-eager"
+        )
+
+
 def _refusals(config: VllmConfig):
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     other_model = "serve this model without --kv-compression"
@@ -64,8 +79,18 @@ def _refusals(config: VllmConfig):
         f"vLLM {vllm.__version__}",
         f"install vLLM {SUPPORTED_VLLM}*",
     )
-    yield not current_platform.is_cpu(), f"{current_platform.device_name} devices", "use vLLM's CPU build"
-    yield config.use_v2_model_runner, "Model Runner V2", "set VLLM_USE_V2_MODEL_RUNNER=0"
+    on_cpu = current_platform.is_cpu()
+    yield (
+        not on_cpu and not current_platform.is_cuda_alike(),
+        f"{current_platform.device_name} devices",
+        "use vLLM on CUDA, ROCm or a CPU",
+    )
+    yield parallel.use_ubatching, "dual batch overlap", "remove --enable-dbo and --ubatch-size"
+    yield (
+        not on_cpu and model.get_head_size() > MAX_HEAD_SIZE,
+        f"attention heads of {model.get_head_size()} channels on a GPU",
+        other_model,
+    )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
     yield model.use_mla, "multi-head latent attention (MLA)", other_model
@@ -90,7 +115,7 @@ def _refusals(config: VllmConfig):
     )
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "remove the flag"
     yield (
-        cache.block_size % CPU_BLOCK_SIZE != 0,
+        on_cpu and cache.block_size % CPU_BLOCK_SIZE != 0,
         f"--block-size {cache.block_size} on CPU",
         f"use a multiple of {CPU_BLOCK_SIZE}",
     )

@@ -49,7 +49,7 @@ class Layers:
             active=True,
             tables=self.tables,
             batch=BatchTables(),
-            rows=SimpleNamespace(request_ids=lambda n: self.request_ids[:n]),
+            rows=SimpleNamespace(request_ids=lambda metadata: self.request_ids[: metadata.num_reqs]),
             observer=SimpleNamespace(spans=lambda *_: []),
         )
         return builder

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from vllm_kvcompress.attention.kernels.attention import Rows, Runs, attend  # noqa: E402
 from vllm_kvcompress.attention.kernels.pages import gather_pages, scatter_pages  # noqa: E402
-from vllm_kvcompress.attention.kernels.ring import write_ring  # noqa: E402
+from vllm_kvcompress.attention.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.attention.kernels.scores import pool_columns, window_columns  # noqa: E402
 
 SHARED_BYTES = 99 * 1024  # per block, of the GPUs of compute capability 8.6, which have the least since 8.0
@@ -61,7 +61,8 @@ def test_attention(compiled, dtype, head_size, group, query_len, splits):
     runs = Runs(int32(3, 4), int32(3, 5), int32(3))
     rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), query_len)
     query = torch.zeros(2 * query_len, 2 * group, head_size, dtype=dtype)
-    attend(query, *cache.split(head_size, -1), runs, rows, 0, 0.1, 30.0, num_splits=splits)
+    arguments = 0, 0.1, 30.0, splits
+    attend(query, *cache.split(head_size, -1), runs, rows, *arguments, compacted_only=splits > 1)
     assert_fit(compiled, "_attend_kernel", *["_merge_kernel"][: splits - 1])
 
 
@@ -74,5 +75,5 @@ def test_compaction(compiled, dtype, head_size):
     pool_columns(columns, 100, 7, "max", "mean")
     staged = gather_pages(keys, values, pages, torch.zeros(3).long(), torch.zeros(3, 16).long())
     scatter_pages(*staged, keys, values, torch.arange(3))
-    write_ring(torch.zeros(4, 2, 64, 8, head_size, dtype=dtype), 1, queries, int32(1), int32(1), int32(2), 32)
+    write_rings(torch.zeros(1).long(), torch.zeros(1).long(), 1, queries, int32(1), int32(2), 32, 64)
     assert_fit(compiled, "_window_kernel", "_pool_kernel", "_copy_kernel", "_write_kernel")

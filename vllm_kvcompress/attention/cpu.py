@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 from vllm import envs
-from vllm.v1.attention.backend import AttentionLayer, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress.attention.tables import BatchTables, RequestTable
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.paging.spec import CompactableSpec
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         if state is None or not state.active:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
-        request_ids = state.rows.request_ids(common.num_reqs)
+        request_ids = state.rows.request_ids(common)
         observed = state.observer.spans(
             request_ids, common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor
         )
@@ -166,19 +166,7 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        unsupported = {
-            "attention sinks": self.sinks is not None,
-            "ALiBi": self.alibi_slopes is not None,
-            "sliding-window attention": self.sliding_window != -1,
-            "cross-layer KV sharing": self.kv_sharing_target_layer_name is not None,
-            f"{self.attn_type} attention": self.attn_type != AttentionType.DECODER,
-        }
-        for feature, present in unsupported.items():
-            if present:
-                raise KVCompressionError(
-                    f"kv-compression does not support {feature}, which this model uses; "
-                    "serve it without --kv-compression"
-                )
+        refuse_layer(self, windowed=self.sliding_window != -1)
 
     def forward(
         self,

@@ -1,5 +1,6 @@
-"""Block tables in which every KV head is a sequence of its own."""
+"""What requests are compacted to, and block tables in which every KV head is a sequence of its own."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -11,56 +12,65 @@ SPARE_COLUMNS = 8  # raw-tail pages a table can take before it is widened
 
 
 class RequestTable:
-    """Pages of one compacted request, per layer and head: its run, then its share of the raw tail.
+    """What one request is compacted to.
 
     Attributes:
-        boundary: first raw token; tokens below it are in the runs.
-        run_tokens: `[L, H]` int32, tokens that each head kept below the boundary.
-        positions: `[pages, N]` int32, their positions in the sequence, in run order.
-        pages: `[L, H, W]` int32 physical pages, in token order; entries past a head's length are 0.
+        grid: the cache's geometry.
+        destination: `[n]` int64, its compacted blocks.
+        counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
+        boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
+        positions: `[n·L·H, N]` int32, the kept tokens' positions in the sequence, in run order; None if
+            nobody will ask.
+        num_tail: raw blocks that `pages` shows.
     """
 
     def __init__(
-        self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int, positions: Tensor
+        self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int, positions: Tensor | None
     ) -> None:
-        """Lay out the runs.
-
-        Args:
-            grid: the cache's geometry.
-            destination: `[n]` int64, the request's compacted blocks.
-            counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
-            boundary: first raw token, a multiple of the block size.
-            positions: `[n·L·H, N]`, the kept tokens' positions, in run order.
-        """
         self.grid = grid
-        self.positions = positions.to(torch.int32)
-        self.boundary = boundary
+        self.destination = destination
         self.counts = counts
-        self.run_tokens = (counts * grid.block_size).to(torch.int32)
+        self.boundary = boundary
+        self.positions = positions
         self.num_tail = 0
-        width = int(counts.max())
-        self.pages = torch.zeros(*counts.shape, width + SPARE_COLUMNS, dtype=torch.int32)
-        in_run = torch.arange(self.pages.shape[-1]) < counts[..., None]
+        self._ends = [0, *counts.sum(1).cumsum(0).tolist()]  # linear pages, layer by layer
+
+    @functools.cached_property
+    def run_tokens(self) -> Tensor:
+        """`[L, H]` int32, tokens that each head kept below the boundary."""
+        return (self.counts * self.grid.block_size).to(torch.int32)
+
+    @functools.cached_property
+    def pages(self) -> Tensor:
+        """`[L, H, W]` int32 physical pages, in token order: a head's run, then its share of the raw tail.
+
+        Entries past a head's length are 0.
+        """
+        width = int(self.counts.max()) + SPARE_COLUMNS
+        pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
+        in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
-        self.pages[in_run] = grid.linear_pages(destination).to(torch.int32)
+        pages[in_run] = self.grid.linear_pages(self.destination).to(torch.int32)
+        return pages
 
     def right_aligned(self, layer: int) -> Tensor:
         """Pages of a layer's runs, every head's last page in the last column, `[H, W]` int64; -1 before."""
-        counts = self.counts[layer]
-        width = int(counts.max())
-        column = torch.arange(width) - (width - counts[:, None])
-        pages = self.pages[layer].long().gather(1, column.clamp(min=0))
-        return pages.where(column >= 0, -1)
+        own = self.grid.linear_pages(self.destination, *self._ends[layer : layer + 2])
+        return self._align(layer, own, -1)
 
     def right_aligned_positions(self, layer: int) -> Tensor:
         """Token positions of `right_aligned`'s columns, `[H, W·N]` int64; 0 before a head's first."""
+        assert self.positions is not None
+        own = self.positions[slice(*self._ends[layer : layer + 2])].long()
+        return self._align(layer, own, 0).flatten(1)
+
+    def _align(self, layer: int, own: Tensor, nothing: int) -> Tensor:
+        """A layer's pages `[pages, ...]`, in run order, as `[H, W, ...]`."""
         counts = self.counts[layer]
-        first = int(self.counts[:layer].sum())
-        of_layer = self.positions[first : first + int(counts.sum())]
         width = int(counts.max())
-        out = torch.zeros(len(counts), width, self.grid.block_size, dtype=torch.int64)
-        out[torch.arange(width) >= width - counts[:, None]] = of_layer.long()
-        return out.flatten(1)
+        out = own.new_full((len(counts), width, *own.shape[1:]), nothing)
+        out[torch.arange(width, device=own.device) >= width - counts[:, None]] = own
+        return out
 
     def num_tail_blocks(self, seq_len: int) -> int:
         """Blocks that the raw tail of a sequence of `seq_len` tokens spans."""
@@ -69,11 +79,12 @@ class RequestTable:
     def append_tail(self, block_ids: Tensor) -> None:
         """Add the next raw blocks (`[m]` int64) to every head's row."""
         columns = self.counts[..., None] + self.num_tail + torch.arange(len(block_ids))
+        pages = self.pages
         self.num_tail += len(block_ids)
-        missing = int(columns.max()) + 1 - self.pages.shape[-1]
+        missing = int(columns.max()) + 1 - pages.shape[-1]
         if missing > 0:
-            self.pages = torch.nn.functional.pad(self.pages, (0, missing + SPARE_COLUMNS))
-        self.pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
+            pages = torch.nn.functional.pad(pages, (0, missing + SPARE_COLUMNS))
+        self.pages = pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
 
 
 class BatchTables:

@@ -27,17 +27,21 @@ class PageGrid:
         """Pages that one block holds: one per layer and head."""
         return self.num_layers * self.num_heads
 
-    def linear_pages(self, block_ids: Tensor) -> Tensor:
-        """Physical page of every linear page of a compacted request.
+    def linear_pages(self, block_ids: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
+        """Physical page of linear pages of a compacted request.
 
         Args:
             block_ids: `[n]` int64, the request's destination blocks in order.
+            begin: first linear page wanted.
+            end: one past the last; None for n·L·H.
 
         Returns:
-            `[n·L·H]` int64; entry p is the page (layer slot, block, head slot) that linear page p occupies.
+            `[end - begin]` int64: the page (layer slot, block, head slot) that each linear page occupies.
         """
-        layer, head = self._slots()
-        return self._index(layer, block_ids[:, None, None], head).reshape(-1)
+        end = len(block_ids) * self.pages_per_block if end is None else end
+        linear = torch.arange(begin, end, device=block_ids.device)
+        block, slot = block_ids[linear // self.pages_per_block], linear % self.pages_per_block
+        return self._index(slot // self.num_heads, block, slot % self.num_heads)
 
     def positional_pages(self, block_ids: Tensor) -> Tensor:
         """Physical pages of raw blocks, where each layer and head keeps its own slot.
@@ -48,15 +52,15 @@ class PageGrid:
         Returns:
             `[L, H, n]` int64.
         """
-        layer, head = self._slots()
-        return self._index(layer[..., None], block_ids, head[..., None])
+        layer = torch.arange(self.num_layers, device=block_ids.device)[:, None, None]
+        return self._index(layer, block_ids, self._heads(block_ids))
 
     def layer_pages(self, layer: int, block_ids: Tensor) -> Tensor:
         """`positional_pages` of one layer alone, `[H, n]` int64."""
-        return self._index(torch.tensor(layer), block_ids, torch.arange(self.num_heads)[:, None])
+        return self._index(layer, block_ids, self._heads(block_ids))
 
-    def _slots(self) -> tuple[Tensor, Tensor]:
-        return torch.arange(self.num_layers)[:, None], torch.arange(self.num_heads)[None, :]
+    def _heads(self, block_ids: Tensor) -> Tensor:
+        return torch.arange(self.num_heads, device=block_ids.device)[:, None]
 
-    def _index(self, layer: Tensor, block: Tensor, head: Tensor) -> Tensor:
+    def _index(self, layer: Tensor | int, block: Tensor, head: Tensor) -> Tensor:
         return (layer * self.num_blocks + block) * self.num_heads + head

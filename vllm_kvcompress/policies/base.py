@@ -185,7 +185,7 @@ class AttentionSum(Policy):
         """What attention `[H, G, q, W]` adds to each token, before it is summed over group and queries."""
 
     def observe(self, observation: LayerObservation) -> Tensor:
-        sums = torch.zeros(observation.keys.shape[:2])
+        sums = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
         if observation.state is not None:  # the step's own columns are new
             sums[:, : observation.state.shape[1]] = observation.state
         for attention in attention_blocks(observation):

@@ -94,7 +94,7 @@ def projected_length(observation: LayerObservation) -> Tensor:
     projection = observation.output_projection()  # [H, G, D, hidden]
     values = observation.values[:, : observation.num_scored].float()
     heads, group = projection.shape[:2]
-    length = torch.zeros(values.shape[:2])
+    length = torch.zeros(values.shape[:2], device=values.device)
     for head in range(heads):
         for member in range(group):
             length[head] += (values[head] @ projection[head, member]).abs().sum(-1)

@@ -85,7 +85,7 @@ class ExpectedAttention(Policy):
         covariance = rotation @ (queries.scatter / queries.seen) @ rotation.T
         logits = torch.einsum("hwd,hgd->hgw", keys, mean) * observation.scale
         logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (observation.scale**2 / 2)
-        column = torch.arange(keys.shape[1])
+        column = torch.arange(keys.shape[1], device=keys.device)
         first = 0 if observation.padding is None else observation.padding[:, None]
         logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)
         expected = logits.softmax(-1).mean(1)  # [H, W]

@@ -42,5 +42,5 @@ class H2O(AttentionSum):
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
         others = kept - scores.isposinf().sum(1)  # but for the attention sinks
         recent = torch.minimum((self.recent * kept).long(), others)[:, None]
-        newest = torch.arange(scores.shape[1]) >= scores.shape[1] - recent
+        newest = torch.arange(scores.shape[1], device=scores.device) >= scores.shape[1] - recent
         return scores.masked_fill(newest, torch.inf)

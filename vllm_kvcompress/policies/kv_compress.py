@@ -1,16 +1,16 @@
 """KV-Compress: squared attention of the prompt's queries, the last ones or all."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import AttentionSum, LayerObservation, Policy, window_attention
+from vllm_kvcompress.policies.base import AttentionSum
+from vllm_kvcompress.policies.window import WindowPolicy
 
 
 @dataclass(frozen=True)
-class KVCompress(Policy):
+class KVCompress(WindowPolicy):
     """Squared attention that each token was paid, by the last `window` queries.
 
         s_i = Σ over the group of maxpool( Σ over the window's queries of A² )_i
@@ -30,19 +30,11 @@ class KVCompress(Policy):
     name: ClassVar[str] = "kv_compress"
     paper: ClassVar[str] = "KV-Compress: Paged KV-Cache Compression with Variable Rates (arXiv 2410.00161)"
     cost: ClassVar[str] = "attention of the last w queries over the prompt, once"
+    squared: ClassVar[bool] = True
+    reduction: ClassVar[Literal["mean", "sum"]] = "sum"
+    pooling: ClassVar[Literal["max", "avg"]] = "max"  # type: ignore[misc]
     window: int = 32
     kernel_size: int = 7
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
-
-    def score(self, observation: LayerObservation) -> Tensor:
-        squared = window_attention(observation)[..., : -self.window].square().sum(2)  # [H, G, W-w]
-        pooled = F.max_pool1d(squared, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return pooled.sum(1)[:, : observation.num_scored]
 
 
 @dataclass(frozen=True)

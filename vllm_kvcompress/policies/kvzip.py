@@ -44,7 +44,7 @@ class KVzip(Policy):
             raise ValueError(f"sinks must be at least 0, got {self.sinks}")
 
     def observe(self, observation: LayerObservation) -> Tensor:
-        most = torch.zeros(observation.keys.shape[:2])
+        most = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
         for attention in attention_blocks(observation):
             torch.maximum(most, attention.amax((1, 2)), out=most)
         return most

@@ -50,12 +50,14 @@ class Rotary:
             count: positions in it.
             size: D.
         """
-        positions = torch.arange(first_position, first_position + count).clamp(max=len(self.cos_sin) - 1)
+        device = self.cos_sin.device
+        positions = torch.arange(first_position, first_position + count, device=device)
+        positions.clamp_(max=len(self.cos_sin) - 1)
         cos, sin = self.cos_sin[positions].float().mean(0).chunk(2)
         rotated = self.cos_sin.shape[-1]
-        pairs = torch.arange(rotated).view(2, -1) if self.is_neox else torch.arange(rotated).view(-1, 2).T
-        left, right = pairs
-        matrix = torch.eye(size)
+        channel = torch.arange(rotated, device=device)
+        left, right = channel.view(2, -1) if self.is_neox else channel.view(-1, 2).T
+        matrix = torch.eye(size, device=device)
         matrix[left, left] = matrix[right, right] = cos
         matrix[left, right], matrix[right, left] = -sin, sin
         return matrix

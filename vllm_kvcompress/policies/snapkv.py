@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
+from vllm_kvcompress.policies.window import WindowPolicy
 
 
 @dataclass(frozen=True)
-class SnapKV(Policy):
+class SnapKV(WindowPolicy):
     """Attention that the last `window` queries pay to each token, pooled along tokens.
 
         s_i = mean over the group of pool( Σ over the window's queries of A )_i
@@ -35,20 +32,8 @@ class SnapKV(Policy):
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "SnapKV: LLM Knows What You are Looking for Before Generation (arXiv 2404.14469)"
     cost: ClassVar[str] = "attention of the last w queries over the prompt, once"
+    squared: ClassVar[bool] = False
+    reduction: ClassVar[Literal["mean", "sum"]] = "mean"
     window: int = 32
     kernel_size: int = 7
     pooling: Literal["max", "avg"] = "max"
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
-        if self.pooling not in ("max", "avg"):
-            raise ValueError(f"pooling must be 'max' or 'avg', got {self.pooling!r}")
-
-    def score(self, observation: LayerObservation) -> Tensor:
-        attention = window_attention(observation)[..., : -self.window].sum(2)  # [H, G, P-w]
-        pool = F.max_pool1d if self.pooling == "max" else F.avg_pool1d
-        pooled = pool(attention, self.kernel_size, stride=1, padding=self.kernel_size // 2)
-        return pooled.mean(1)[:, : observation.num_scored]

@@ -10,7 +10,7 @@ from vllm_kvcompress.allocation import select
 from vllm_kvcompress.attention.tables import RequestTable
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
-from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.worker.cache import Kept, PagedCache
 from vllm_kvcompress.worker.observer import LayerAttention, Observed
 
 Listener = Callable[[Job, Tensor, Tensor], None]
@@ -56,7 +56,7 @@ class Compactor:
     def run(self, job: Job, table: RequestTable | None, observed: Observed | None) -> RequestTable:
         """Compact one request.
 
-        Everything is gathered before anything is written, because destination blocks may be source blocks.
+        Destination blocks may be source blocks; then everything is gathered before anything is written.
 
         Args:
             job: what to do.
@@ -74,9 +74,15 @@ class Compactor:
             return self._observe(job, policy, observed, index, layers[index])
 
         width = max(layer.num_scored for layer in layers)
-        scores = torch.full((self.grid.num_layers, self.grid.num_heads, width), -torch.inf)
+        shape = self.grid.num_layers, self.grid.num_heads, width
+        scores = torch.full(shape, -torch.inf, device=self.cache.device)
         for index, layer in enumerate(layers):
-            scores[index, :, width - layer.num_scored :] = _ranked(policy.score(observe(index)), layer)
+            if self.cache.scores_windows(policy):
+                seen = self._observe(job, policy, observed, index, layer, read=False)
+                own = self.cache.window_scores(policy, layer.pages, seen)
+            else:
+                own = policy.score(observe(index))
+            scores[index, :, width - layer.num_scored :] = _ranked(own, layer)
         _protect(scores, layers, job.config.sink_tokens)
         counts = job.config.build_allocation().allocate(
             scores,
@@ -90,23 +96,28 @@ class Compactor:
                 num_kept = counts[index] * self.grid.block_size
                 own[:] = _ranked(policy.refine(own.clone(), num_kept, observe(index)), layer)
             _protect(scores, layers, job.config.sink_tokens)
-        offset = torch.tensor([width - layer.num_scored for layer in layers])
-        kept = select(scores, counts, self.grid.block_size)
-        kept -= offset.repeat_interleave(counts.sum(1))[:, None]  # to each layer's own columns
-        packed, positions = self._gather(layers, counts, kept)
-        destination = torch.tensor(job.destination)
-        self.cache.pages[self.grid.linear_pages(destination)] = packed
+        kept = self._kept(layers, counts, select(scores, counts, self.grid.block_size))
+        positions = torch.cat(
+            [layer.positions[own.head[:, None], own.tokens] for layer, own in zip(layers, kept, strict=True)]
+        )
+        destination = torch.tensor(job.destination, device=self.cache.device)
+        overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
+        self.cache.rewrite(kept, self.grid.linear_pages(destination), overlaps)
         for listener in self.listeners:
             listener(job, counts, positions)
-        new = RequestTable(self.grid, destination, counts, job.boundary, positions)
-        if observed is not None and job.config.interval is not None:
+        again = job.config.interval is not None
+        if observed is not None and again:
             self._carry(job, policy, observed, layers, counts, kept)
-        return new
+        lasting = positions.to(torch.int32) if again else None
+        return RequestTable(self.grid, destination, counts, job.boundary, lasting)
 
     def _candidates(self, job: Job, table: RequestTable | None, index: int) -> _Candidates:
         block_size = self.grid.block_size
-        pages = self.cache.context(index, table, torch.tensor(job.source + job.tail, dtype=torch.int64))
-        raw = torch.arange(job.previous_boundary, job.boundary).expand(self.grid.num_heads, -1)
+        device = self.cache.device
+        raw_blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=device)
+        pages = self.cache.context(index, table, raw_blocks)
+        raw = torch.arange(job.previous_boundary, job.boundary, device=device)
+        raw = raw.expand(self.grid.num_heads, -1)
         positions = raw if table is None else torch.cat([table.right_aligned_positions(index), raw], 1)
         return _Candidates(
             pages=pages,
@@ -116,14 +127,20 @@ class Compactor:
         )
 
     def _observe(
-        self, job: Job, policy: Policy, observed: Observed | None, index: int, layer: _Candidates
+        self,
+        job: Job,
+        policy: Policy,
+        observed: Observed | None,
+        index: int,
+        layer: _Candidates,
+        read: bool = True,
     ) -> LayerObservation:
-        heads = self.grid.num_heads
+        heads, device = self.grid.num_heads, self.cache.device
         width = layer.num_scored + job.num_tokens - job.boundary
-        keys = values = torch.empty(heads, width, 0)
-        if policy.reads_keys:
+        keys = values = torch.empty(heads, width, 0, device=device)
+        if policy.reads_keys and read:
             keys, values = (plain[:, :width] for plain in self.cache.read(layer.pages))
-        queries = torch.empty(0, heads, 1, 0)
+        queries = torch.empty(0, heads, 1, 0, device=device)
         if observed is not None and policy.window:
             queries = observed.window(index, job.num_tokens).unflatten(1, (heads, -1))
         attention = self.layers[index]
@@ -141,16 +158,20 @@ class Compactor:
             output_projection=attention.output_projection,
         )
 
-    def _gather(self, layers: list[_Candidates], counts: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """The kept tokens, packed `[pages, 2, N·D]`, and their positions `[pages, N]`, in run order."""
-        packed, positions = [], []
-        ends = counts.sum(1).tolist()
-        for index, (layer, tokens) in enumerate(zip(layers, kept.split(ends), strict=True)):
-            head = torch.repeat_interleave(torch.arange(self.grid.num_heads), counts[index])[:, None]
-            keys, values = self.cache.read(layer.pages[:, : layer.num_scored // self.grid.block_size])
-            packed.append(self.cache.pack(keys[head, tokens], values[head, tokens]))
-            positions.append(layer.positions[head, tokens])
-        return torch.cat(packed), torch.cat(positions)
+    def _kept(self, layers: list[_Candidates], counts: Tensor, selected: Tensor) -> list[Kept]:
+        """The selected columns `[pages, N]`, layer by layer: `select` counts all from the same last one."""
+        width = max(layer.num_scored for layer in layers)
+        heads = torch.arange(self.grid.num_heads, device=counts.device)
+        return [
+            Kept(
+                pages=layer.pages[:, : layer.num_scored // self.grid.block_size],
+                head=heads.repeat_interleave(of_layer),
+                tokens=tokens - (width - layer.num_scored),
+            )
+            for layer, of_layer, tokens in zip(
+                layers, counts, selected.split(counts.sum(1).tolist()), strict=True
+            )
+        ]
 
     def _carry(
         self,
@@ -159,17 +180,18 @@ class Compactor:
         observed: Observed,
         layers: list[_Candidates],
         counts: Tensor,
-        kept: Tensor,
+        kept: list[Kept],
     ) -> None:
         """Give the policy's states the columns that the new table has."""
         block_size = self.grid.block_size
-        for index, (layer, tokens) in enumerate(zip(layers, kept.split(counts.sum(1).tolist()), strict=True)):
+        for index, (layer, own) in enumerate(zip(layers, kept, strict=True)):
             if observed.states[index] is None:
                 continue
             width = int(counts[index].max()) * block_size
-            runs = tokens.flatten().split((counts[index] * block_size).tolist())
-            tail = torch.arange(layer.num_scored, layer.num_scored + job.num_tokens - job.boundary)
-            old = torch.full((self.grid.num_heads, width + len(tail)), -1)
+            runs = own.tokens.flatten().split((counts[index] * block_size).tolist())
+            last = layer.num_scored + job.num_tokens - job.boundary
+            tail = torch.arange(layer.num_scored, last, device=counts.device)
+            old = torch.full((self.grid.num_heads, width + len(tail)), -1, device=counts.device)
             for head, run in enumerate(runs):
                 old[head, width - len(run) : width] = run
             old[:, width:] = tail
@@ -179,7 +201,7 @@ class Compactor:
 def _protect(scores: Tensor, layers: list[_Candidates], sink_tokens: int) -> None:
     """Set the scores of the attention sinks, which head every run, to +inf."""
     width = scores.shape[-1]
-    column = torch.arange(width)
+    column = torch.arange(width, device=scores.device)
     for index, layer in enumerate(layers):
         first = layer.padding[:, None] + width - layer.num_scored
         scores[index][(column >= first) & (column < first + sink_tokens)] = torch.inf
@@ -192,5 +214,6 @@ def _ranked(scores: Tensor, layer: _Candidates) -> Tensor:
         low = torch.finfo(torch.float32).min
         scores = scores.nan_to_num(nan=low, neginf=low, posinf=torch.inf)
     if bool(layer.padding.any()):
-        scores = scores.masked_fill(torch.arange(scores.shape[1]) < layer.padding[:, None], -torch.inf)
+        column = torch.arange(scores.shape[1], device=scores.device)
+        scores = scores.masked_fill(column < layer.padding[:, None], -torch.inf)
     return scores

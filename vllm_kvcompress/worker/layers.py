@@ -36,6 +36,7 @@ def _output_projection(parent: torch.nn.Module, layer: Attention) -> Tensor:
         raise KVCompressionError("kv-compression: no single output projection follows this model's attention")
     (projection,) = projections
     size, heads = layer.impl.head_size, layer.impl.num_kv_heads
-    identity = torch.eye(layer.impl.num_heads * size, dtype=projection.params_dtype)
+    dtype, device = projection.params_dtype, layer.kv_cache.device
+    identity = torch.eye(layer.impl.num_heads * size, dtype=dtype, device=device)
     columns = projection.quant_method.apply(projection, identity)
     return columns.float().unflatten(0, (heads, -1, size))

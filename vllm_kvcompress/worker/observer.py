@@ -34,6 +34,12 @@ class LayerAttention:
 SPARE_QUERIES = 32  # of a ring beyond its window: rejected drafts overwrite the oldest
 
 
+def ring_shape(num_layers: int, policy: Policy, num_query_heads: int, head_size: int) -> torch.Size:
+    """`[L, w + SPARE_QUERIES, Hq, D]`; empty for a policy without a window."""
+    capacity = policy.window + SPARE_QUERIES if policy.window else 0
+    return torch.Size((num_layers, capacity, num_query_heads, head_size))
+
+
 @dataclass
 class Observed:
     """What is kept of one request's queries.
@@ -63,7 +69,7 @@ class Observed:
 
     def _slots(self, begin: int, end: int) -> Tensor:
         assert self.ring is not None
-        return torch.arange(begin, end) % self.ring.shape[1]
+        return torch.arange(begin, end, device=self.ring.device) % self.ring.shape[1]
 
 
 class Span(Protocol):
@@ -82,16 +88,19 @@ class QuerySpan:
         tokens: the row's tokens in the batch.
         first: position of the first one.
         context: what is needed to read the request's keys.
+        ring: whether to write the ring, too.
     """
 
     observed: Observed
     tokens: slice
     first: int
     context: "RowContext"
+    ring: bool
 
     def record(self, layer: int, query: Tensor) -> None:
         own = query[self.tokens]
-        self.observed.record(layer, self.first, own)
+        if self.ring:
+            self.observed.record(layer, self.first, own)
         if self.observed.policy.accumulates:
             seen = self.context.observe(layer, own, self.first + len(own))
             states = self.observed.states
@@ -120,16 +129,11 @@ class RepeatedSpan:
         seen = self.context.observe(layer, own, end)
         policy, states = self.observed.policy, self.observed.states
         sinks = min(policy.sinks, self.part.begin)
-        columns = torch.cat(
-            [
-                torch.arange(sinks),
-                torch.arange(self.part.begin, self.part.end),
-                torch.arange(self.part.num_context, end),
-            ]
-        )
+        ranges = (0, sinks), (self.part.begin, self.part.end), (self.part.num_context, end)
+        columns = torch.cat([torch.arange(*each, device=query.device) for each in ranges])
         state = policy.observe(replace(seen, keys=seen.keys[:, columns], state=None))
         if states[layer] is None:
-            states[layer] = torch.zeros(len(state), self.part.num_context)
+            states[layer] = state.new_zeros(len(state), self.part.num_context)
         own_part = states[layer][:, self.part.begin : self.part.end]
         torch.maximum(own_part, state[:, sinks : sinks + own_part.shape[1]], out=own_part)
 
@@ -187,6 +191,7 @@ class Observer:
         head_size: D.
         dtype: of the queries.
         tables: request id to the pages of each compacted request.
+        kernel_writes_rings: whether the attention backend has a kernel write the rings, in place of spans.
     """
 
     cache: PagedCache
@@ -195,6 +200,7 @@ class Observer:
     head_size: int
     dtype: torch.dtype
     tables: dict[str, RequestTable]
+    kernel_writes_rings: bool = False
     _observed: dict[str, Observed] = field(default_factory=dict)
     _repetitions: dict[str, Repetition] = field(default_factory=dict)
 
@@ -203,10 +209,8 @@ class Observer:
 
     def watch(self, request_id: str, policy: Policy) -> None:
         """Start to keep what a policy needs of a request."""
-        ring = None
-        if policy.window:
-            shape = (len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size)
-            ring = torch.zeros(shape, dtype=self.dtype)
+        shape = ring_shape(len(self.layers), policy, self.num_query_heads, self.head_size)
+        ring = torch.zeros(shape, dtype=self.dtype, device=self.cache.device) if policy.window else None
         self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers))
 
     def watch_repetition(self, repetition: Repetition) -> None:
@@ -217,27 +221,50 @@ class Observer:
         """A request's record, if it has one."""
         return self._observed.get(request_id)
 
+    def ring(self, request_id: str) -> Tensor | None:
+        """A request's query ring `[L, C, Hq, D]`, if it has one."""
+        observed = self._observed.get(request_id)
+        return None if observed is None else observed.ring
+
     def forget(self, request_id: str) -> None:
         """Drop a request's record, if it has one."""
         self._observed.pop(request_id, None)
         self._repetitions.pop(request_id, None)
 
+    @property
+    def needs_spans(self) -> bool:
+        """Whether any row of a batch could have to be noted by a span."""
+        if not self.kernel_writes_rings:
+            return bool(self._observed)
+        return bool(self._repetitions) or any(seen.policy.accumulates for seen in self._observed.values())
+
     def spans(
-        self, request_ids: Sequence[str], query_start_loc: Tensor, seq_lens: Tensor, block_table: Tensor
+        self,
+        request_ids: Sequence[str | None],
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
     ) -> list[Span]:
         """Which of this step's tokens to note.
 
         Args:
-            request_ids: one per row.
+            request_ids: one per row; None for rows of no request.
             query_start_loc: `[R + 1]`, on the CPU.
             seq_lens: `[R]`, tokens of each row including this step's.
             block_table: `[R, W]`, vLLM's blocks by position.
         """
         spans: list[Span] = []
         for row, request_id in enumerate(request_ids):
+            if request_id is None:
+                continue
             repetition = self._repetitions.get(request_id)
             observed = self._observed.get(repetition.owner_id if repetition else request_id)
-            if observed is None:
+            if (
+                observed is None
+                or self.kernel_writes_rings
+                and not repetition
+                and not observed.policy.accumulates
+            ):
                 continue
             begin, end = query_start_loc[row : row + 2].tolist()
             seq_len = int(seq_lens[row])
@@ -247,5 +274,8 @@ class Observer:
             blocks = block_table[row, boundary // block_size : -(-seq_len // block_size)].long()
             context = RowContext(self.cache, self.layers, table, blocks)
             row_span = (observed, slice(begin, end), seq_len - (end - begin), context)
-            spans.append(RepeatedSpan(*row_span, repetition) if repetition else QuerySpan(*row_span))
+            if repetition:
+                spans.append(RepeatedSpan(*row_span, repetition))
+            else:
+                spans.append(QuerySpan(*row_span, ring=not self.kernel_writes_rings))
         return spans

@@ -85,6 +85,27 @@ def test_a_loose_bound_on_the_query_length_changes_nothing():
     assert_equals_reference(batch, 0)
 
 
+@pytest.mark.parametrize("rows", ["drafts", "mixed"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_rows_of_another_kernel_are_left_alone(rows, num_splits):
+    torch.manual_seed(7)
+    batch = Batch(ROWS[rows], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3)
+    out = torch.full_like(batch.query, torch.nan)
+    arguments = 1, 0.2, 0.0, num_splits, 16
+    attend(
+        batch.query, batch.keys, batch.values, batch.runs, batch.rows, *arguments, out, compacted_only=True
+    )
+    wanted, _ = batch.expected(1, 0.2, 0.0)
+    bounds = batch.rows.query_start_loc.tolist()
+    for index, row in enumerate(ROWS[rows]):
+        own = slice(bounds[index], bounds[index + 1])
+        if row.blocks:
+            torch.testing.assert_close(out[own], wanted[own], atol=1e-5, rtol=1e-5)
+        else:
+            assert out[own].isnan().all()
+    assert out[bounds[-1] :].isnan().all()
+
+
 def test_pages_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
     block_stride, blocks = 2**27, 20  # elements: the last blocks are out of a 32-bit offset's reach
     sparse = torch.from_file(

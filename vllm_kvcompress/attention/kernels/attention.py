@@ -44,7 +44,7 @@ class Rows:
     """The rows of a batch.
 
     Attributes:
-        slot: `[R]` int32, each row's state slot in `Runs`; -1 if it is not compacted.
+        slot: `[R]` int32 or int64, each row's state slot in `Runs`; -1 if it is not compacted.
         block_table: `[R, W]` int32, vLLM's blocks by position; columns below the boundary are not read.
         seq_lens: `[R]` int32, tokens of each row by position, this step's included.
         query_start_loc: `[R + 1]` int32; a row without queries is padding.
@@ -70,6 +70,7 @@ def attend(
     num_splits: int = 1,
     min_share: int = MIN_SHARE,
     out: Tensor | None = None,
+    compacted_only: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every row's newest tokens over what each KV head holds.
 
@@ -90,6 +91,7 @@ def attend(
         num_splits: most shares that the keys of a head are cut into (see `choose_splits`).
         min_share: least keys of a share; short heads are cut into fewer.
         out: `[T, Hq, D]` for the result; made if absent.
+        compacted_only: leave the other rows' part of the result alone: another kernel has written it.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -146,8 +148,8 @@ def attend(
         runs.start.stride(0),
         rows.block_table.stride(0),
         SOFT_CAP=logits_soft_cap > 0,
+        COMPACTED_ONLY=compacted_only,
         ONE_TILE=one_tile,
-        BATCH=1 if one_tile else triton.next_power_of_2(num_rows),
         HEADS=heads,
         PAGES_PER_BLOCK=num_layers * heads,
         GROUP=group,
@@ -166,9 +168,11 @@ def attend(
             share_lse,
             out,
             lse,
+            rows.slot,
             rows.query_start_loc,
             num_rows,
             *out.stride()[:2],
+            COMPACTED_ONLY=compacted_only,
             HEAD_SIZE=head_size,
             CHANNELS=channels,
             SPLITS=num_splits,
@@ -207,13 +211,20 @@ def _logit_factors(scale: float, soft_cap: float) -> tuple[float, float]:
 
 
 @triton.jit
-def _find_tile(program, query_start_loc, num_rows, QUERIES: tl.constexpr, BATCH: tl.constexpr):
-    """Row and first query of a program; row r's tiles begin at program query_start_loc[r] // QUERIES + r."""
-    row = tl.arange(0, BATCH)
-    begin = tl.load(query_start_loc + row, mask=row < num_rows, other=0) // QUERIES + row
-    row = tl.sum(((begin <= program) & (row < num_rows)).to(tl.int32), 0) - 1
-    begin = tl.load(query_start_loc + row) // QUERIES + row
-    return row, (program - begin) * QUERIES
+def _find_row(number, query_start_loc, num_rows, QUERIES: tl.constexpr, SPARE: tl.constexpr):
+    """The row of a tile of QUERIES tokens; row r's tiles begin at query_start_loc[r] // QUERIES + r·SPARE.
+
+    One spare tile per row leaves room for its last, incomplete one.
+    """
+    low = 0
+    high = num_rows - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(query_start_loc + middle) // QUERIES + middle * SPARE <= number:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 @triton.jit
@@ -285,8 +296,8 @@ def _attend_kernel(
     start_row,
     table_row,
     SOFT_CAP: tl.constexpr,
+    COMPACTED_ONLY: tl.constexpr,
     ONE_TILE: tl.constexpr,
-    BATCH: tl.constexpr,
     HEADS: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
@@ -301,14 +312,19 @@ def _attend_kernel(
     if ONE_TILE:
         row, first_query = tl.program_id(0), 0
     else:
-        row, first_query = _find_tile(tl.program_id(0), query_start_loc, num_rows, QUERIES, BATCH)
+        tile = tl.program_id(0)
+        row = _find_row(tile, query_start_loc, num_rows, QUERIES, 1)
+        first_query = (tile - tl.load(query_start_loc + row) // QUERIES - row) * QUERIES
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
-    if first_query >= num_queries:
-        return
-
     slot = tl.load(row_slot + row)
     compacted = slot >= 0
+    idle = first_query >= num_queries
+    if COMPACTED_ONLY:
+        idle = idle | (slot < 0)
+    if idle:
+        return
+
     state = tl.maximum(slot, 0).to(tl.int64)
     run = start + state * start_row + layer * HEADS + head
     first_page = tl.load(run, mask=compacted, other=0)
@@ -401,10 +417,12 @@ def _merge_kernel(
     share_lse,  # [T, Hq, SPLITS] float32; -inf where a share is empty, and its share_out was never written
     out,
     lse,  # [T, Hq] float32
+    row_slot,
     query_start_loc,
     num_rows,
     out_token,
     out_head,
+    COMPACTED_ONLY: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -412,7 +430,11 @@ def _merge_kernel(
     AT_ONCE: tl.constexpr,
 ):
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if token >= tl.load(query_start_loc + num_rows):
+    idle = token >= tl.load(query_start_loc + num_rows)
+    if COMPACTED_ONLY:
+        row = _find_row(token, query_start_loc, num_rows, 1, 0)
+        idle = idle | (tl.load(row_slot + row) < 0)
+    if idle:
         return
     pair = token * tl.num_programs(1) + head
     every = tl.arange(0, ALL)

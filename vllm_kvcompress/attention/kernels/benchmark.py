@@ -27,7 +27,7 @@ if not __package__:  # run as a file: the package itself need not be installed
 
 from vllm_kvcompress.attention.kernels.attention import Rows, Runs, attend, choose_splits
 from vllm_kvcompress.attention.kernels.pages import gather_pages, scatter_pages
-from vllm_kvcompress.attention.kernels.ring import write_ring
+from vllm_kvcompress.attention.kernels.ring import write_rings
 from vllm_kvcompress.attention.kernels.scores import pool_columns, window_columns
 from vllm_kvcompress.attention.reference import attend_paged, causal_logits
 
@@ -194,13 +194,14 @@ def _check_compaction(layer: Layer, name: str, errors: dict[str, float]) -> None
     scatter_pages(*gather_pages(keys, values, pages, head, tokens), keys, values, target)
     _note(errors, f"pages.{name}", torch.stack([keys[target], values[target]]), torch.stack(wanted), 0)
 
-    ring = torch.zeros(4, 2, 40, HEADS * GROUP, HEAD_SIZE, dtype=keys.dtype, device=device)
-    slot, seq_lens, bounds = (
-        torch.tensor(x, dtype=torch.int32, device=device) for x in ([3, -1], [50, 9], [0, window, window])
+    ring = torch.zeros(2, 40, HEADS * GROUP, HEAD_SIZE, dtype=keys.dtype, device=device)
+    address, capacity = torch.tensor([[ring.data_ptr(), 0], [40, 0]], device=device)
+    seq_lens, bounds = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in ([50, 9], [0, window, window])
     )
-    write_ring(ring, 1, queries, slot, seq_lens, bounds, window)
+    write_rings(address, capacity, 1, queries, seq_lens, bounds, window, 40)
     places = torch.arange(50 - window, 50, device=device) % 40
-    _note(errors, f"ring.{name}", ring[3, 1, places], queries, 0)
+    _note(errors, f"ring.{name}", ring[1, places], queries, 0)
 
 
 def _note(errors: dict[str, float], name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:

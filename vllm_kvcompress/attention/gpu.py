@@ -1,0 +1,276 @@
+"""GPU attention over compacted requests: vLLM's own backend for all other rows, our kernel for these.
+
+Both kernels are launched over the whole batch, and each leaves the other's rows to the other. So a row that
+is not compacted gets exactly what stock vLLM computes, whatever its neighbours are, and one captured graph
+serves batches with and without compacted rows: which is which is read on the device, from arrays that stay
+in place.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_kvcompress.attention.kernels.attention import Rows, Runs, attend, choose_splits
+from vllm_kvcompress.attention.kernels.ring import write_rings
+from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.paging.spec import CompactableSpec
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.worker.observer import Span
+    from vllm_kvcompress.worker.state import CompressionState
+
+
+class RowArrays:
+    """What our kernels read of each row of a batch, in arrays that stay in place for captured graphs.
+
+    Attributes:
+        slot: `[R]` int64, in `RunArrays`; -1 for rows without compaction.
+        ring: `[R]` int64, address of the request's query ring; 0 for none.
+        capacity: `[R]` int64, queries that the ring holds.
+        stock_seq_lens: `[R]` int32, tokens that vLLM's kernel attends over: of compacted rows only as many
+            as the row has queries, because our kernel overwrites their output.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._content = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
+        self._shown: list[list[int]] = []
+        self.stock_seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.slot, self.ring, self.capacity = self._content
+        self.show([])
+
+    def show(self, rows: list[tuple[int, int, int]]) -> None:
+        """Show these (slot, ring, capacity); nothing is sent if they are what was shown last."""
+        missing = self._content.shape[1] - len(rows)
+        columns = [list(column) for column in zip(*rows, *[(-1, 0, 0)] * missing, strict=True)]
+        if columns != self._shown:
+            self._shown = columns
+            host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
+            self._content.copy_(host, non_blocking=True)
+
+    def update_seq_lens(self, metadata: CommonAttentionMetadata) -> Tensor:
+        """`stock_seq_lens` of a batch, `[R]`."""
+        num_rows = metadata.num_reqs
+        stock = self.stock_seq_lens[:num_rows]
+        compacted = self.slot[:num_rows] >= 0
+        torch.where(compacted, metadata.naive_query_lens(), metadata.seq_lens, out=stock)
+        return stock
+
+
+@dataclass(frozen=True)
+class CompressedBatch:
+    """What the layers do to a batch beside vLLM's own attention.
+
+    Attributes:
+        runs: where compacted requests have their pages.
+        rows: the batch, every row of it.
+        arrays: whose `ring` and `capacity` belong to the rows.
+        attends: whether a row is compacted.
+        largest_ring: queries of the largest ring that a row may have; 0 if none has one.
+        spans: what the policies that watch every query note.
+        max_keys: a bound on the keys of a head.
+        processors: streaming multiprocessors of the device.
+    """
+
+    runs: Runs
+    rows: Rows
+    arrays: RowArrays
+    attends: bool
+    largest_ring: int
+    spans: "list[Span]"
+    max_keys: int
+    processors: int
+
+    def apply(self, layer: "CompressedAttentionImpl", query: Tensor, output: Tensor) -> None:
+        """Note a layer's queries, and replace the output of compacted rows."""
+        index, rows = layer.layer_index, self.rows
+        if self.largest_ring:
+            ring, capacity = self.arrays.ring, self.arrays.capacity
+            bounds = rows.max_query_len, self.largest_ring
+            write_rings(ring, capacity, index, query, rows.seq_lens, rows.query_start_loc, *bounds)
+        for span in self.spans:
+            span.record(index, query)
+        if self.attends:
+            num_tiles = max(len(rows.seq_lens), len(query) // 16)
+            heads = layer.keys.shape[2]
+            attend(
+                query,
+                layer.keys,
+                layer.values,
+                self.runs,
+                rows,
+                index,
+                layer.scale,
+                layer.logits_soft_cap,
+                num_splits=choose_splits(num_tiles, heads, self.max_keys, self.processors),
+                out=output,
+                compacted_only=True,
+            )
+
+
+class CompressedMetadataBuilder(AttentionMetadataBuilder):
+    """Put before a stock builder: hands it the batch with compacted rows cut short, and adds our part."""
+
+    state: "CompressionState | None" = None  # both set by the worker once the cache exists
+    arrays: RowArrays
+    processors: int = 1
+    _capturing = False
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        # In a captured graph nothing but kernels could note queries; piecewise graphs leave attention out.
+        if KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"]).watches_every_query:
+            return AttentionCGSupport.NEVER
+        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        self._capturing = True
+        try:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        finally:
+            self._capturing = False
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        **kwargs,
+    ) -> Any:
+        if self.state is None:
+            return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
+        common = common_attn_metadata
+        batch = self._batch(self.state, common)
+        stock = super().build(
+            0 if batch.attends else common_prefix_len,  # compacted rows have no prefix in place
+            common.replace(seq_lens=self.arrays.update_seq_lens(common)),
+            fast_build,
+            **kwargs,
+        )
+        if batch.attends or batch.largest_ring or batch.spans:
+            stock.kv_compression = batch
+        return stock
+
+    def _batch(self, state: "CompressionState", common: CommonAttentionMetadata) -> CompressedBatch:
+        """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
+        assert state.runs is not None
+        shown, spans = [], []
+        if state.active:
+            slots = state.runs.slots
+            request_ids = state.rows.request_ids(common)
+            for request_id in request_ids:
+                ring = None if request_id is None else state.observer.ring(request_id)
+                place = (0, 0) if ring is None else (ring.data_ptr(), ring.shape[1])
+                shown.append((slots.get(request_id, -1), *place))
+            if state.observer.needs_spans:
+                spans = state.observer.spans(
+                    request_ids, common.query_start_loc_cpu, common.seq_lens.cpu(), common.block_table_tensor
+                )
+        self.arrays.show(shown)
+        largest_ring = max((capacity for _, _, capacity in shown), default=0)
+        return CompressedBatch(
+            runs=state.runs.arrays,
+            rows=Rows(
+                slot=self.arrays.slot,
+                block_table=common.block_table_tensor,
+                seq_lens=common.seq_lens,
+                query_start_loc=common.query_start_loc,
+                max_query_len=common.max_query_len,
+            ),
+            arrays=self.arrays,
+            attends=self._capturing or any(slot >= 0 for slot, _, _ in shown),
+            largest_ring=common.max_query_len if self._capturing else largest_ring,
+            spans=spans,
+            max_keys=common.max_seq_len,
+            processors=self.processors,
+        )
+
+
+class CompressedAttentionImpl(AttentionImpl):
+    """Put before a stock implementation: replaces its output for compacted rows."""
+
+    layer_index: int  # all three set by the worker once the cache exists
+    keys: Tensor  # `[L, B, H, N, D]`, a view of the whole cache
+    values: Tensor  # `[L, B, H, N, D]`, likewise
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        refuse_layer(self, windowed=self.sliding_window != (-1, -1))
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        return False  # what our kernel writes is not quantized
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
+        batch: CompressedBatch | None = getattr(attn_metadata, "kv_compression", None)
+        if batch is not None:
+            batch.apply(self, query, output)
+        return output
+
+
+class CompressedBackend(AttentionBackend):
+    """Put before a stock backend whose cache holds keys and values in token order."""
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return CompactableSpec.of(super().customize_spec(spec))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)  # a page is one run of bytes
+
+
+class _TritonBuilder(CompressedMetadataBuilder, TritonAttentionBackend.get_builder_cls()):
+    pass
+
+
+class _TritonImpl(CompressedAttentionImpl, TritonAttentionBackend.get_impl_cls()):
+    pass
+
+
+class CompressedTritonAttentionBackend(CompressedBackend, TritonAttentionBackend):
+    """vLLM's Triton backend whose blocks may be compacted."""
+
+    @staticmethod
+    def get_impl_cls() -> type[_TritonImpl]:
+        return _TritonImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[_TritonBuilder]:
+        return _TritonBuilder
+
+
+class UnreadableBackend(AttentionBackend):
+    """Stands in for backends whose cache our kernels cannot read, so that vLLM passes over them."""
+
+    @classmethod
+    def validate_configuration(cls, *args, **kwargs) -> list[str]:
+        return [
+            "kv-compression works with FLASH_ATTN and TRITON_ATTN; choose one or remove --attention-backend"
+        ]

@@ -1,0 +1,30 @@
+"""Attention layers that cannot be served compacted."""
+
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_kvcompress.config import KVCompressionError
+
+
+def refuse_layer(impl: AttentionImpl, windowed: bool) -> None:
+    """Refuse what attention over kept tokens would compute wrongly.
+
+    Args:
+        impl: a layer's implementation.
+        windowed: whether it slides a window, which each backend stores in its own way.
+
+    Raises:
+        KVCompressionError: one line that names the feature and what to do.
+    """
+    unsupported = {
+        "attention sinks": impl.sinks is not None,
+        "ALiBi": impl.alibi_slopes is not None,
+        "sliding-window attention": windowed,
+        "cross-layer KV sharing": impl.kv_sharing_target_layer_name is not None,
+        f"{impl.attn_type} attention": impl.attn_type != AttentionType.DECODER,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise KVCompressionError(
+                f"kv-compression does not support {feature}, which this model uses; "
+                "serve it without --kv-compression"
+            )
