@@ -71,7 +71,7 @@ class PagedCache(ABC):
         Args:
             policy: one that looks at its window's attention alone.
             pages: `[H, W / N]` int64, of the layer; -1 for padding.
-            observation: of the layer, with no keys and values in it.
+            observation: of the layer, whose keys and values are empty.
         """
         raise NotImplementedError
 

@@ -54,7 +54,7 @@ class PlainCache(PagedCache):
     def window_scores(self, policy: Policy, pages: Tensor, observation: LayerObservation) -> Tensor:
         assert isinstance(policy, WindowPolicy)
         queries = observation.queries.flatten(1, 2)
-        width = observation.width
+        width = observation.keys.shape[1]
         columns = window_columns(
             queries,
             self.keys,

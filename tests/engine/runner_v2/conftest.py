@@ -1,0 +1,76 @@
+"""Model Runner V2 and Triton kernels on the CPU, interpreted; started by `test_runner_v2.py` beside this folder.
+
+vLLM believes in Triton once a driver for "cpu" says that it is active; the interpreter then runs every kernel,
+vLLM's and ours. The GPU backend is reached by putting it in the place of the CPU's.
+"""
+
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("run by test_runner_v2.py", allow_module_level=True)
+
+import triton.backends  # noqa: E402
+
+triton.backends.backends["cpu"] = SimpleNamespace(
+    driver=SimpleNamespace(is_active=lambda: True), compiler=None
+)
+torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM asks, to choose a tile size
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness
+
+GPU_BACKEND = "vllm_kvcompress.attention.gpu.CompressedTritonAttentionBackend"
+STOCK_BACKEND = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A random Llama: 2 layers, 2 KV heads, groups of 2, head size 32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.3,  # as it is by default, attention would be all but uniform
+    )
+    path = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def start_engine():
+    """`start_engine(model, runner, backend, **options)`: runner "v1" or "v2", backend "cpu" or "gpu"."""
+    from harness import Engine, start
+    from vllm import envs
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_kvcompress.worker import worker
+
+    def make(model: Path, runner: str, backend: str, **options) -> Engine:
+        envs.disable_envs_cache()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("VLLM_USE_V2_MODEL_RUNNER", {"v1": "0", "v2": "1"}[runner])
+            if backend == "gpu":
+                on_cpu = {AttentionBackendEnum.CPU_ATTN: GPU_BACKEND}
+                patch.setattr(worker.CompressionCPUWorker, "backends", on_cpu)
+            stock = {AttentionBackendEnum.CPU_ATTN: STOCK_BACKEND} if backend == "stock gpu" else {}
+            with worker._backend_overrides(stock):
+                engine = Engine(start(model, **options))
+        assert engine.worker.use_v2_model_runner == (runner == "v2")
+        if backend != "cpu":  # vLLM's kernel in one part, not in 16: each costs the interpreter as much
+            ((group,),) = engine.worker.model_runner.attn_groups
+            group.get_metadata_builder(0).seq_threshold_3D = 0
+        return engine
+
+    return make
