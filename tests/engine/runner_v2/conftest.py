@@ -1,7 +1,7 @@
-"""Model Runner V2 and Triton kernels on the CPU, interpreted; started by `test_runner_v2.py` beside this folder.
+"""Model Runner V2 and Triton kernels on the CPU, interpreted; started by `../test_runner_v2.py`.
 
-vLLM believes in Triton once a driver for "cpu" says that it is active; the interpreter then runs every kernel,
-vLLM's and ours. The GPU backend is reached by putting it in the place of the CPU's.
+vLLM believes in Triton once a driver for "cpu" says that it is active; the interpreter then runs every
+kernel, vLLM's and ours. The GPU backend is reached by putting it in the place of the CPU's.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Runner V2 and the GPU backend keep the same tokens and answer the same as Runner V1 on vLLM's CPU kernel."""
+"""Runner V2 and the GPU backend keep the same tokens and answer the same as Runner V1 on the CPU's kernel."""
 
 import pytest
 import torch
