@@ -177,9 +177,11 @@ class _Compression:
 
     def _due(self, request: Request) -> bool:
         tracked = self._tracked.get(request.request_id)
-        return (
-            tracked is not None and tracked.point is not None and request.num_computed_tokens >= tracked.point
-        )
+        if tracked is None or tracked.point is None:
+            return False
+        # Of the steps in flight (asynchronous scheduling) drafts may be rejected yet: they do not count.
+        drafts = max(request.num_output_placeholders - 1, 0) if self.num_spec_tokens else 0
+        return request.num_computed_tokens - drafts >= tracked.point
 
     def _compact_due(self) -> list[Job]:
         jobs = (self._compact(request) for request in list(self.running) if self._due(request))

@@ -50,27 +50,46 @@ def tiny(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def start_engine():
-    """`start_engine(model, runner, backend, **options)`: runner "v1" or "v2", backend "cpu" or "gpu"."""
+    """`start_engine(model, runner, backend, asynchronous=False, **options)`.
+
+    The runner is "v1" or "v2", the backend "cpu", "gpu" (ours) or "stock gpu". vLLM switches asynchronous
+    scheduling off on CPUs, but it runs there.
+    """
     from harness import Engine, start
     from vllm import envs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_kvcompress.worker import worker
 
-    def make(model: Path, runner: str, backend: str, **options) -> Engine:
+    def make(model: Path, runner: str, backend: str, asynchronous: bool = False, **options) -> Engine:
         envs.disable_envs_cache()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_USE_V2_MODEL_RUNNER", {"v1": "0", "v2": "1"}[runner])
             if backend == "gpu":
                 on_cpu = {AttentionBackendEnum.CPU_ATTN: GPU_BACKEND}
                 patch.setattr(worker.CompressionCPUWorker, "backends", on_cpu)
+            if asynchronous:
+                _schedule_asynchronously(patch)
             stock = {AttentionBackendEnum.CPU_ATTN: STOCK_BACKEND} if backend == "stock gpu" else {}
             with worker._backend_overrides(stock):
                 engine = Engine(start(model, **options))
         assert engine.worker.use_v2_model_runner == (runner == "v2")
+        assert (type(engine.scheduler).__name__ == "AsyncCompressionScheduler") == asynchronous
         if backend != "cpu":  # vLLM's kernel in one part, not in 16: each costs the interpreter as much
             ((group,),) = engine.worker.model_runner.attn_groups
             group.get_metadata_builder(0).seq_threshold_3D = 0
         return engine
 
     return make
+
+
+def _schedule_asynchronously(patch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config.__func__
+
+    def update_but_stay_asynchronous(cls, vllm_config):
+        update(cls, vllm_config)
+        vllm_config.scheduler_config.async_scheduling = True
+
+    patch.setattr(CpuPlatform, "check_and_update_config", classmethod(update_but_stay_asynchronous))

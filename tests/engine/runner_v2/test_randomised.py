@@ -29,6 +29,7 @@ def engine(tiny, start_engine):
         tiny,
         "v2",
         "gpu",
+        asynchronous=True,
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_batched_tokens=128,

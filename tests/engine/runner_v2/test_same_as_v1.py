@@ -40,10 +40,11 @@ def requests():
 
 @pytest.fixture(scope="module")
 def engines(tiny, start_engine):
-    """By (runner, backend)."""
+    """By runner and backend."""
     return {
-        (runner, backend): start_engine(tiny, runner, backend, **OPTIONS)
-        for runner, backend in [("v1", "cpu"), ("v2", "cpu"), ("v2", "gpu")]
+        ("v1", "cpu"): start_engine(tiny, "v1", "cpu", **OPTIONS),
+        ("v2", "cpu"): start_engine(tiny, "v2", "cpu", **OPTIONS),
+        ("v2", "gpu"): start_engine(tiny, "v2", "gpu", asynchronous=True, **OPTIONS),  # as GPUs do
     }
 
 
