@@ -114,18 +114,20 @@ def verdict(throughput: float, regime: str) -> str:
 
 def _steps_table(steps: dict[str, Any]) -> list[str]:
     lines = [
-        f"Decode steps of {steps['batch']} requests: median time over stock's [lowest, highest round].",
+        f"Decode steps of {steps['batch']} requests: median over stock's [lowest, highest round]. Metadata "
+        "is the attention metadata's part of a step: stock, idle, compressed.",
         "",
-        "| context | idle plugin | compressed | stock step | prefill | compaction | over prefill |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| context | idle plugin | compressed | stock step | metadata | prefill | compaction | of prefill |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in steps["rows"]:
         shown = " | ".join(
             f"{m:.2f} [{low:.2f}, {high:.2f}]"
             for low, m, high in (row["over_stock"][v] for v in ("idle", "compressed"))
         )
+        metadata = ", ".join(f"{1e6 * seconds:.0f}" for seconds in row["metadata_seconds"].values())
         lines.append(
-            f"| {row['context']} | {shown} | {1000 * row['step_seconds']['stock']:.0f} ms | "
+            f"| {row['context']} | {shown} | {1000 * row['step_seconds']['stock']:.0f} ms | {metadata} µs | "
             f"{row['prefill_seconds']:.1f} s | {1000 * row['compaction_seconds']:.0f} ms | "
             f"{100 * row['compaction_seconds'] / row['prefill_seconds']:.1f} % |"
         )

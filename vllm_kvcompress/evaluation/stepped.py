@@ -38,20 +38,10 @@ class SteppedEngine:
         self.engine = self.llm.llm_engine
         core = self.engine.engine_core.engine_core
         self.scheduler = core.scheduler
-        self.compactions: list[float] = []
-        if variant != "stock":
-            self._time_compactions(core.model_executor.driver_worker.worker.compactor)
-
-    def _time_compactions(self, compactor) -> None:
-        run = compactor.run
-
-        def timed(*arguments):
-            begin = time.perf_counter()
-            result = run(*arguments)
-            self.compactions.append(time.perf_counter() - begin)
-            return result
-
-        compactor.run = timed
+        worker = core.model_executor.driver_worker.worker
+        ((attention_group,),) = worker.model_runner.attn_groups
+        self.metadata = _timed(attention_group.get_metadata_builder(0), "build")
+        self.compactions = [] if variant == "stock" else _timed(worker.compactor, "run")
 
     def prefill(self, context: int, batch: int) -> dict[str, Any]:
         """Bring `batch` requests to decoding; each prompt goes on where that of a shorter context ended."""
@@ -72,20 +62,36 @@ class SteppedEngine:
             self.engine.step()
         return {"seconds": time.perf_counter() - begin, "compactions": list(self.compactions)}
 
-    def steps(self, count: int) -> float:
-        """Median seconds of a decode step."""
+    def steps(self, count: int) -> tuple[float, float]:
+        """Median seconds of a decode step, and of making the attention metadata in it."""
         times = []
+        self.metadata.clear()
         for _ in range(count):
             begin = time.perf_counter()
             self.engine.step()
             times.append(time.perf_counter() - begin)
-        return statistics.median(times)
+        return statistics.median(times), statistics.median(self.metadata)
 
     def end(self) -> None:
         """Abort the requests."""
         self.engine.abort_request(self.names)
         while self.engine.has_unfinished_requests():
             self.engine.step()
+
+
+def _timed(owner: Any, method: str) -> list[float]:
+    """Have every call of an object's method add its seconds to a list."""
+    seconds: list[float] = []
+    call = getattr(owner, method)
+
+    def timed(*args, **kwargs):
+        begin = time.perf_counter()
+        result = call(*args, **kwargs)
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    setattr(owner, method, timed)
+    return seconds
 
 
 def _serve_engine(connection, variant: str, arguments: argparse.Namespace) -> None:
@@ -149,10 +155,12 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
                 prefill[variant] = ask(variant, "prefill", context, arguments.batch)
                 bar.update()
             times: dict[str, list[float]] = {variant: [] for variant in variants}
+            metadata: dict[str, list[float]] = {variant: [] for variant in variants}
             for _ in range(arguments.rounds):
                 for variant in variants:
                     time.sleep(0.3)  # let the other's OpenMP threads stop spinning
-                    times[variant].append(ask(variant, "steps", arguments.steps))
+                    step, build = ask(variant, "steps", arguments.steps)
+                    times[variant].append(step), metadata[variant].append(build)
                 bar.update()
             for variant in variants:
                 ask(variant, "end")
@@ -162,6 +170,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
                 {
                     "context": context,
                     "step_seconds": {variant: statistics.median(t) for variant, t in times.items()},
+                    "metadata_seconds": {variant: statistics.median(t) for variant, t in metadata.items()},
                     "over_stock": {v: ratios(t, times["stock"]) for v, t in times.items() if v != "stock"},
                     "prefill_seconds": seconds,
                     "compaction_seconds": compaction,

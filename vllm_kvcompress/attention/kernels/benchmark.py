@@ -63,11 +63,22 @@ class Layer:
         return attend(self.query, keys, values, self.runs, self.rows, 0, scale, num_splits=num_splits)
 
 
+def compacted_blocks(context: int, budget: float) -> int:
+    """Blocks of what is below the boundary."""
+    raw = (context - TAIL) // BLOCK_SIZE
+    return raw if budget == 1 else max(1, int(raw * budget))
+
+
+def step_bytes(batch: int, context: int, budget: float) -> int:
+    """Bytes of 16-bit keys and values that a decode step must read of one layer."""
+    tokens = compacted_blocks(context, budget) * BLOCK_SIZE + TAIL
+    return batch * tokens * HEADS * 2 * HEAD_SIZE * 2
+
+
 def make_layer(batch: int, context: int, budget: float, device: str, dtype: torch.dtype) -> Layer:
     """Blocks in random order; a budget below 1 is shared out unevenly, as a global allocation does it."""
     boundary = context - TAIL
-    raw, tail = boundary // BLOCK_SIZE, TAIL // BLOCK_SIZE
-    blocks = raw if budget == 1 else max(1, int(raw * budget))
+    raw, tail, blocks = boundary // BLOCK_SIZE, TAIL // BLOCK_SIZE, compacted_blocks(context, budget)
     num_blocks = batch * (blocks + tail) + 1
     cache = torch.randn(num_blocks, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype, device=device)
     ids = (torch.randperm(num_blocks - 1) + 1).to(torch.int32).view(batch, blocks + tail)
@@ -96,7 +107,7 @@ def make_layer(batch: int, context: int, budget: float, device: str, dtype: torc
             max_query_len=1,
         ),
         query=torch.randn(batch, HEADS * GROUP, HEAD_SIZE, dtype=dtype, device=device),
-        num_bytes=batch * (blocks + tail) * HEADS * BLOCK_SIZE * 2 * HEAD_SIZE * cache.element_size(),
+        num_bytes=step_bytes(batch, context, budget) * cache.element_size() // 2,
     )
 
 
@@ -212,9 +223,8 @@ def _note(errors: dict[str, float], name: str, found: Tensor, wanted: Tensor, to
 
 def measure(batch: int, context: int, budget: float, copy: float) -> dict[str, float] | None:
     """One cell of the table; None if the device has too little memory for it."""
-    per_token = HEADS * 2 * HEAD_SIZE * 2
     free, _ = torch.cuda.mem_get_info()
-    if batch * context * budget * per_token > 0.9 * (free - 2 * FLUSH_BYTES):
+    if step_bytes(batch, context, budget) > 0.9 * (free - 2 * FLUSH_BYTES):
         return None
     layer = make_layer(batch, context, budget, "cuda", torch.bfloat16)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -233,15 +243,25 @@ def measure(batch: int, context: int, budget: float, copy: float) -> dict[str, f
     }
 
 
+def _heading(step: int) -> str:
+    return "batch".rjust(6) + "".join(f"{context // 1024}k".rjust(14) for context in CONTEXTS[::step])
+
+
 def main() -> None:
     """Check, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write every number to this file")
     parser.add_argument("--quick", action="store_true", help="every other batch size and context")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmark: torch sees no GPU; run it where `torch.cuda.is_available()`")
     step = 2 if arguments.quick else 1
+    if not torch.cuda.is_available():
+        print("torch sees no GPU: nothing is measured. MB that a decode step must read of one layer:")
+        for budget in BUDGETS:
+            print(f"\nbudget {budget}\n" + _heading(step))
+            for batch in BATCHES[::step]:
+                megabytes = [step_bytes(batch, context, budget) / 1e6 for context in CONTEXTS[::step]]
+                print(f"{batch}".rjust(6) + "".join(f"{each:.1f}".rjust(14) for each in megabytes))
+        return
     errors = check("cuda")
     print("largest errors against plain PyTorch:", json.dumps(errors))
     copy = copy_bandwidth()
@@ -251,7 +271,7 @@ def main() -> None:
     cells = []
     for budget in BUDGETS:
         print(f"\nbudget {budget}: bandwidth over the copy's, this kernel / SDPA; bfloat16, per context")
-        print("batch".rjust(6) + "".join(f"{context // 1024}k".rjust(14) for context in CONTEXTS[::step]))
+        print(_heading(step))
         for batch in BATCHES[::step]:
             line = f"{batch}".rjust(6)
             for context in CONTEXTS[::step]:
