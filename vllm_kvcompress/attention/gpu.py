@@ -6,6 +6,7 @@ serves batches with and without compacted rows: which is which is read on the de
 in place.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.attention.kernels.attention import Rows, Runs, attend, choose_splits
+from vllm_kvcompress.attention.kernels.attention import (
+    MAX_SPLITS,
+    MAX_TILE,
+    Rows,
+    Runs,
+    attend,
+    choose_splits,
+)
 from vllm_kvcompress.attention.kernels.ring import write_rings
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
@@ -163,6 +171,24 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         if batch.attends or batch.largest_ring or batch.spans:
             stock.kv_compression = batch
         return stock
+
+    def warm_up(self, modules: Iterable[torch.nn.Module]) -> None:
+        """Compile our kernels for rows of every length, by rows that leave at once."""
+        layer = next(m.impl for m in modules if isinstance(getattr(m, "impl", None), CompressedAttentionImpl))
+        assert self.state is not None and self.state.runs is not None
+        runs, arrays, device = self.state.runs.arrays, self.arrays, layer.keys.device
+        arrays.show([])
+        block_table = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        for query_len in (2**power for power in range(MAX_TILE.bit_length() + 1)):
+            bounds = torch.tensor([0, query_len, 2 * query_len], dtype=torch.int32, device=device)
+            rows = Rows(arrays.slot, block_table, bounds.diff(), bounds, query_len)
+            query = layer.keys.new_zeros(2 * query_len, layer.num_heads, layer.head_size)
+            constants = 0, layer.scale, layer.logits_soft_cap
+            for num_splits in (2**power for power in range(MAX_SPLITS.bit_length() if query_len == 1 else 2)):
+                attend(
+                    query, layer.keys, layer.values, runs, rows, *constants, num_splits, compacted_only=True
+                )
+            write_rings(arrays.ring, arrays.capacity, 0, query, rows.seq_lens, bounds, query_len, 1)
 
     def _batch(self, state: "CompressionState", common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""

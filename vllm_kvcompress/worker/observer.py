@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.tables import RequestTable
-from vllm_kvcompress.paging.job import Repetition
+from vllm_kvcompress.paging.job import Job, Repetition
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.worker.cache import PagedCache
@@ -49,11 +49,14 @@ class Observed:
         ring: `[L, w + SPARE_QUERIES, Hq, D]`, the query of position p in slot p mod its length; None without
             a window.
         states: per layer, what the policy's `observe` returned last.
+        drafts: per layer, the first position of the last step's drafts, and their queries `[n, Hq, D]`; the
+            next step tells how many of them were accepted.
     """
 
     policy: Policy
     ring: Tensor | None
     states: list[Any]
+    drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
 
     def window(self, layer: int, num_tokens: int) -> Tensor:
         """Queries `[w, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -66,6 +69,25 @@ class Observed:
             newest = queries[-self.ring.shape[1] :]
             end = first + len(queries)
             self.ring[layer, self._slots(end - len(newest), end)] = newest
+
+    def accumulate(
+        self, layer: int, first: int, queries: Tensor, num_drafts: int, context: "RowContext"
+    ) -> None:
+        """Have the policy observe queries `[n, Hq, D]` of positions from `first` on.
+
+        The last `num_drafts` of them wait, as they may be rejected; of those that waited, the ones below
+        `first` were accepted.
+        """
+        end = first + len(queries) - num_drafts
+        certain = queries[: end - first]
+        if layer in self.drafts:
+            waited_from, waited = self.drafts.pop(layer)
+            certain = torch.cat([waited[: first - waited_from], certain])
+        if num_drafts:
+            self.drafts[layer] = end, queries[end - first :].clone()
+        if len(certain):
+            seen = context.observe(layer, certain, end)
+            self.states[layer] = self.policy.observe(replace(seen, state=self.states[layer]))
 
     def _slots(self, begin: int, end: int) -> Tensor:
         assert self.ring is not None
@@ -89,6 +111,7 @@ class QuerySpan:
         first: position of the first one.
         context: what is needed to read the request's keys.
         ring: whether to write the ring, too.
+        num_drafts: how many of the tokens, the last ones, are drafts.
     """
 
     observed: Observed
@@ -96,15 +119,14 @@ class QuerySpan:
     first: int
     context: "RowContext"
     ring: bool
+    num_drafts: int
 
     def record(self, layer: int, query: Tensor) -> None:
         own = query[self.tokens]
         if self.ring:
             self.observed.record(layer, self.first, own)
         if self.observed.policy.accumulates:
-            seen = self.context.observe(layer, own, self.first + len(own))
-            states = self.observed.states
-            states[layer] = self.observed.policy.observe(replace(seen, state=states[layer]))
+            self.observed.accumulate(layer, self.first, own, self.num_drafts, self.context)
 
 
 @dataclass(frozen=True)
@@ -192,6 +214,7 @@ class Observer:
         dtype: of the queries.
         tables: request id to the pages of each compacted request.
         kernel_writes_rings: whether the attention backend has a kernel write the rings, in place of spans.
+        num_drafts: request id to the number of drafts among this step's tokens.
     """
 
     cache: PagedCache
@@ -201,6 +224,7 @@ class Observer:
     dtype: torch.dtype
     tables: dict[str, RequestTable]
     kernel_writes_rings: bool = False
+    num_drafts: dict[str, int] = field(default_factory=dict)
     _observed: dict[str, Observed] = field(default_factory=dict)
     _repetitions: dict[str, Repetition] = field(default_factory=dict)
 
@@ -220,6 +244,16 @@ class Observer:
     def of(self, request_id: str) -> Observed | None:
         """A request's record, if it has one."""
         return self._observed.get(request_id)
+
+    def settle(self, job: Job) -> None:
+        """Have the policy observe the drafts before a compaction that were accepted."""
+        observed = self._observed.get(job.request_id)
+        if observed is None or not observed.drafts:
+            return
+        blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=self.cache.device)
+        context = RowContext(self.cache, self.layers, self.tables.get(job.request_id), blocks)
+        for layer, (_, waiting) in list(observed.drafts.items()):
+            observed.accumulate(layer, job.num_tokens, waiting[:0], 0, context)
 
     def ring(self, request_id: str) -> Tensor | None:
         """A request's query ring `[L, C, Hq, D]`, if it has one."""
@@ -277,5 +311,6 @@ class Observer:
             if repetition:
                 spans.append(RepeatedSpan(*row_span, repetition))
             else:
-                spans.append(QuerySpan(*row_span, ring=not self.kernel_writes_rings))
+                num_drafts = self.num_drafts.get(request_id, 0)
+                spans.append(QuerySpan(*row_span, not self.kernel_writes_rings, num_drafts))
         return spans

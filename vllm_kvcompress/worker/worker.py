@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -12,13 +13,14 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_kvcompress.attention.cpu import CompressedCPUAttentionImpl
 from vllm_kvcompress.attention.cpu_pages import learn_packing
 from vllm_kvcompress.attention.gpu import CompressedAttentionImpl, RowArrays
 from vllm_kvcompress.attention.runs import RunArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.paging.job import CompressionStep
+from vllm_kvcompress.paging.job import CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.worker.cache import PackedCache, PagedCache
 from vllm_kvcompress.worker.compactor import Compactor
@@ -108,11 +110,44 @@ class CompressionWorker(Worker):
         if step is not None:  # else vLLM warms its kernels up, with requests of its own
             self._serving = True
             self._compact(step, scheduler_output.finished_req_ids)
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        self.compression.observer.num_drafts = {name: len(tokens) for name, tokens in drafts.items()}
         self.compression.live = True
         try:
             return super().execute_model(scheduler_output)
         finally:
             self.compression.live = False
+
+    @torch.inference_mode()
+    def warm_up_kernels(self) -> None:
+        """Compile our GPU kernels by using them, in blocks that nobody has yet."""
+        compactor, state = self.compactor, self.compression
+        config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
+        block_size, grid = compactor.grid.block_size, compactor.grid
+        ((attention_group,),) = self.model_runner.attn_groups
+        attention_group.get_metadata_builder(0).warm_up(self.model_runner.get_model().modules())
+        num_tokens = config.recent_tokens + 4 * block_size
+        plan, blocks = config.plan(num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
+        if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
+            return
+        name = "kv-compression-warm-up"
+        job = Job(
+            request_id=name,
+            config=config,
+            num_tokens=num_tokens,
+            boundary=plan.boundary,
+            previous_boundary=0,
+            previous=(),
+            source=tuple(blocks[: plan.source_blocks]),
+            tail=tuple(blocks[plan.source_blocks :]),
+            destination=tuple(blocks[: plan.kept_blocks]),
+        )
+        if config.observes:
+            state.observer.watch(name, config.build_policy())
+        state.put(name, compactor.run(job, None, state.observer.of(name)))
+        elsewhere = replace(job, destination=tuple(blocks[-plan.kept_blocks :]))
+        compactor.run(elsewhere, None, state.observer.of(name))
+        state.forget(name)
 
     def _compact(self, step: CompressionStep, finished: set[str]) -> None:
         state = self.compression
@@ -125,6 +160,7 @@ class CompressionWorker(Worker):
         for job in step.jobs:
             observed = state.observer.of(job.request_id)
             assert (observed is None) == (not job.config.observes)
+            state.observer.settle(job)
             state.put(job.request_id, self.compactor.run(job, state.tables.get(job.request_id), observed))
             if job.config.interval is None:
                 state.observer.forget(job.request_id)
@@ -173,6 +209,11 @@ class CompressionGPUWorker(CompressionWorker):
             model.get_head_size(),
         )
         return available - at_once * shape.numel() * model.dtype.itemsize
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        if self.vllm_config.kernel_config.enable_jit_warmup:
+            self.warm_up_kernels()
+        return super().compile_or_warm_up_model()
 
 
 @contextmanager

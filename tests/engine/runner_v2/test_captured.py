@@ -23,6 +23,18 @@ def engine(tiny, start_engine):
     )
 
 
+def test_the_warm_up_leaves_nothing_behind(engine):
+    heard = len(engine.compactions)
+    engine._computed = {"kv-compression-warm-up": 0}
+    engine.check_written_blocks = lambda job: None
+    engine.worker.warm_up_kernels()
+    del engine.check_written_blocks
+    assert len(engine.compactions) == heard + 2, "in place, and elsewhere"
+    state = engine.worker.compression
+    assert not state.tables and not state.runs.slots and not len(state.observer)
+    engine.compactions.clear()
+
+
 def captured(runner, num_rows: int) -> dict:
     """The metadata, and with it every argument of every kernel, of a full graph of decode rows."""
     return prepare_inputs_to_capture(

@@ -21,6 +21,7 @@ TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program r
 MIN_DOT = 16  # rows and columns of tl.dot
 MIN_SHARE = 256  # keys: a shorter share costs more to merge than it saves
 MAX_SPLITS = 64
+MAX_TILE = 64  # queries times group of a program
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def attend(
 
     channels = triton.next_power_of_2(head_size)
     tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * query.element_size())))
-    tile_rows = _rows_per_tile(group, rows.max_query_len, most=min(tile, 64))
+    tile_rows = _rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
     num_rows = rows.seq_lens.shape[0]
@@ -261,7 +262,7 @@ def _token_offsets(
     return offset + (key % BLOCK_SIZE) * token_stride
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "min_share"])
+@triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
 def _attend_kernel(
     query,
     keys,

@@ -91,7 +91,7 @@ def _copy(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages_row"])
 def _copy_kernel(
     keys,
     values,

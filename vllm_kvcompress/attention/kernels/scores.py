@@ -129,7 +129,7 @@ def pool_columns(
     return out
 
 
-@triton.jit(do_not_specialize=["window", "num_columns", "num_scored"])
+@triton.jit(do_not_specialize=["window", "num_columns", "num_scored", "page_row"])
 def _window_kernel(
     queries,
     keys,
