@@ -1,0 +1,99 @@
+"""The GPU backends as vLLM's selection and graph capture see them; no GPU is needed to look."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+
+from vllm_kvcompress.attention.flash_attn import CompressedFlashAttentionBackend
+from vllm_kvcompress.attention.gpu import (
+    CompressedAttentionImpl,
+    CompressedMetadataBuilder,
+    CompressedTritonAttentionBackend,
+    RowArrays,
+)
+from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.worker.worker import CompressionGPUWorker, _backend_overrides
+
+PAIRS = [
+    (CompressedFlashAttentionBackend, FlashAttentionBackend),
+    (CompressedTritonAttentionBackend, TritonAttentionBackend),
+]
+
+
+@pytest.mark.parametrize(("ours", "stock"), PAIRS)
+def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
+    assert ours.get_name() == stock.get_name()
+    assert ours.supported_kv_cache_layouts() == (KVCacheLayout.LBHNC,)
+    assert KVCacheLayout.LBHNC in (stock.supported_kv_cache_layouts() or KVCacheLayout)
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=64, dtype=torch.float16)
+    assert isinstance(ours.customize_spec(spec), CompactableSpec)
+    # What is not overridden must be the stock class's, not vLLM's base class's.
+    for own, base in [
+        (ours.get_builder_cls(), stock.get_builder_cls()),
+        (ours.get_impl_cls(), stock.get_impl_cls()),
+        (ours, stock),
+    ]:
+        kept = {"__doc__", "__module__", "__abstractmethods__", "_abc_impl", "__parameters__", "__init__"}
+        kept |= {"__dict__", "__weakref__", "__annotations__"}
+        for name in set(dir(base)) - kept:
+            defined = next((vars(cls)[name] for cls in own.__mro__ if name in vars(cls)), None)
+            wanted = next((vars(cls)[name] for cls in base.__mro__ if name in vars(cls)), None)
+            by_us = any(
+                name in vars(cls) for cls in own.__mro__ if cls.__module__.startswith("vllm_kvcompress")
+            )
+            assert by_us or defined is wanted, name
+    assert issubclass(ours.get_builder_cls(), CompressedMetadataBuilder)
+    assert issubclass(ours.get_impl_cls(), CompressedAttentionImpl)
+
+
+@pytest.mark.parametrize(
+    ("method", "captured"), [("snapkv", True), ("snapkv:recompact_every=64", True), ("h2o", False)]
+)
+def test_full_graphs_unless_every_query_is_watched(method, captured):
+    config = SimpleNamespace(additional_config={"kv_compression": method})
+    builder, stock = (cls.get_builder_cls() for cls in PAIRS[1])
+    support = builder.get_cudagraph_support(config, None)
+    assert support == (stock.get_cudagraph_support(config, None) if captured else AttentionCGSupport.NEVER)
+    assert (support.value >= AttentionCGSupport.UNIFORM_BATCH.value) == captured
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+@pytest.mark.parametrize("mm_prefix", [False, True])
+def test_whatever_vllm_would_choose_on_cuda_is_ours_or_passed_over(capability, mm_prefix, monkeypatch):
+    for absent in ("vllm._C_stable_libtorch", "vllm._C"):  # the CPU build has no CUDA operators
+        monkeypatch.setitem(sys.modules, absent, ModuleType(absent))
+    from vllm.platforms.cuda import _get_backend_priorities
+
+    priorities = _get_backend_priorities(False, DeviceCapability(*capability), use_mm_prefix=mm_prefix)
+    others = set(priorities) - set(CompressionGPUWorker.backends)
+    assert others <= {AttentionBackendEnum.TURBOQUANT}  # its quantized cache is refused
+    assert {AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN} <= set(priorities)
+
+
+def test_another_backend_says_in_one_line_what_to_choose():
+    with _backend_overrides(CompressionGPUWorker.backends):
+        (reason,) = AttentionBackendEnum.FLASHINFER.get_class().validate_configuration(head_size=64)
+        assert AttentionBackendEnum.FLASH_ATTN.get_class() is CompressedFlashAttentionBackend
+    assert "FLASH_ATTN and TRITON_ATTN" in reason and "\n" not in reason
+    assert AttentionBackendEnum.FLASH_ATTN.get_class() is FlashAttentionBackend
+
+
+def test_rows_are_sent_only_when_they_change_and_always_to_the_same_place():
+    arrays = RowArrays(4, torch.device("cpu"))
+    place = arrays.slot.data_ptr()
+    arrays.show([(2, 10, 5), (-1, 0, 0)])
+    assert arrays.slot.tolist() == [2, -1, -1, -1] and arrays.capacity.tolist() == [5, 0, 0, 0]
+    arrays.slot[0] = 7  # to see whether it is written again
+    arrays.show([(2, 10, 5), (-1, 0, 0)])
+    assert arrays.slot[0] == 7
+    arrays.show([(3, 10, 5)])
+    assert arrays.slot.tolist() == [3, -1, -1, -1] and arrays.ring.tolist() == [10, 0, 0, 0]
+    assert arrays.slot.data_ptr() == place
