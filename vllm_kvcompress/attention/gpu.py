@@ -55,17 +55,17 @@ class RowArrays:
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         self._content = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
-        self._shown: list[list[int]] = []
+        self._shown: list[tuple[int, int, int]] | None = None
         self.stock_seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.slot, self.ring, self.capacity = self._content
         self.show([])
 
     def show(self, rows: list[tuple[int, int, int]]) -> None:
         """Show these (slot, ring, capacity); nothing is sent if they are what was shown last."""
-        missing = self._content.shape[1] - len(rows)
-        columns = [list(column) for column in zip(*rows, *[(-1, 0, 0)] * missing, strict=True)]
-        if columns != self._shown:
-            self._shown = columns
+        if rows != self._shown:
+            self._shown = rows
+            missing = self._content.shape[1] - len(rows)
+            columns = list(zip(*rows, *[(-1, 0, 0)] * missing, strict=True))
             host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
             self._content.copy_(host, non_blocking=True)
 
