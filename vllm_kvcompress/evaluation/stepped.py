@@ -21,15 +21,16 @@ class SteppedEngine:
 
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.variant = variant
-        longest = max(_contexts(arguments))
+        self.max_tokens = arguments.rounds * arguments.steps + 64
+        longest = max(_contexts(arguments)) + self.max_tokens
         config = KVCompressionConfig.parse(arguments.compression)
         self.llm = LLM(
             arguments.model,
             dtype=engine_dtype(),
             enforce_eager=True,
-            max_model_len=longest + 1024,
+            max_model_len=longest,
             block_size=arguments.block_size,
-            num_gpu_blocks_override=2 * arguments.batch * (longest + 1024) // arguments.block_size,
+            num_gpu_blocks_override=2 * arguments.batch * (longest // arguments.block_size + 1),
             max_num_seqs=max(16, arguments.batch),
             seed=0,
             disable_log_stats=True,
@@ -50,7 +51,7 @@ class SteppedEngine:
         self.compactions.clear()
         # With the engine configured, but the request left as it is.
         extra = {"kv_compression": "off"} if self.variant == "idle" else None
-        params = SamplingParams(temperature=0, max_tokens=1000, ignore_eos=True, extra_args=extra)
+        params = SamplingParams(temperature=0, max_tokens=self.max_tokens, ignore_eos=True, extra_args=extra)
         self.names = [f"{context}-{index}" for index in range(batch)]
         for index, name in enumerate(self.names):
             prompt = [(index * 7919 + position * 104729) % 40000 + 100 for position in range(context)]
