@@ -4,6 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.envs import disable_envs_cache
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -21,10 +23,15 @@ def engine_config(**changes):
             is_attention_free=False,
             get_sliding_window=lambda: None,
             get_head_size=lambda: 64,
+            dtype=torch.float16,
+            rswa_window=None,
             hf_text_config=SimpleNamespace(layer_types=["full_attention"] * 2, model_type="llama"),
         ),
         parallel_config=SimpleNamespace(
-            decode_context_parallel_size=1, prefill_context_parallel_size=1, use_ubatching=False
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+            distributed_executor_backend=None,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", kv_sharing_fast_prefill=False, block_size=32),
         kv_transfer_config=None,
@@ -42,6 +49,7 @@ def engine_config(**changes):
 
 
 REFUSED = {
+    "reference sliding-window attention": {"model_config__rswa_window": 512},
     "dual batch overlap": {"parallel_config__use_ubatching": True},
     "the pooling runner": {"model_config__runner_type": "pooling"},
     "encoder-decoder models": {"model_config__is_encoder_decoder": True},
@@ -89,6 +97,17 @@ def test_what_is_supported_passes(accepted):
     check_supported(engine_config(**accepted))
 
 
+def test_the_environment_may_ask_for_what_is_not_supported(monkeypatch):
+    disable_envs_cache()
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(KVCompressionError, match="batch-invariant mode; unset"):
+        check_supported(engine_config())
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(KVCompressionError, match="the first Ray executor.*; unset"):
+        check_supported(engine_config(parallel_config__distributed_executor_backend="ray"))
+
+
 @pytest.fixture
 def on_gpu(monkeypatch):
     platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
@@ -98,6 +117,11 @@ def on_gpu(monkeypatch):
 
 def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkeypatch):
     check_supported(engine_config(cache_config__block_size=16))
+    check_supported(engine_config(cache_config__cache_dtype="float16"))
+    with pytest.raises(
+        KVCompressionError, match="dtype bfloat16 with a model in torch.float16 on a GPU; use"
+    ):
+        check_supported(engine_config(cache_config__cache_dtype="bfloat16"))
     with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
         check_supported(engine_config(model_config__get_head_size=lambda: 512))
     monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)

@@ -17,6 +17,9 @@ from vllm_kvcompress.policies import POLICIES, Policy
 
 DEFAULT_WINDOW = 32
 MOST_WINDOW = 1024
+SPARE_QUERIES = 32  # kept beyond a window: rejected drafts overwrite the oldest
+PROMPTS_AT_ONCE = 32  # for whose queries there is memory on a GPU
+MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 _BOOLEANS = {"true": True, "false": False}
@@ -247,6 +250,26 @@ class KVCompressionConfig:
         return self.build_policy().window
 
     @property
+    def ring_tokens(self) -> int:
+        """Queries that are kept of a request for its policy's window; 0 without one."""
+        return self.observed_window + SPARE_QUERIES if self.observed_window else 0
+
+    def ring_budget(self, max_num_seqs: int, num_cache_tokens: int, group: int) -> int:
+        """Queries for which there is memory on a GPU, where they take from the cache's.
+
+        Enough for some prompts at a time, or for every request if rings last as long as their requests do,
+        but no more than an eighth of the memory; requests beyond it wait before they start.
+
+        Args:
+            max_num_seqs: requests that run at a time.
+            num_cache_tokens: tokens whose keys and values fit the memory, rings and cache together.
+            group: query heads of each KV head.
+        """
+        at_once = max_num_seqs if self.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)
+        wanted = at_once * max(self.ring_tokens, DEFAULT_WINDOW + SPARE_QUERIES)
+        return min(wanted, num_cache_tokens // 8 * 2 // group)
+
+    @property
     def recent_tokens(self) -> int:
         """Last prompt tokens that are never dropped."""
         return max(self.observed_window, self.window or 0) or DEFAULT_WINDOW
@@ -432,6 +455,8 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
             continue
     if float in allowed and type(value) is int:
         value = float(value)
+    if type(value) in (int, float) and not abs(value) <= MOST_VALUE:  # NaN neither
+        raise KVCompressionError(f"kv_compression option {name} is out of range, got {str(value)[:20]}")
     if type(value) not in allowed:
         wanted = " or ".join(getattr(k, "__name__", repr(k)) for k in allowed if k is not type(None))
         raise KVCompressionError(f"kv_compression option {name} must be {wanted}, got {value!r}")

@@ -22,8 +22,8 @@ from vllm_kvcompress.support import check_method, check_supported, check_watched
 
 KEY = "kv_compression"
 _WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.worker.CompressionCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.worker.worker.CompressionGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.cpu.CompressionCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "vllm_kvcompress.worker.gpu.CompressionGPUWorker",
 }
 
 

@@ -1,6 +1,7 @@
 """What compression does not support yet, refused at start-up with one line each."""
 
 import vllm
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
@@ -112,6 +113,18 @@ def _refusals(config: VllmConfig):
         cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
         f"the quantized cache --kv-cache-dtype {cache.cache_dtype}",
         "use --kv-cache-dtype auto",
+    )
+    yield (
+        not on_cpu and cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+        f"--kv-cache-dtype {cache.cache_dtype} with a model in {model.dtype} on a GPU",
+        "use --kv-cache-dtype auto",
+    )
+    yield model.rswa_window is not None, "reference sliding-window attention", other_model
+    yield envs.VLLM_BATCH_INVARIANT, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"
+    yield (
+        parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+        "the first Ray executor, which passes workers by",
+        "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
     )
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "remove the flag"
     yield (

@@ -1,5 +1,6 @@
 """The GPU backends as vLLM's selection and graph capture see them; no GPU is needed to look."""
 
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -20,7 +21,8 @@ from vllm_kvcompress.attention.gpu import (
     RowArrays,
 )
 from vllm_kvcompress.paging.spec import CompactableSpec
-from vllm_kvcompress.worker.worker import CompressionGPUWorker, _backend_overrides
+from vllm_kvcompress.worker.gpu import CompressionGPUWorker
+from vllm_kvcompress.worker.worker import backend_overrides
 
 PAIRS = [
     (CompressedFlashAttentionBackend, FlashAttentionBackend),
@@ -78,8 +80,20 @@ def test_whatever_vllm_would_choose_on_cuda_is_ours_or_passed_over(capability, m
     assert {AttentionBackendEnum.FLASH_ATTN, AttentionBackendEnum.TRITON_ATTN} <= set(priorities)
 
 
+def test_the_gpu_worker_leaves_torch_as_it_is():
+    """vLLM's CPU worker replaces streams, events and memory queries of torch when it is imported."""
+    code = "import sys, vllm_kvcompress.worker.gpu; print('vllm.v1.worker.cpu.shm' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "False"
+
+
+def test_the_cpu_worker_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import vllm_kvcompress.worker.cpu"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+
 def test_another_backend_says_in_one_line_what_to_choose():
-    with _backend_overrides(CompressionGPUWorker.backends):
+    with backend_overrides(CompressionGPUWorker.backends):
         (reason,) = AttentionBackendEnum.FLASHINFER.get_class().validate_configuration(head_size=64)
         assert AttentionBackendEnum.FLASH_ATTN.get_class() is CompressedFlashAttentionBackend
     assert "FLASH_ATTN and TRITON_ATTN" in reason and "\n" not in reason

@@ -5,7 +5,9 @@ from fractions import Fraction
 
 import pytest
 import torch
-from harness import BLOCK_SIZE, SINKS, first_difference, sampling, tokens
+from harness import BLOCK_SIZE, SINKS, WINDOW, first_difference, sampling, tokens
+
+from vllm_kvcompress.config import SPARE_QUERIES
 
 
 def same_kept(one, other) -> bool:
@@ -222,3 +224,22 @@ def test_a_policy_that_watches_every_query_reads_no_cached_prefix(engine, long_i
     first, second = engine.compactions[:2]
     assert torch.equal(first.kept, second.kept)
     assert tokens(again) == tokens(fresh)
+
+
+def test_no_more_requests_start_than_there_is_memory_for_their_queries(engine, long_ids, monkeypatch):
+    ring = WINDOW + SPARE_QUERIES
+    monkeypatch.setattr(engine.scheduler, "_ring_budget", 2 * ring)
+    # As on a GPU; a window that is larger than the budget comes alone.
+    options = ["snapkv:budget=0.25"] * 4 + [
+        f"snapkv:budget=0.25,window={3 * ring}",
+        "streaming_llm:budget=0.25",
+    ]
+    for index, option in enumerate(options):
+        engine.add(long_ids(400, seed=60 + index), sampling(4, option))
+    most = 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step()
+        rings = [seen.ring.shape[1] for seen in engine.worker.compression.observer._observed.values()]
+        assert sum(rings) <= 2 * ring or len(rings) == 1
+        most = max(most, len(rings))
+    assert most == 2 and len(engine.compactions) == len(options)

@@ -184,7 +184,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             rows = Rows(arrays.slot, block_table, bounds.diff(), bounds, query_len)
             query = layer.keys.new_zeros(2 * query_len, layer.num_heads, layer.head_size)
             constants = 0, layer.scale, layer.logits_soft_cap
-            for num_splits in (2**power for power in range(MAX_SPLITS.bit_length() if query_len == 1 else 2)):
+            for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 attend(
                     query, layer.keys, layer.values, runs, rows, *constants, num_splits, compacted_only=True
                 )

@@ -53,9 +53,11 @@ class CompactingManager(FullAttentionManager):
     def _take_destination(
         self, previous: list[KVCacheBlock], source: list[KVCacheBlock], num_kept: int
     ) -> list[KVCacheBlock] | None:
-        # Compacted blocks are the request's own, so a later compaction needs few new ones, and never waits.
-        again = previous[:num_kept]
-        num_new = min(num_kept - len(again), self.block_pool.get_num_free_blocks())
+        # New blocks if there are enough: nothing then has to be gathered before it is written. If not,
+        # compacted blocks are the request's own, so a later compaction needs few new ones, and never waits.
+        free = self.block_pool.get_num_free_blocks()
+        again = previous[:num_kept] if free < num_kept else []
+        num_new = min(num_kept - len(again), free)
         # A raw block that another request can read must not be written; one that only the prefix cache
         # knows may be, once its entry is gone.
         own = [block for block in source if block.ref_cnt == 1][: num_kept - len(again) - num_new]

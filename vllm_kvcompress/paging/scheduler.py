@@ -1,9 +1,11 @@
 """vLLM's schedulers, extended by the decision when a request is compacted."""
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -46,6 +48,18 @@ class _Compression:
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
+        self._ring_tokens = 0
+        self._ring_budget = self._memory_for_rings()
+
+    def _memory_for_rings(self) -> float:
+        """Queries for which the workers have set memory aside; host memory is not counted."""
+        if current_platform.is_cpu():
+            return math.inf
+        model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        left = self.kv_cache_config.num_blocks * self.compacting_manager.block_size
+        # What is left is seven eighths of the memory, or more.
+        return self.compression.ring_budget(self.max_num_running_reqs, left * 8 // 7, group)
 
     # ------------------------------------------------------------------ vLLM's scheduler, extended
 
@@ -84,6 +98,7 @@ class _Compression:
             self._preempt_request(victim, time.monotonic())
             jobs += self._compact_due()
         self._end_abandoned()
+        self._ring_tokens = self._rings()
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
@@ -107,7 +122,26 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None and tracked.point is not None:
             num_new_tokens = min(num_new_tokens, max(tracked.point - num_computed_tokens, 0))
+        if tracked is not None and request.status != RequestStatus.RUNNING and not self._start_ring(tracked):
+            return 0  # it goes on waiting
         return num_new_tokens
+
+    def _start_ring(self, tracked: _Tracked) -> bool:
+        """Count in the query ring of a request that is about to start, if there is memory for it."""
+        needed = tracked.config.ring_tokens
+        if needed and self._ring_tokens and self._ring_tokens + needed > self._ring_budget:
+            return False
+        self._ring_tokens += needed
+        return True
+
+    def _rings(self) -> int:
+        """Queries kept of the running requests."""
+        running = (self._tracked.get(request.request_id) for request in self.running)
+        return sum(
+            tracked.config.ring_tokens
+            for tracked in running
+            if tracked is not None and (tracked.held is None or tracked.config.interval is not None)
+        )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         manager = self.compacting_manager

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
 
+MOST_POOLED = 255  # tokens
+
 
 class WindowPolicy(Policy):
     """Attention of the last `window` queries, or its square, pooled along tokens and reduced over the group.
@@ -34,8 +36,10 @@ class WindowPolicy(Policy):
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
-        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be a positive odd number of tokens, got {self.kernel_size}")
+        if not 1 <= self.kernel_size <= MOST_POOLED or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be an odd number of tokens, 1 to {MOST_POOLED}, got {self.kernel_size}"
+            )
         if self.pooling not in ("max", "avg"):
             raise ValueError(f"pooling must be 'max' or 'avg', got {self.pooling!r}")
 

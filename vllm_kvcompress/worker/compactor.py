@@ -82,7 +82,7 @@ class Compactor:
                 own = self.cache.window_scores(policy, layer.pages, seen)
             else:
                 own = policy.score(observe(index))
-            scores[index, :, width - layer.num_scored :] = _ranked(own, layer)
+            scores[index, :, width - layer.num_scored :] = _ranked(own, layer, finite=True)
         _protect(scores, layers, job.config.sink_tokens)
         counts = job.config.build_allocation().allocate(
             scores,
@@ -207,12 +207,16 @@ def _protect(scores: Tensor, layers: list[_Candidates], sink_tokens: int) -> Non
         scores[index][(column >= first) & (column < first + sink_tokens)] = torch.inf
 
 
-def _ranked(scores: Tensor, layer: _Candidates) -> Tensor:
-    """Scores that leave -inf to padding: one broken score must not rank a token below what does not exist."""
+def _ranked(scores: Tensor, layer: _Candidates, finite: bool = False) -> Tensor:
+    """Scores that leave -inf to padding: one broken score must not rank a token below what does not exist.
+
+    Where they are `finite`, +inf is left to what is protected.
+    """
     # (The sum is NaN or infinite if any score is.)
     if not bool(scores.sum().isfinite()):
-        low = torch.finfo(torch.float32).min
-        scores = scores.nan_to_num(nan=low, neginf=low, posinf=torch.inf)
+        limits = torch.finfo(torch.float32)
+        high = limits.max if finite else torch.inf
+        scores = scores.nan_to_num(nan=limits.min, neginf=limits.min, posinf=high)
     if bool(layer.padding.any()):
         column = torch.arange(scores.shape[1], device=scores.device)
         scores = scores.masked_fill(column < layer.padding[:, None], -torch.inf)

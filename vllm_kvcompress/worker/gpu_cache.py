@@ -12,6 +12,8 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.window import WindowPolicy
 from vllm_kvcompress.worker.cache import Kept, PagedCache
 
+STAGED_BYTES = 256 * 2**20  # of a compaction in place; more waits in the host's memory
+
 
 @dataclass(frozen=True)
 class PlainCache(PagedCache):
@@ -42,11 +44,14 @@ class PlainCache(PagedCache):
             for layer, own in zip(kept, targets, strict=True):
                 move_pages(self.keys, self.values, layer.pages, layer.head, layer.tokens, own)
             return
-        staged = [
-            gather_pages(self.keys, self.values, layer.pages, layer.head, layer.tokens) for layer in kept
-        ]
+        num_bytes = 2 * target.numel() * self.keys[0].numel() * self.keys.element_size()
+        stage = self.device if num_bytes <= STAGED_BYTES else torch.device("cpu")
+        staged = []
+        for layer in kept:
+            pages = gather_pages(self.keys, self.values, layer.pages, layer.head, layer.tokens)
+            staged.append([part.to(stage) for part in pages])
         for pages, own in zip(staged, targets, strict=True):
-            scatter_pages(*pages, self.keys, self.values, own)
+            scatter_pages(*(part.to(self.device) for part in pages), self.keys, self.values, own)
 
     def scores_windows(self, policy: Policy) -> bool:
         return isinstance(policy, WindowPolicy)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.attention.tables import RequestTable
+from vllm_kvcompress.config import SPARE_QUERIES
 from vllm_kvcompress.paging.job import Job, Repetition
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.rotary import Rotary
@@ -29,15 +30,6 @@ class LayerAttention:
     logits_soft_cap: float
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
-
-
-SPARE_QUERIES = 32  # of a ring beyond its window: rejected drafts overwrite the oldest
-
-
-def ring_shape(num_layers: int, policy: Policy, num_query_heads: int, head_size: int) -> torch.Size:
-    """`[L, w + SPARE_QUERIES, Hq, D]`; empty for a policy without a window."""
-    capacity = policy.window + SPARE_QUERIES if policy.window else 0
-    return torch.Size((num_layers, capacity, num_query_heads, head_size))
 
 
 @dataclass
@@ -233,7 +225,7 @@ class Observer:
 
     def watch(self, request_id: str, policy: Policy) -> None:
         """Start to keep what a policy needs of a request."""
-        shape = ring_shape(len(self.layers), policy, self.num_query_heads, self.head_size)
+        shape = len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size
         ring = torch.zeros(shape, dtype=self.dtype, device=self.cache.device) if policy.window else None
         self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers))
 

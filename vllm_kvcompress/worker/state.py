@@ -1,13 +1,15 @@
 """What a worker knows of the requests it has compacted or is about to."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_kvcompress.attention.runs import RunArrays
 from vllm_kvcompress.attention.tables import BatchTables, RequestTable
 from vllm_kvcompress.worker.observer import Observer
+
+if TYPE_CHECKING:
+    from vllm_kvcompress.attention.runs import RunArrays  # needs Triton
 
 
 class Rows(Protocol):
@@ -52,7 +54,7 @@ class CompressionState:
         live: False while vLLM computes batches of its own making, whose rows only look like requests.
     """
 
-    def __init__(self, rows: Rows, observer: Observer, runs: RunArrays | None = None) -> None:
+    def __init__(self, rows: Rows, observer: Observer, runs: "RunArrays | None" = None) -> None:
         self.rows = rows
         self.observer = observer
         self.runs = runs

@@ -1,7 +1,7 @@
 """Model Runner V2 and Triton kernels on the CPU, interpreted; started by `../test_runner_v2.py`.
 
 vLLM believes in Triton once a driver for "cpu" says that it is active; the interpreter then runs every
-kernel, vLLM's and ours. The GPU backend is reached by putting it in the place of the CPU's.
+kernel, vLLM's and ours. The GPU worker is reached by putting it in the place of the CPU's.
 """
 
 import os
@@ -23,7 +23,7 @@ triton.backends.backends["cpu"] = SimpleNamespace(
 torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM asks, to choose a tile size
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the harness
 
-GPU_BACKEND = "vllm_kvcompress.attention.gpu.CompressedTritonAttentionBackend"
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 STOCK_BACKEND = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 
 
@@ -59,19 +59,19 @@ def start_engine():
     from vllm import envs
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_kvcompress.worker import worker
+    from vllm_kvcompress import plugin
+    from vllm_kvcompress.worker.worker import backend_overrides
 
     def make(model: Path, runner: str, backend: str, asynchronous: bool = False, **options) -> Engine:
         envs.disable_envs_cache()
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_USE_V2_MODEL_RUNNER", {"v1": "0", "v2": "1"}[runner])
             if backend == "gpu":
-                on_cpu = {AttentionBackendEnum.CPU_ATTN: GPU_BACKEND}
-                patch.setattr(worker.CompressionCPUWorker, "backends", on_cpu)
+                patch.setitem(plugin._WORKERS, CPU_WORKER, "interpreted_worker.InterpretedWorker")
             if asynchronous:
                 _schedule_asynchronously(patch)
             stock = {AttentionBackendEnum.CPU_ATTN: STOCK_BACKEND} if backend == "stock gpu" else {}
-            with worker._backend_overrides(stock):
+            with backend_overrides(stock):
                 engine = Engine(start(model, **options))
         assert engine.worker.use_v2_model_runner == (runner == "v2")
         assert (type(engine.scheduler).__name__ == "AsyncCompressionScheduler") == asynchronous

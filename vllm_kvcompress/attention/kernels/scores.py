@@ -121,9 +121,9 @@ def pool_columns(
         num_columns,
         num_scored,
         factor,
+        kernel_size // 2,
         MAX=pooling == "max",
         GROUP=group,
-        REACH=kernel_size // 2,
         COLUMNS=POOLED,
     )
     return out
@@ -199,16 +199,16 @@ def _window_kernel(
             tl.store(row + column, gained, mask=column < num_scored)
 
 
-@triton.jit(do_not_specialize=["num_columns", "num_scored"])
+@triton.jit(do_not_specialize=["num_columns", "num_scored", "reach"])
 def _pool_kernel(
     columns,  # [H, G, W]
     out,  # [H, T]
     num_columns,
     num_scored,
     factor,
+    reach,
     MAX: tl.constexpr,
     GROUP: tl.constexpr,
-    REACH: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -218,7 +218,7 @@ def _pool_kernel(
     for member in range(GROUP):
         row = columns + (head * GROUP + member) * num_columns
         pooled = tl.full([COLUMNS], outside, tl.float32)
-        for shift in range(-REACH, REACH + 1):
+        for shift in range(-reach, reach + 1):
             at = column + shift
             near = tl.load(row + at, mask=(at >= 0) & (at < num_columns), other=outside)
             pooled = tl.maximum(pooled, near) if MAX else pooled + near

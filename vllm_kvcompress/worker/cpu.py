@@ -1,0 +1,27 @@
+"""The CPU worker. Importing vLLM's makes this process one without GPUs: it replaces parts of torch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvcompress.attention.cpu_pages import learn_packing
+from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.worker.cache import PackedCache, PagedCache
+from vllm_kvcompress.worker.worker import CompressionWorker, every_page
+
+
+class CompressionCPUWorker(CompressionWorker, CPUWorker):
+    """CPU worker whose attention layers can read compacted requests."""
+
+    backends = {AttentionBackendEnum.CPU_ATTN: "vllm_kvcompress.attention.cpu.CompressedCPUAttentionBackend"}
+
+    def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
+        pages, size = every_page(layers), layers[0].impl.head_size
+        for index, layer in enumerate(layers):
+            layer.impl.layer_index = index
+            layer.impl.pages = pages.view(-1, 1, 2 * grid.block_size, size)
+        packing = learn_packing(builder.isa, grid.block_size, size, pages.dtype)
+        return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing)

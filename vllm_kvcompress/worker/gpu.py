@@ -1,0 +1,125 @@
+"""The worker of CUDA and ROCm devices."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
+from vllm_kvcompress.attention.runs import RunArrays
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.policies.base import QUERY_BLOCK
+from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.worker.gpu_cache import STAGED_BYTES, PlainCache
+from vllm_kvcompress.worker.worker import CompressionWorker, every_page
+
+_FLASH = "vllm_kvcompress.attention.flash_attn.CompressedFlashAttentionBackend"
+_TRITON = "vllm_kvcompress.attention.gpu.CompressedTritonAttentionBackend"
+_UNREADABLE = "vllm_kvcompress.attention.gpu.UnreadableBackend"
+
+
+class CompressionGPUWorker(CompressionWorker):
+    """CUDA and ROCm worker whose attention layers can read compacted requests."""
+
+    backends = {
+        AttentionBackendEnum.FLASH_ATTN: _FLASH,
+        AttentionBackendEnum.TRITON_ATTN: _TRITON,
+        AttentionBackendEnum.FLASHINFER: _UNREADABLE,
+        AttentionBackendEnum.TRITON_FLASHINFER: _UNREADABLE,
+        AttentionBackendEnum.TRITON_FLASH_ATTN: _UNREADABLE,
+        AttentionBackendEnum.FLEX_ATTENTION: _UNREADABLE,
+        AttentionBackendEnum.ROCM_ATTN: _UNREADABLE,
+        AttentionBackendEnum.ROCM_AITER_FA: _UNREADABLE,
+        AttentionBackendEnum.ROCM_AITER_UNIFIED_ATTN: _UNREADABLE,
+    }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        grid, device = self.compactor.grid, self.compactor.cache.device
+        max_requests = self.scheduler_config.max_num_seqs
+        max_blocks = -(-self.model_config.max_model_len // grid.block_size)
+        self.compression.runs = RunArrays(grid, max_requests, max_blocks, device)
+        self.compression.observer.kernel_writes_rings = True
+        max_rows = max(max_requests, self.compilation_config.max_cudagraph_capture_size or 0)
+        self.builder.arrays = RowArrays(max_rows, device)
+        if device.type == "cuda":
+            self.builder.processors = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
+        if not isinstance(builder, CompressedMetadataBuilder):
+            raise KVCompressionError(
+                f"kv-compression cannot read the cache of {type(builder).__name__}; use "
+                "--attention-backend FLASH_ATTN or TRITON_ATTN"
+            )
+        size = layers[0].impl.head_size
+        by_token = every_page(layers).view(-1, grid.block_size, 2 * size).split(size, -1)
+        shape = grid.num_layers, grid.num_blocks, grid.num_heads
+        for index, layer in enumerate(layers):
+            layer.impl.layer_index = index
+            layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in by_token)
+        return PlainCache(grid, *by_token)
+
+    def determine_available_memory(self) -> int:
+        """Bytes for the cache, less what compacting and its records will take."""
+        available = super().determine_available_memory()
+        if self.cache_config.kv_cache_memory_bytes:
+            return available  # the user's own number
+        model, parallel = self.model_config, self.parallel_config
+        layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+        query_heads, size = model.get_num_attention_heads(parallel), model.get_head_size()
+        longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs
+        # Scores, their order and positions of a request's tokens, and one layer's keys and values in float32.
+        available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
+        if self._config.watches_every_query:
+            available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
+        available -= 4 * max_num_seqs * (longest // self.cache_config.block_size + layers * heads)  # runs
+        per_query = layers * query_heads * size * model.dtype.itemsize
+        num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
+        group = query_heads // heads
+        return available - per_query * self._config.ring_budget(max_num_seqs, num_cache_tokens, group)
+
+    @property
+    def _config(self) -> KVCompressionConfig:
+        return KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        if self.vllm_config.kernel_config.enable_jit_warmup:
+            self.warm_up_kernels()
+        return super().compile_or_warm_up_model()
+
+    @torch.inference_mode()
+    def warm_up_kernels(self) -> None:
+        """Compile our GPU kernels by using them, in blocks that nobody has yet."""
+        compactor, state = self.compactor, self.compression
+        config = self._config
+        block_size, grid = compactor.grid.block_size, compactor.grid
+        self.builder.warm_up(self.model_runner.get_model().modules())
+        num_tokens = config.recent_tokens + 4 * block_size
+        plan, blocks = config.plan(num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
+        if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
+            return
+        name = "kv-compression-warm-up"
+        job = Job(
+            request_id=name,
+            config=config,
+            num_tokens=num_tokens,
+            boundary=plan.boundary,
+            previous_boundary=0,
+            previous=(),
+            source=tuple(blocks[: plan.source_blocks]),
+            tail=tuple(blocks[plan.source_blocks :]),
+            destination=tuple(blocks[: plan.kept_blocks]),
+        )
+        if config.observes:
+            state.observer.watch(name, config.build_policy())
+        state.put(name, compactor.run(job, None, state.observer.of(name)))
+        elsewhere = replace(job, destination=tuple(blocks[-plan.kept_blocks :]))
+        compactor.run(elsewhere, None, state.observer.of(name))
+        state.forget(name)
