@@ -13,6 +13,8 @@ FOLDER = Path(__file__).parent / "runner_v2"
 NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", NAMES)
 def test_under_the_interpreter(name):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"{name}.py")]

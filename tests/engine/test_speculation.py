@@ -20,11 +20,12 @@ REQUESTS = {
     "kv_compress, again": f"kv_compress:budget=0.25,recompact_every={EVERY}",
     "streaming_llm, again": f"streaming_llm:budget=0.25,recompact_every={EVERY}",
     # What these sum up must hold the queries of accepted drafts, and of no rejected one.
-    "h2o, again": f"h2o:budget=0.3,recompact_every={EVERY}",
     "expected_attention, again": f"expected_attention:budget=0.3,recompact_every={EVERY}",
+    "h2o, again": f"h2o:budget=0.3,recompact_every={EVERY}",
     "off": "off",
 }
 AGAIN = [name for name in REQUESTS if "recompact_every" in REQUESTS[name]]
+ALONE = [f"{method}, again" for method in ("snapkv", "adakv", "kv_compress", "streaming_llm", "h2o")]
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Run:
 def prompt_of(name: str, long_ids) -> list[int]:
     """A passage that comes again and again, a word of it changed each time, so that drafts are half right."""
     index = list(REQUESTS).index(name)
-    passage = long_ids(50, seed=300 + index)
+    passage = long_ids(50, seed=800 + index)
     ids = []
     for turn in range(6):
         again = list(passage)
@@ -146,12 +147,10 @@ def check_same(run: Run, other: Run, name: str, long_ids) -> None:
         for mine, its in zip(one.positions(), two.positions(), strict=True):
             for kept, expected in zip(mine, its, strict=True):
                 exchanged, total = exchanged + len(set(kept) - set(expected)), total + len(kept)
-        print(name, one.job.num_tokens, exchanged, total)
         assert exchanged <= total / 1000
 
 
 def test_of_every_request_drafts_are_accepted_rejected_and_cut_at_compaction_points(batch, drafts):
-    print(drafts)
     for name in REQUESTS:
         assert drafts.accepted[name] > 0 and drafts.rejected[name] > 0, name
         assert drafts.cut[name] > 0 or name not in AGAIN, name
@@ -164,7 +163,7 @@ def test_a_request_in_a_batch_is_the_same_as_without_speculation(plain, batch, l
     assert any(compaction.job.previous for compaction in batch.compactions[name]) == (name in AGAIN)
 
 
-@pytest.mark.parametrize("name", AGAIN)
+@pytest.mark.parametrize("name", ALONE)
 def test_a_request_alone_is_the_same_as_without_speculation(plain, speculative, drafts, long_ids, name):
     before = drafts.accepted[name]
     check_same(serve(speculative, [name], long_ids), plain, name, long_ids)
@@ -178,6 +177,7 @@ def test_a_request_preempted_with_drafts_in_hand_is_the_same(plain, speculative,
     speculative.add(prompt_of(name, long_ids), params_of(name), name)
     request = speculative.live(name)
     while len(speculative.compactions) < 2 or not request.spec_token_ids:
+        assert not request.is_finished()
         speculative.step()
     speculative.scheduler.running.remove(request)
     speculative.scheduler._preempt_request(request, 0.0)
@@ -194,9 +194,9 @@ def test_every_block_comes_back(speculative, batch):
 
 def test_compaction_shows_in_the_tokens(speculative, batch, long_ids):
     # Otherwise equality would not show that pages are read right.
-    requests = [(prompt_of(name, long_ids), sampling(NUM_TOKENS, "off")) for name in AGAIN]
+    requests = [(prompt_of(name, long_ids), sampling(NUM_TOKENS, "off")) for name in ALONE]
     uncompressed = speculative.run_all(requests)
     differ = [
-        tokens(out) != tokens(batch.outputs[name]) for name, out in zip(AGAIN, uncompressed, strict=True)
+        tokens(out) != tokens(batch.outputs[name]) for name, out in zip(ALONE, uncompressed, strict=True)
     ]
-    assert sum(differ) >= len(AGAIN) // 2
+    assert sum(differ) >= 3
