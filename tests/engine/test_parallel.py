@@ -76,12 +76,14 @@ class Parallel:
 
 def watch(wrapper) -> None:
     """Keep a record of every compaction; its blocks hold NaN until it writes them."""
+    from vllm.distributed import get_pp_group
+
     worker = wrapper.worker
     compactor, worker.compactions, worker.whole = worker.compactor, [], []
-    if worker.model_runner.intermediate_tensors is None:
-        # Of a pipeline's later ranks. vLLM makes them when it warms up, which its CPU worker leaves out
-        # without torch.compile.
-        worker.model_runner.profile_run()
+    if not get_pp_group().is_first_rank:
+        # It needs a place for what the rank before sends. vLLM makes it when it warms up, which its CPU
+        # worker leaves out without torch.compile.
+        worker.model_runner._dummy_run(1)
     run = compactor.run
 
     def watched(job, *args):
