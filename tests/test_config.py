@@ -9,6 +9,7 @@ import pytest
 from vllm_kvcompress import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import METHODS
+from vllm_kvcompress.plan import Plan, next_point, peak_blocks
 from vllm_kvcompress.policies import POLICIES, Policy, get_policy, register_policy
 
 FULL = {"method": "snapkv", "budget": 0.5, "allocation": "global", "kernel_size": 5}
@@ -186,7 +187,7 @@ def test_a_request_overrides_what_it_names():
         "snapkv:budget=0.1,kernel_size=5,sink_tokens=2"
     )
     assert not engine.for_request("off").enabled
-    assert engine.for_request("off").plan(10_000, 32) is None
+    assert Plan.of(engine.for_request("off"), 10_000, 32) is None
 
 
 def test_a_request_that_names_another_method_keeps_only_options_the_method_has():
@@ -222,7 +223,7 @@ def test_a_request_can_opt_in_where_the_engine_leaves_requests_alone():
     ],
 )
 def test_the_plan_is_known_before_the_scores(form, prompt, block, wanted):
-    plan = KVCompressionConfig.parse(form).plan(prompt, block)
+    plan = Plan.of(KVCompressionConfig.parse(form), prompt, block)
     assert (plan and (plan.boundary, plan.source_blocks, plan.kept_blocks)) == wanted
 
 
@@ -274,7 +275,7 @@ def test_a_policy_that_cannot_be_configured_or_hides_another_is_refused():
 def points(text: str, num_prompt: int, count: int) -> list[int | None]:
     config, found = KVCompressionConfig.parse(text), [None]
     while len(found) <= count and (len(found) == 1 or found[-1] is not None):
-        found.append(config.next_point(num_prompt, found[-1]))
+        found.append(next_point(config, num_prompt, found[-1]))
     return found[1:]
 
 
@@ -288,29 +289,29 @@ def test_compaction_points_depend_on_the_request_alone():
 
 def test_a_later_plan_frees_blocks_or_is_none():
     config = KVCompressionConfig.parse("snapkv:budget=0.25,recompact_every=64")
-    first = config.plan(512, 32)
+    first = Plan.of(config, 512, 32)
     assert (first.source_blocks, first.kept_blocks) == (15, 4)
-    second = config.plan(576, 32, first)
+    second = Plan.of(config, 576, 32, first)
     assert (second.source_blocks, second.kept_blocks) == (17, 5)  # of the 4 + 2 that are held
-    assert config.plan(512, 32, first) is None
+    assert Plan.of(config, 512, 32, first) is None
 
 
 def test_a_number_of_tokens_bounds_what_is_kept():
     config = KVCompressionConfig.parse("snapkv:budget=0.5,max_tokens_kept=100")
-    assert config.plan(4096, 32).kept_blocks == 3
-    assert config.plan(128, 32).kept_blocks == 2  # half of the 3 below the boundary
-    assert KVCompressionConfig.parse("snapkv:max_tokens_kept=10").plan(4096, 32).kept_blocks == 1
+    assert Plan.of(config, 4096, 32).kept_blocks == 3
+    assert Plan.of(config, 128, 32).kept_blocks == 2  # half of the 3 below the boundary
+    assert Plan.of(KVCompressionConfig.parse("snapkv:max_tokens_kept=10"), 4096, 32).kept_blocks == 1
 
 
 def blocks_held(config, num_prompt: int, num_tokens: int, block: int) -> int:
     """The most blocks that a request holds, counted token by token."""
-    held, point, most = None, config.next_point(num_prompt), 0
+    held, point, most = None, next_point(config, num_prompt), 0
     for computed in range(1, num_tokens + 1):
         raw = -(-computed // block) - (held.source_blocks if held else 0)
         most = max(most, raw + (held.kept_blocks if held else 0))
         if computed == point:
-            held = config.plan(computed, block, held) or held
-            point = config.next_point(num_prompt, point)
+            held = Plan.of(config, computed, block, held) or held
+            point = next_point(config, num_prompt, point)
     return most
 
 
@@ -322,13 +323,13 @@ def test_no_request_holds_more_than_its_peak(budget, options, bound, num_prompt)
     config = KVCompressionConfig.parse(f"snapkv:budget={budget}{options}{bound}")
     for num_tokens in (num_prompt, num_prompt + 7, num_prompt + 500):
         most = blocks_held(config, num_prompt, num_tokens, 16)
-        assert most <= config.peak_blocks(num_prompt, num_tokens, 16)
+        assert most <= peak_blocks(config, num_prompt, num_tokens, 16)
 
 
 def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
     config = KVCompressionConfig.parse("snapkv:budget=0.25,when=streaming,max_tokens_kept=512")
-    assert config.peak_blocks(100_000, 100_000, 32) == 512 // 32 + (1024 + 32) // 32 + 2
-    assert KVCompressionConfig.parse("snapkv").peak_blocks(1000, 1100, 32) == 35
+    assert peak_blocks(config, 100_000, 100_000, 32) == 512 // 32 + (1024 + 32) // 32 + 2
+    assert peak_blocks(KVCompressionConfig.parse("snapkv"), 1000, 1100, 32) == 35
 
 
 @pytest.mark.parametrize(

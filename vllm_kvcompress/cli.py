@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_measuring(commands: Any) -> None:
     """The commands that run models; what they need is imported only once one of them runs."""
-    from vllm_kvcompress.evaluation import bench, calibrate, evaluate, inspection
+    from vllm_kvcompress.evaluation.quality import calibrate, evaluate, inspection
+    from vllm_kvcompress.evaluation.speed import bench
 
     for name, module, summary in (
         ("eval", evaluate, "quality of every method and budget against the full cache"),

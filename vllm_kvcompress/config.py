@@ -4,11 +4,9 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,8 +15,6 @@ from vllm_kvcompress.policies import POLICIES, Policy
 
 DEFAULT_WINDOW = 32
 MOST_WINDOW = 1024
-SPARE_QUERIES = 32  # kept beyond a window: rejected drafts overwrite the oldest
-PROMPTS_AT_ONCE = 32  # for whose queries there is memory on a GPU
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
@@ -66,21 +62,6 @@ METHODS: dict[str, Method] = {
     "knorm": Method("knorm", "uniform", "keys of small norm"),
     "keydiff": Method("keydiff", "uniform", "keys unlike the others"),
 }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What compacting a request will do, known before its scores are.
-
-    Attributes:
-        boundary: first token that stays raw, a multiple of the block size.
-        source_blocks: blocks below the boundary, as if all of them were raw.
-        kept_blocks: blocks of compacted pages that stand for them.
-    """
-
-    boundary: int
-    source_blocks: int
-    kept_blocks: int
 
 
 @dataclass(frozen=True)
@@ -250,26 +231,6 @@ class KVCompressionConfig:
         return self.build_policy().window
 
     @property
-    def ring_tokens(self) -> int:
-        """Queries that are kept of a request for its policy's window; 0 without one."""
-        return self.observed_window + SPARE_QUERIES if self.observed_window else 0
-
-    def ring_budget(self, max_num_seqs: int, num_cache_tokens: int, group: int) -> int:
-        """Queries for which there is memory on a GPU, where they take from the cache's.
-
-        Enough for some prompts at a time, or for every request if rings last as long as their requests do,
-        but no more than an eighth of the memory; requests beyond it wait before they start.
-
-        Args:
-            max_num_seqs: requests that run at a time.
-            num_cache_tokens: tokens whose keys and values fit the memory, rings and cache together.
-            group: query heads of each KV head.
-        """
-        at_once = max_num_seqs if self.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)
-        wanted = at_once * max(self.ring_tokens, DEFAULT_WINDOW + SPARE_QUERIES)
-        return min(wanted, num_cache_tokens // 8 * 2 // group)
-
-    @property
     def recent_tokens(self) -> int:
         """Last prompt tokens that are never dropped."""
         return max(self.observed_window, self.window or 0) or DEFAULT_WINDOW
@@ -301,59 +262,6 @@ class KVCompressionConfig:
         if self.when == "streaming":
             return self.recompact_every or STREAMING_INTERVAL
         return self.recompact_every
-
-    def next_point(self, num_prompt_tokens: int, point: int | None = None) -> int | None:
-        """The number of computed tokens at which a request is compacted first, or next after `point`.
-
-        It depends on the request alone, so that what is kept does not depend on what else was running.
-        """
-        if point is None or point < num_prompt_tokens:
-            if self.when == "prompt":
-                return num_prompt_tokens
-            assert self.interval is not None
-            return min(num_prompt_tokens, (point or 0) + self.interval)
-        return None if self.interval is None else point + self.interval
-
-    def plan(self, num_tokens: int, block_size: int, held: Plan | None = None) -> Plan | None:
-        """What compacting a request would do; None if nothing would be freed or it is disabled.
-
-        Args:
-            num_tokens: tokens computed so far.
-            block_size: tokens per block.
-            held: its last compaction.
-        """
-        if not self.enabled:
-            return None
-        source = max(0, num_tokens - self.recent_tokens) // block_size
-        kept = self._kept_blocks(source, block_size)
-        now = held.kept_blocks + source - held.source_blocks if held else source
-        if kept >= now:
-            return None
-        return Plan(source * block_size, source, kept)
-
-    def _kept_blocks(self, source: int, block_size: int) -> int:
-        # Through the decimal form, so that a budget of 0.1 keeps 3 blocks of 30 and not 4.
-        kept = math.ceil(Fraction(str(self.budget)) * source)
-        if self.max_tokens_kept is not None:
-            kept = min(kept, self.max_tokens_kept // block_size)
-        return max(kept, -(-self.sink_tokens // block_size), min(source, 1))
-
-    def peak_blocks(self, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
-        """Blocks that a request holds at most.
-
-        Args:
-            num_prompt_tokens: its prompt's length.
-            num_tokens: its length at its end.
-            block_size: tokens per block.
-        """
-        whole = -(-num_tokens // block_size)
-        if not self.enabled or self.interval is None:
-            return whole
-        raw = -(-(self.interval + self.recent_tokens) // block_size) + 2  # the edges of two boundaries
-        bounded = min(whole, self._kept_blocks(whole, block_size) + raw)
-        if self.when == "prompt":
-            return max(-(-num_prompt_tokens // block_size), bounded)
-        return bounded
 
     def _option_types(self) -> dict[str, Any]:
         allocation, _ = self._allocation_and_argument()

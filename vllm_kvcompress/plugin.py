@@ -18,6 +18,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
+from vllm_kvcompress.plan import peak_blocks
 from vllm_kvcompress.support import check_method, check_supported, check_watched
 
 KEY = "kv_compression"
@@ -201,7 +202,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         # The pool may be smaller than a request that keeps everything.
         cache = vllm_config.cache_config
         num_tokens = min(len(prompt) + (params.max_tokens or longest), longest)
-        needed = config.peak_blocks(len(prompt), num_tokens, cache.block_size)
+        needed = peak_blocks(config, len(prompt), num_tokens, cache.block_size)
         usable = (cache.num_gpu_blocks or 0) // vllm_config.parallel_config.data_parallel_size - 1
         if needed > usable > 0:
             problem = (

@@ -12,10 +12,10 @@ from vllm_kvcompress.attention.cpu import (
     CompressedCPUAttentionImpl,
     CompressedCPUAttentionMetadataBuilder,
 )
-from vllm_kvcompress.attention.cpu_pages import learn_packing
-from vllm_kvcompress.attention.reference import attend
-from vllm_kvcompress.attention.tables import BatchTables, RequestTable
+from vllm_kvcompress.kernels.reference import attend
 from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.requests.cpu_pages import learn_packing
+from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import BLOCK_SIZE, SINKS, WINDOW, first_difference, sampling, tokens
 
-from vllm_kvcompress.config import SPARE_QUERIES
+from vllm_kvcompress.plan import SPARE_QUERIES
 
 
 def same_kept(one, other) -> bool:

@@ -28,8 +28,9 @@ from transformers import (
 from vllm_kvcompress import profiles
 from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.evaluation import calibrate, pictures, retrieval
-from vllm_kvcompress.evaluation.calibrate import (
+from vllm_kvcompress.evaluation import pictures
+from vllm_kvcompress.evaluation.quality import calibrate, retrieval
+from vllm_kvcompress.evaluation.quality.calibrate import (
     LEAST,
     RESOLUTION,
     Keeping,
@@ -40,7 +41,7 @@ from vllm_kvcompress.evaluation.calibrate import (
     loss_table,
     sensitivity,
 )
-from vllm_kvcompress.evaluation.probe import Probe
+from vllm_kvcompress.evaluation.quality.probe import Probe
 
 LAYERS, HEADS, GROUP, WINDOW, SINKS = 2, 2, 2, 8, 4
 SIZES = {

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from vllm_kvcompress.plan import Plan
+
 LENGTH, CONTINUED = 400, 12
 SNAPKV = "snapkv:budget=0.25"
 
@@ -19,7 +21,7 @@ def engine(smollm2):
 
 @pytest.fixture(scope="module")
 def tokens(engine):
-    from vllm_kvcompress.evaluation.retrieval import default_prose
+    from vllm_kvcompress.evaluation.quality.retrieval import default_prose
 
     return engine.tokenizer.encode(default_prose()[:8000])[: LENGTH + CONTINUED]
 
@@ -66,7 +68,7 @@ def test_variants_side_by_side_hold_what_their_plans_say(engine, tokens):
     outcomes = engine.run([Ask(tokens[:LENGTH], spec, max_tokens=4, ignore_eos=True) for spec in specs])
     raw = -(-(LENGTH + 1) // engine.block_size)
     for spec, outcome in zip(specs, outcomes, strict=True):
-        plan = None if spec == FULL else KVCompressionConfig.parse(spec).plan(LENGTH, engine.block_size)
+        plan = None if spec == FULL else Plan.of(KVCompressionConfig.parse(spec), LENGTH, engine.block_size)
         held = raw if plan is None else raw - plan.source_blocks + plan.kept_blocks
         assert outcome.kept_fraction == held / raw, spec
         assert (outcome.compaction_seconds > 0) == (plan is not None), spec

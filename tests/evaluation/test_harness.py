@@ -9,8 +9,15 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from vllm_kvcompress.evaluation import harness
-from vllm_kvcompress.evaluation.harness import Measured, TaskRefused, measured, refuse_scoring, run, run_one
+from vllm_kvcompress.evaluation.quality import harness
+from vllm_kvcompress.evaluation.quality.harness import (
+    Measured,
+    TaskRefused,
+    measured,
+    refuse_scoring,
+    run,
+    run_one,
+)
 
 OUTPUT_TYPES = {
     "gsm8k": "generate_until",

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from vllm_kvcompress.allocation import Uniform, select
-from vllm_kvcompress.evaluation import kvpress_baseline as baseline
-from vllm_kvcompress.evaluation.samples import Sample, starts_with
+from vllm_kvcompress.evaluation.quality import kvpress_baseline as baseline
+from vllm_kvcompress.evaluation.quality.samples import Sample, starts_with
+from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import LayerObservation
 
 BLOCK = 16
@@ -141,7 +142,7 @@ def held_positions(full, pressed) -> list[list[list[int]]]:
 @pytest.mark.parametrize("budget", [0.125, 0.5])
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "streaming_llm"])
 def test_kept_counts_equal_ours(tiny: Path, method: str, budget: float, num_tokens: int) -> None:
-    plan = baseline.matching_config(method, budget).plan(num_tokens, BLOCK)
+    plan = Plan.of(baseline.matching_config(method, budget), num_tokens, BLOCK)
     ours = num_tokens if plan is None else plan.kept_blocks * BLOCK + num_tokens - plan.boundary
     _, _, pressed, attended = prefill(tiny, num_tokens, method, budget)
     if method == "adakv":  # heads differ, a layer's sum does not; and nothing is freed
@@ -154,7 +155,7 @@ def test_kept_counts_equal_ours(tiny: Path, method: str, budget: float, num_toke
 
 @pytest.mark.parametrize("num_tokens", [175, 176, 321])
 def test_streaming_llm_keeps_our_very_tokens(tiny: Path, num_tokens: int) -> None:
-    plan = baseline.matching_config("streaming_llm", 0.25).plan(num_tokens, BLOCK)
+    plan = Plan.of(baseline.matching_config("streaming_llm", 0.25), num_tokens, BLOCK)
     assert plan is not None
     recent = plan.kept_blocks * BLOCK - baseline.SINK_TOKENS
     ours = [*range(4), *range(plan.boundary - recent, num_tokens)]
@@ -168,7 +169,7 @@ def test_snapkv_keeps_our_very_tokens(tiny: Path) -> None:
 
     num_tokens, budget = 32 + 12 * BLOCK, 0.25
     config = baseline.matching_config("snapkv", budget)
-    plan, policy = config.plan(num_tokens, BLOCK), config.build_policy()
+    plan, policy = Plan.of(config, num_tokens, BLOCK), config.build_policy()
     assert plan is not None and plan.boundary == num_tokens - 32
     model, _ = baseline._load(str(tiny), "float32")
     queries = []

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvcompress.evaluation import longbench
-from vllm_kvcompress.evaluation.datafiles import DataMissing
-from vllm_kvcompress.evaluation.longbench import (
+from vllm_kvcompress.evaluation.quality import longbench
+from vllm_kvcompress.evaluation.quality.datafiles import DataMissing
+from vllm_kvcompress.evaluation.quality.longbench import (
     TASKS,
     classification_score,
     code_sim_score,

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.evaluation import bench, report, retrieval, stepped
+from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.host import engine_environment
-from vllm_kvcompress.evaluation.served import first_errors
+from vllm_kvcompress.evaluation.quality import retrieval
+from vllm_kvcompress.evaluation.speed import bench, stepped
+from vllm_kvcompress.evaluation.speed.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
 

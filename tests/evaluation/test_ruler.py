@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_kvcompress.evaluation.datafiles import DataMissing
-from vllm_kvcompress.evaluation.ruler import TASKS, load, string_match_all, string_match_part
+from vllm_kvcompress.evaluation.quality.datafiles import DataMissing
+from vllm_kvcompress.evaluation.quality.ruler import TASKS, load, string_match_all, string_match_part
 
 # scripts/data/synthetic/constants.py: template and answer prefix, as filled in by the task's generator
 NIAH = (

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from vllm_kvcompress.attention.cpu_pages import Packing
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.rotary import Rotary
-from vllm_kvcompress.worker.cache import PackedCache
+from vllm_kvcompress.requests.cache import PackedCache
+from vllm_kvcompress.requests.cpu_pages import Packing
+from vllm_kvcompress.requests.observer import LayerAttention, Observer
 from vllm_kvcompress.worker.compactor import Compactor
-from vllm_kvcompress.worker.observer import LayerAttention, Observer
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK_SIZE = 2, 2, 2, 8, 16
 FACTORIES = {

@@ -1,7 +1,6 @@
 """vLLM's CPU attention backend over compacted requests, on vLLM's own kernel."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,13 +15,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_kvcompress.attention.tables import BatchTables, RequestTable
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.paging.spec import CompactableSpec
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.worker.observer import Span
-    from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.requests.observer import Span
+from vllm_kvcompress.requests.state import CompressionState
+from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
 
 @dataclass
@@ -54,7 +51,7 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
 
     rest_tokens: Tensor | None = None
     compacted: CompactedRows | None = None
-    observed: "list[Span]" = field(default_factory=list)
+    observed: list[Span] = field(default_factory=list)
 
 
 class CompressedCPUAttentionBackend(CPUAttentionBackend):
@@ -76,7 +73,7 @@ class CompressedCPUAttentionBackend(CPUAttentionBackend):
 class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Splits a batch into rows that vLLM serves as ever and rows whose heads are sequences."""
 
-    state: "CompressionState | None" = None  # set by the worker once the cache exists
+    state: CompressionState | None = None  # set by the worker once the cache exists
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -8,7 +8,7 @@ in place.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,22 +24,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.attention.kernels.attention import (
-    MAX_SPLITS,
-    MAX_TILE,
-    Rows,
-    Runs,
-    attend,
-    choose_splits,
-)
-from vllm_kvcompress.attention.kernels.ring import write_rings
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
+from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.paging.spec import CompactableSpec
-
-if TYPE_CHECKING:
-    from vllm_kvcompress.worker.observer import Span
-    from vllm_kvcompress.worker.state import CompressionState
+from vllm_kvcompress.requests.observer import Span
+from vllm_kvcompress.requests.state import CompressionState
 
 
 class RowArrays:
@@ -98,7 +90,7 @@ class CompressedBatch:
     arrays: RowArrays
     attends: bool
     largest_ring: int
-    spans: "list[Span]"
+    spans: list[Span]
     max_keys: int
     processors: int
 
@@ -190,7 +182,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 )
             write_rings(arrays.ring, arrays.capacity, 0, query, rows.seq_lens, bounds, query_len, 1)
 
-    def _batch(self, state: "CompressionState", common: CommonAttentionMetadata) -> CompressedBatch:
+    def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
         assert state.runs is not None
         shown, spans = [], []

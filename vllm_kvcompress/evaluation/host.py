@@ -1,8 +1,10 @@
-"""How an engine gets all that this machine has (cores, OpenMP library, arithmetic), whatever the variant."""
+"""What this machine has for an engine, whatever the variant: cores, OpenMP library, arithmetic, packages."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from vllm_kvcompress.config import KVCompressionError
 
@@ -65,3 +67,19 @@ def engine_dtype() -> str:
     if not current_platform.is_cpu() or torch.cpu._is_avx512_bf16_supported():
         return "auto"
     return "float32"
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise ModuleNotFoundError(
+            f"{module} is not installed: pip install 'vllm-kvcompress[{extra}]'", name=module
+        ) from None

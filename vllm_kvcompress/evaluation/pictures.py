@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_kvcompress.evaluation.datafiles import require
+from vllm_kvcompress.evaluation.host import require
 
 EXTRA = "eval"
 # Colours that colour-blind readers tell apart too: Okabe and Ito's, with three of Tol's for their yellow. The

@@ -49,19 +49,3 @@ def split_methods(given: str) -> list[str]:
 def baselines(given: str) -> list[Variant]:
     """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`."""
     return [Variant(f"{STOCK}{dtype}", f"stock, {dtype} cache") for dtype in filter(None, given.split(","))]
-
-
-def kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """The full cache, then each method set as kvpress has it."""
-    from vllm_kvcompress.evaluation.kvpress_baseline import matching_config
-
-    rows = [Variant(FULL)]
-    for method in methods:
-        for budget in budgets:
-            try:
-                flat = matching_config(method, budget).to_dict()
-            except KVCompressionError as error:
-                raise KVCompressionError(f"--kvpress: {error}") from None
-            options = ",".join(f"{k}={v}" for k, v in flat.items() if k not in ("method", "enabled"))
-            rows.append(Variant(f"{method}:{options}", method, budget))
-    return rows

@@ -12,10 +12,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.config import KVCompressionConfig, Plan
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
+from vllm_kvcompress.plan import Plan, next_point, peak_blocks, ring_budget, ring_tokens
 
 
 @dataclass
@@ -59,7 +60,7 @@ class _Compression:
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         left = self.kv_cache_config.num_blocks * self.compacting_manager.block_size
         # What is left is seven eighths of the memory, or more.
-        return self.compression.ring_budget(self.max_num_running_reqs, left * 8 // 7, group)
+        return ring_budget(self.compression, self.max_num_running_reqs, left * 8 // 7, group)
 
     # ------------------------------------------------------------------ vLLM's scheduler, extended
 
@@ -78,14 +79,16 @@ class _Compression:
     def _track(self, request: Request, config: KVCompressionConfig) -> None:
         """Remember a request that will be compacted."""
         block_size, num_prompt = self.compacting_manager.block_size, request.num_prompt_tokens
-        if not config.enabled or (config.interval is None and config.plan(num_prompt, block_size) is None):
+        if not config.enabled:
+            return
+        if config.interval is None and Plan.of(config, num_prompt, block_size) is None:
             return
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
-        self._tracked[request.request_id] = _Tracked(config, config.next_point(num_prompt))
+        self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "streaming":
             num_tokens = min(num_prompt + request.max_tokens, self.max_model_len)
-            peak = config.peak_blocks(num_prompt, num_tokens, block_size)
+            peak = peak_blocks(config, num_prompt, num_tokens, block_size)
             self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -128,7 +131,7 @@ class _Compression:
 
     def _start_ring(self, tracked: _Tracked) -> bool:
         """Count in the query ring of a request that is about to start, if there is memory for it."""
-        needed = tracked.config.ring_tokens
+        needed = ring_tokens(tracked.config)
         if needed and self._ring_tokens and self._ring_tokens + needed > self._ring_budget:
             return False
         self._ring_tokens += needed
@@ -138,7 +141,7 @@ class _Compression:
         """Queries kept of the running requests."""
         running = (self._tracked.get(request.request_id) for request in self.running)
         return sum(
-            tracked.config.ring_tokens
+            ring_tokens(tracked.config)
             for tracked in running
             if tracked is not None and (tracked.held is None or tracked.config.interval is not None)
         )
@@ -181,7 +184,7 @@ class _Compression:
             self.kv_holding_waiting.prepend_request(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
-            tracked.point, tracked.held = tracked.config.next_point(request.num_prompt_tokens), None
+            tracked.point, tracked.held = next_point(tracked.config, request.num_prompt_tokens), None
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
             self._abandoned += self._repetitions.abandon(request.request_id)
@@ -247,9 +250,9 @@ class _Compression:
         tracked = self._tracked[request.request_id]
         config, point, held = tracked.config, tracked.point, tracked.held
         assert point is not None
-        plan = config.plan(point, manager.block_size, held)
+        plan = Plan.of(config, point, manager.block_size, held)
         if plan is None:
-            tracked.point = config.next_point(request.num_prompt_tokens, point)
+            tracked.point = next_point(config, request.num_prompt_tokens, point)
             return None
         if config.repeats and not self._repeated(request, config):
             return None
@@ -262,7 +265,7 @@ class _Compression:
         previous, source, destination = swapped
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
-        tracked.point = config.next_point(request.num_prompt_tokens, point)
+        tracked.point = next_point(config, request.num_prompt_tokens, point)
         return Job(
             request_id=request.request_id,
             config=config,

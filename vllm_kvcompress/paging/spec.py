@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.manager import CompactingManager
+from vllm_kvcompress.plan import peak_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class CompactableSpec(FullAttentionSpec):
         config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
         if config.when != "streaming":
             return super().max_memory_usage_bytes(vllm_config)
-        return config.peak_blocks(longest, longest, self.block_size) * self.page_size_bytes
+        return peak_blocks(config, longest, longest, self.block_size) * self.page_size_bytes
 
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.

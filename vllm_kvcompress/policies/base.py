@@ -34,6 +34,8 @@ class LayerObservation:
         state: what the policy's `observe` returned last.
         rotary: the layer's position embedding; None if it has none.
         output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32.
+        layer: the layer's number in the model, counted from 0.
+        kept_positions: `[H, W]` int64, see `positions`; None where column i is token i.
     """
 
     keys: Tensor
@@ -47,6 +49,15 @@ class LayerObservation:
     state: Any = None
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
+    layer: int = 0
+    kept_positions: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Position in the sequence of each column's token, `[H, W]` int64; arbitrary in padding."""
+        if self.kept_positions is not None:
+            return self.kept_positions
+        heads, width = self.keys.shape[:2]
+        return torch.arange(width, device=self.keys.device).expand(heads, -1)
 
     def holds(self) -> Tensor:
         """Which columns hold a token, `[H, W]` bool."""

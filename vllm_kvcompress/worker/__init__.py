@@ -1,1 +1,1 @@
-"""Worker side: observes queries, runs Jobs, and keeps what attention needs of compacted requests."""
+"""Worker side: runs Jobs before each forward pass."""

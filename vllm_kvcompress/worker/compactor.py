@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import select
-from vllm_kvcompress.attention.tables import RequestTable
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
-from vllm_kvcompress.worker.cache import Kept, PagedCache
-from vllm_kvcompress.worker.observer import LayerAttention, Observed
+from vllm_kvcompress.requests.cache import Kept, PagedCache
+from vllm_kvcompress.requests.observer import LayerAttention, Observed
+from vllm_kvcompress.requests.tables import RequestTable
 
 Listener = Callable[[Job, Tensor, Tensor], None]
 
@@ -24,7 +24,7 @@ class _Candidates:
         pages: `[H, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
         num_scored: columns below the boundary.
         padding: `[H]` int64, leading columns that hold nothing.
-        positions: `[H, num_scored]` int64, token positions of the columns.
+        positions: `[H, num_scored + tail]` int64, token positions of the columns.
     """
 
     pages: Tensor
@@ -116,9 +116,10 @@ class Compactor:
         device = self.cache.device
         raw_blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=device)
         pages = self.cache.context(index, table, raw_blocks)
-        raw = torch.arange(job.previous_boundary, job.boundary, device=device)
-        raw = raw.expand(self.grid.num_heads, -1)
-        positions = raw if table is None else torch.cat([table.right_aligned_positions(index), raw], 1)
+        if table is None:
+            positions = torch.arange(job.num_tokens, device=device).expand(self.grid.num_heads, -1)
+        else:
+            positions = table.column_positions(index, job.num_tokens)
         return _Candidates(
             pages=pages,
             num_scored=(pages.shape[1] - len(job.tail)) * block_size,
@@ -156,6 +157,8 @@ class Compactor:
             state=None if observed is None else observed.states[index],
             rotary=attention.rotary,
             output_projection=attention.output_projection,
+            layer=attention.index,
+            kept_positions=None if job.previous_boundary == 0 else layer.positions,
         )
 
     def _kept(self, layers: list[_Candidates], counts: Tensor, selected: Tensor) -> list[Kept]:

@@ -7,9 +7,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvcompress.attention.cpu_pages import learn_packing
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.worker.cache import PackedCache, PagedCache
+from vllm_kvcompress.requests.cache import PackedCache, PagedCache
+from vllm_kvcompress.requests.cpu_pages import learn_packing
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 

@@ -11,12 +11,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
-from vllm_kvcompress.attention.runs import RunArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.plan import Plan, ring_budget
 from vllm_kvcompress.policies.base import QUERY_BLOCK
-from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.runs import RunArrays
 from vllm_kvcompress.worker.gpu_cache import STAGED_BYTES, PlainCache
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
@@ -83,7 +84,7 @@ class CompressionGPUWorker(CompressionWorker):
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
         group = query_heads // heads
-        return available - per_query * self._config.ring_budget(max_num_seqs, num_cache_tokens, group)
+        return available - per_query * ring_budget(self._config, max_num_seqs, num_cache_tokens, group)
 
     @property
     def _config(self) -> KVCompressionConfig:
@@ -102,7 +103,7 @@ class CompressionGPUWorker(CompressionWorker):
         block_size, grid = compactor.grid.block_size, compactor.grid
         self.builder.warm_up(self.model_runner.get_model().modules())
         num_tokens = config.recent_tokens + 4 * block_size
-        plan, blocks = config.plan(num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
+        plan, blocks = Plan.of(config, num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
         if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
             return
         name = "kv-compression-warm-up"

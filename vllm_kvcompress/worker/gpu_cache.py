@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.attention.kernels.pages import gather_pages, move_pages, scatter_pages
-from vllm_kvcompress.attention.kernels.scores import pool_columns, window_columns
+from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages
+from vllm_kvcompress.kernels.scores import pool_columns, window_columns
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.window import WindowPolicy
-from vllm_kvcompress.worker.cache import Kept, PagedCache
+from vllm_kvcompress.requests.cache import Kept, PagedCache
 
 STAGED_BYTES = 256 * 2**20  # of a compaction in place; more waits in the host's memory
 

@@ -16,11 +16,11 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.worker.cache import PagedCache
+from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.layers import layer_attention
+from vllm_kvcompress.requests.observer import Observer
+from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.worker.compactor import Compactor
-from vllm_kvcompress.worker.layers import layer_attention
-from vllm_kvcompress.worker.observer import Observer
-from vllm_kvcompress.worker.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 
 
 class CompressionWorker(Worker):

@@ -1,6 +1,0 @@
-"""These tests run under Triton's interpreter only: `../test_kernels.py` starts them so."""
-
-import os
-
-if os.environ.get("TRITON_INTERPRET") != "1":
-    collect_ignore_glob = ["*.py"]

@@ -1,0 +1,1 @@
+"""What compression costs: answers, divergence and retrieval against the full cache."""

@@ -1,0 +1,393 @@
+"""The `vllm-kvcompress eval` command: what each method and budget costs in quality, in the real engine."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vllm_kvcompress import __version__
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.evaluation import report
+from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
+from vllm_kvcompress.evaluation.quality import retrieval
+from vllm_kvcompress.evaluation.quality.samples import Sample
+from vllm_kvcompress.evaluation.store import Store
+from vllm_kvcompress.evaluation.variants import (
+    FULL,
+    STOCK,
+    Variant,
+    baselines,
+    split_methods,
+    variants,
+)
+
+MODES = ("inside", "after")
+KL_TASKS = ("kl_prose", "kl_repeat")
+SUITES = ("longbench", "ruler", "harness")
+KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
+STEP_BATCH, STEPS = 4, 12
+ROOM = 512  # tokens that a question and its answer may take
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `eval`."""
+    parser.add_argument("model", nargs="?", help="checkpoint folder; SmolLM2-135M-Instruct when not given")
+    parser.add_argument(
+        "--methods",
+        default="streaming_llm,snapkv,adakv,kv_compress",
+        help="comma-separated; options as in METHOD:NAME=VALUE,NAME=VALUE",
+    )
+    parser.add_argument(
+        "--baselines",
+        default="",
+        help="stock vLLM with a quantized cache as further rows: comma-separated --kv-cache-dtype, as fp8",
+    )
+    parser.add_argument("--budgets", default="0.5,0.25,0.125", help="fractions of the KV bytes that may stay")
+    parser.add_argument(
+        "--tasks",
+        default="retrieval,kl",
+        help=f"of {', '.join(['retrieval', 'kl', *retrieval.TASKS, *KL_TASKS])}, longbench[:NAME+NAME] or "
+        "ruler[:NAME+NAME] (with --data), harness:NAME+NAME (tasks of lm-evaluation-harness)",
+    )
+    parser.add_argument("--lengths", default="512,1024,2048", help="document lengths in tokens")
+    parser.add_argument("--repetitions", type=int, default=2, help="documents of each length")
+    parser.add_argument("--kl-tokens", type=int, default=64, help="tokens of each true continuation")
+    parser.add_argument("--text", type=Path, help="prose to build documents of; Jane Austen's Persuasion")
+    parser.add_argument("--data", type=Path, help="folder of LongBench's or RULER's files, or of task files")
+    parser.add_argument("--limit", type=int, default=20, help="samples per LongBench or RULER task")
+    parser.add_argument(
+        "--kvpress",
+        action="store_true",
+        help="set methods as kvpress has them and run it on the same prompts",
+    )
+    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="folder of results; a run that finds its own goes on")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure, write results and pictures, print the table."""
+    methods, budgets = split_methods(arguments.methods), _numbers(arguments.budgets, float)
+    rows = _kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
+    lengths = _numbers(arguments.lengths, int)
+    rows += baselines(arguments.baselines)
+    tasks = _tasks(arguments.tasks)
+    model = checkpoint(arguments.model)
+    settings = {
+        "model": str(model),
+        "variants": [variant.spec for variant in rows],
+        "tasks": arguments.tasks,
+        "lengths": lengths,
+        "repetitions": arguments.repetitions,
+        "kl_tokens": arguments.kl_tokens,
+        "text": str(arguments.text or "persuasion"),
+        "data": str(arguments.data),
+        "limit": arguments.limit,
+        "block_size": arguments.block_size,
+        "seed": arguments.seed,
+        "version": __version__,
+    }
+    folder = arguments.output or Path("kvcompress-eval") / Path(model).name
+    store = Store(folder / "results.jsonl", settings)
+    begin = time.perf_counter()
+    own = [task for task in tasks if not task.startswith("harness:")]
+    samples = _measure(arguments, model, own, rows, lengths, store) if own else []
+    tables = []
+    if own:
+        settings |= {"argv": sys.argv, "seconds": round(time.perf_counter() - begin), **_machine()}
+        summary = report.summarise(settings, rows, store.results)
+        (folder / "summary.json").write_text(json.dumps(summary, indent=1))
+        tables.append(report.table(summary))
+        report.draw(summary, folder)
+    if own != tasks:
+        tables.append(
+            _harness([t.partition(":")[2] for t in tasks if t not in own], arguments, model, rows, folder)
+        )
+    if arguments.kvpress:
+        tables.append(_kvpress_table(arguments, model, methods, budgets, samples, store, folder))
+    (folder / "table.md").write_text("\n".join(tables))
+    print("\n".join(tables))
+    print(f"{time.perf_counter() - begin:.0f} s; results, tables and pictures are in {folder}")
+
+
+def _measure(
+    arguments, model, tasks: list[str], rows: list[Variant], lengths: list[int], store: Store
+) -> list[Sample]:
+    """Fill the store; the samples that were asked."""
+    from tqdm import tqdm
+    from transformers import AutoConfig
+
+    from vllm_kvcompress.evaluation.engine import Engine
+
+    tokenizer = _tokenizer(model)
+    prose = arguments.text.read_text() if arguments.text else retrieval.default_prose()
+    documents = retrieval.documents(tokenizer, lengths, arguments.repetitions, prose, arguments.seed)
+    limit = AutoConfig.from_pretrained(str(model)).get_text_config().max_position_embeddings
+    benchmarks = _benchmark_samples(tasks, arguments, tokenizer, limit)
+    longest = max([*lengths, *(len(tokenizer.encode(s.document + s.question)) for s in benchmarks)])
+    length = min(limit, longest + ROOM)
+    texts = [
+        _continuation(tokenizer, document, task, arguments.kl_tokens)
+        for document in documents
+        for task in KL_TASKS
+        if task in tasks
+    ]
+    references: dict[str, Any] = {}  # of the full cache, for engines that cannot serve it
+
+    def work(engine, rows: list[Variant], later: list[Variant]) -> Iterator[tuple[str, Callable[[], None]]]:
+        for document in documents:
+            for sample in document.samples:
+                if sample.task in tasks:
+                    for mode in MODES:
+                        yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
+            for text in texts:
+                if text["document"] == document.name:
+                    yield text["id"], partial(_diverge, engine, text, rows, later, store, references)
+        for sample in benchmarks:
+            for mode in MODES:
+                yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
+        prompt = tokenizer.encode(documents[-1].text)
+        for row in rows:
+            yield f"decode time {row.spec}", partial(_time_step, engine, prompt, row, store)
+
+    def measure(engine, *rows: list[Variant]) -> None:
+        with tqdm(list(work(engine, *rows)), smoothing=0.05) as bar:
+            for name, step in bar:
+                bar.set_description(name)
+                step()
+
+    stock = [row for row in rows if row.spec.startswith(STOCK)]
+    try:
+        ours = [row for row in rows if row not in stock]
+        measure(Engine(model, length, arguments.block_size), ours, stock)
+        for row in stock:
+            blocks = STEP_BATCH * -(-length // arguments.block_size) + 1
+            dtype = row.spec.removeprefix(STOCK)
+            engine = Engine(model, length, arguments.block_size, dtype, num_gpu_blocks_override=blocks)
+            measure(engine, [row], [])
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is reported; the same command goes on", file=sys.stderr)
+    return [s for d in documents for s in d.samples if s.task in tasks] + benchmarks
+
+
+def _kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
+    """The full cache, then each method set as kvpress has it."""
+    from vllm_kvcompress.evaluation.quality.kvpress_baseline import matching_config
+
+    rows = [Variant(FULL)]
+    for method in methods:
+        for budget in budgets:
+            try:
+                flat = matching_config(method, budget).to_dict()
+            except KVCompressionError as error:
+                raise KVCompressionError(f"--kvpress: {error}") from None
+            options = ",".join(f"{k}={v}" for k, v in flat.items() if k not in ("method", "enabled"))
+            rows.append(Variant(f"{method}:{options}", method, budget))
+    return rows
+
+
+def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, folder: Path) -> str:
+    """The same samples through kvpress on transformers, next to ours."""
+    from vllm_kvcompress.evaluation.quality import kvpress_baseline as kvpress
+
+    pairs = [("full", 1.0), *((method, budget) for method in methods for budget in budgets)]
+    asked = [kvpress.Variant(mode, *pair) for pair in pairs for mode in MODES]
+    compared = kvpress.compare(model, samples, asked, arguments.block_size, engine_dtype())
+    (folder / "kvpress.json").write_text(json.dumps(compared, indent=1))
+    specs = dict(zip(pairs, (row.spec for row in _kvpress_variants(methods, budgets)), strict=True))
+    ours: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for key, result in store.results.items():
+        if key[0] == "ask":
+            ours.setdefault((key[3], key[2]), []).append(result)
+    return report.kvpress_table(compared["variants"], specs, ours, Path(str(model)).name)
+
+
+def _time_step(engine, prompt: list[int], row: Variant, store: Store) -> None:
+    if (key := ("step", row.spec)) not in store:
+        seconds = engine.step_seconds(prompt, row.spec, STEP_BATCH, STEPS)
+        store.add(key, seconds=seconds, context=len(prompt), batch=STEP_BATCH)
+
+
+def _ask(engine, sample: Sample, mode: str, rows: list[Variant], store: Store) -> None:
+    """One sample under every variant: the full cache first, whose blocks the others find cached."""
+    from vllm_kvcompress.evaluation.engine import Ask
+
+    document = engine.tokenizer.encode(sample.document)
+    question = engine.tokenizer.encode(sample.question, add_special_tokens=False)
+    prompt, forced = (document + question, ()) if mode == "inside" else (document, question)
+    missing = [row for row in rows if ("ask", sample.id, mode, row.spec) not in store]
+    for group in ([r for r in missing if r.spec == FULL], [r for r in missing if r.spec != FULL]):
+        asks = [Ask(prompt, row.spec, forced, None, sample.max_tokens, sample.stop) for row in group]
+        begin = time.perf_counter()
+        for row, outcome in zip(group, engine.run(asks), strict=True):
+            store.add(
+                ("ask", sample.id, mode, row.spec),
+                task=sample.task,
+                length=sample.length,
+                depth=sample.depth,
+                score=sample.metric(outcome.text, sample.answers),
+                text=outcome.text,
+                kept_fraction=outcome.kept_fraction,
+                kept_bytes=outcome.kept_fraction / engine.cache_fraction * len(prompt) * engine.token_bytes,
+                compaction_seconds=outcome.compaction_seconds,
+                prompt_tokens=len(prompt),
+                seconds=time.perf_counter() - begin,
+            )
+
+
+def _diverge(
+    engine,
+    text: dict[str, Any],
+    rows: list[Variant],
+    later: list[Variant],
+    store: Store,
+    references: dict[str, Any],
+) -> None:
+    """KL divergence and surprise of every row on one text.
+
+    The full cache's log-probabilities are left among the references, for rows that come later.
+    """
+    from vllm_kvcompress.evaluation.engine import Ask, Divergence, Reference
+
+    unmeasured = [row for row in rows + later if ("kl", text["id"], row.spec) not in store]
+    if not unmeasured:
+        return
+    missing = [row for row in unmeasured if row in rows]
+    begin = time.perf_counter()
+    if not engine.stock:
+        references[text["id"]] = Reference()
+        engine.run([Ask(text["prompt"], FULL, text["tokens"], references[text["id"]])])
+    prefill = time.perf_counter() - begin
+    recorders = [Divergence(references[text["id"]], text["tokens"]) for _ in missing]
+    asks, kept = {}, {FULL: 1.0}
+    for row, recorder in zip(missing, recorders, strict=True):
+        if row.spec == FULL:  # against itself
+            for position, logits in references[text["id"]].rows.items():
+                recorder(position, logits)
+        else:
+            asks[row.spec] = Ask(text["prompt"], row.spec, text["tokens"], recorder)
+    kept |= {
+        spec: outcome.kept_fraction
+        for spec, outcome in zip(asks, engine.run(list(asks.values())), strict=True)
+    }
+    for row, recorder in zip(missing, recorders, strict=True):
+        after = [position for position in sorted(recorder.kl) if position > 0]
+        store.add(
+            ("kl", text["id"], row.spec),
+            task=text["task"],
+            length=text["length"],
+            kl=[round(recorder.kl[p], 6) for p in after],
+            surprise=[round(recorder.surprise[p], 6) for p in after],
+            kept_fraction=kept[row.spec],
+            seconds=prefill,
+        )
+
+
+def _continuation(tokenizer, document: retrieval.Document, task: str, count: int) -> dict[str, Any]:
+    """A prompt with its true continuation: the prose goes on, or a passage of the prompt is repeated."""
+    prompt = tokenizer.encode(document.text)
+    if task == "kl_prose":
+        tokens = tokenizer.encode(document.continuation, add_special_tokens=False)
+    else:
+        at = len(prompt) // 3
+        tokens = prompt[at + KL_CUE :]
+        prompt = prompt + prompt[at : at + KL_CUE]
+    # One more than is measured: the first token is sampled before the prompt is compacted.
+    return {
+        "document": document.name,
+        "task": task,
+        "id": f"{task}/{document.name}",
+        "prompt": prompt,
+        "tokens": tokens[: count + 1],
+        "length": document.length,
+    }
+
+
+def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: int) -> list[Sample]:
+    """LongBench's and RULER's samples; too long documents lose their middle, as LongBench prescribes."""
+    from vllm_kvcompress.evaluation import longbench, ruler
+
+    made: list[Sample] = []
+    for task in tasks:
+        suite, _, names = task.partition(":")
+        if suite not in ("longbench", "ruler"):
+            continue
+        if arguments.data is None:
+            raise KVCompressionError(f"{suite} needs --data FOLDER with its files")
+        load = {"longbench": longbench, "ruler": ruler}[suite].load
+        for sample in load(arguments.data, names.split("+") if names else None, arguments.limit):
+            tokens = tokenizer.encode(sample.document, add_special_tokens=False)
+            room = max_tokens - sample.max_tokens - len(tokenizer.encode(sample.question))
+            if len(tokens) > room:
+                shortened = tokenizer.decode(longbench.truncate_middle(tokens, room))
+                sample = replace(sample, document=shortened)
+            made.append(sample)
+    return made
+
+
+def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder: Path) -> str:
+    """A table of lm-evaluation-harness's tasks under every variant."""
+    from vllm_kvcompress.evaluation.quality import harness
+
+    settings = {
+        row.spec: {} if row.spec == FULL else KVCompressionConfig.parse(row.spec).engine_kwargs()
+        for row in rows
+    }
+    options = {"dtype": engine_dtype(), "enforce_eager": True, "block_size": arguments.block_size}
+    names = [name for task in tasks for name in task.split("+")]
+    results = harness.run(str(model), names, settings, arguments.limit, options, arguments.data)
+    (folder / "harness.json").write_text(json.dumps(results, indent=1))
+    lines = [
+        f"| {variant} | {task} | {metric} | {measured} |"
+        for variant, by_task in results.items()
+        for task, metrics in by_task.items()
+        for metric, measured in metrics.items()
+    ]
+    return "\n".join(["| variant | task | metric | value |", "| --- | --- | --- | --- |", *lines]) + "\n"
+
+
+def _tasks(given: str) -> list[str]:
+    groups = {"retrieval": list(retrieval.TASKS), "kl": list(KL_TASKS)}
+    known = [*retrieval.TASKS, *KL_TASKS]
+    tasks: list[str] = []
+    for task in filter(None, given.split(",")):
+        for name in groups.get(task, [task]):
+            if name not in known and name.partition(":")[0] not in SUITES:
+                raise KVCompressionError(
+                    f"unknown task {name!r}; use {', '.join([*groups, *known, *SUITES])}"
+                )
+            tasks.append(name)
+    return tasks
+
+
+def _numbers(given: str, kind: type) -> list:
+    try:
+        return [kind(part) for part in given.split(",")]
+    except ValueError:
+        raise KVCompressionError(f"{given!r} is not a comma-separated list of numbers") from None
+
+
+def _tokenizer(model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(model))
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+    import vllm
+
+    return {
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "cpus": len(os.sched_getaffinity(0)),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }

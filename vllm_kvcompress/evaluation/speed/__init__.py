@@ -1,0 +1,1 @@
+"""What compression brings: blocks, requests at once and time, against stock vLLM."""

@@ -1,0 +1,429 @@
+"""Attention of decode and extend rows over compacted pages and the raw tail, in one launch.
+
+A program serves some queries of one row, one KV head with its whole group, and one share of the head's keys.
+The keys of a head are counted through its run and on through the raw tail: below `run_pages · N` they lie in
+the run, and from there on in the blocks of vLLM's table from the boundary on. A row without compaction has an
+empty run and its boundary at 0. Everything below the boundary precedes every query, so one comparison of key
+and query numbers is the causal mask of both parts.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_kvcompress.kernels.arithmetic import dot, tanh
+from vllm_kvcompress.kernels.batch import Rows, Runs
+
+LOG2_E = 1.4426950408889634
+TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program reads at once
+MIN_DOT = 16  # rows and columns of tl.dot
+MIN_SHARE = 256  # keys: a shorter share costs more to merge than it saves
+MAX_SPLITS = 64
+MAX_TILE = 64  # queries times group of a program
+
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Runs,
+    rows: Rows,
+    layer: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    num_splits: int = 1,
+    min_share: int = MIN_SHARE,
+    out: Tensor | None = None,
+    compacted_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every row's newest tokens over what each KV head holds.
+
+        O = softmax(cap·tanh(scale·q·kᵀ / cap))·v, or softmax(scale·q·kᵀ)·v without a cap
+
+    The grid depends on shapes alone and nothing waits for the device, so a CUDA graph can capture the call.
+    Tokens behind the last row's are padding: neither read nor written.
+
+    Args:
+        query: `[T, Hq, D]`, float16, bfloat16 or float32; rows follow each other as `query_start_loc` says.
+        keys: `[L, B, H, N, D]`, a view of the cache in query's dtype; any strides but 1 for the last.
+        values: `[L, B, H, N, D]`, likewise and with the same strides, so that one page offset serves both.
+        runs: where compacted rows have their pages.
+        rows: the batch.
+        layer: which of the L layers.
+        scale: softmax scale.
+        logits_soft_cap: 0 for none.
+        num_splits: most shares that the keys of a head are cut into (see `choose_splits`).
+        min_share: least keys of a share; short heads are cut into fewer.
+        out: `[T, Hq, D]` for the result; made if absent.
+        compacted_only: leave the other rows' part of the result alone: another kernel has written it.
+
+    Returns:
+        `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
+    """
+    num_tokens, query_heads, head_size = query.shape
+    num_layers, _, heads, block_size, _ = keys.shape
+    group = query_heads // heads
+    assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
+    assert keys.stride() == values.stride() and keys.dtype == values.dtype == query.dtype
+    assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
+
+    out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
+    assert out.stride(2) == 1
+    lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
+    if num_splits > 1:
+        shape = (num_tokens, query_heads, num_splits)
+        share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
+        share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    else:
+        share_out, share_lse = out[:, :, None], lse[:, :, None]
+
+    channels = triton.next_power_of_2(head_size)
+    tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * query.element_size())))
+    tile_rows = _rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
+    queries = tile_rows // group
+    one_tile = rows.max_query_len <= queries
+    num_rows = rows.seq_lens.shape[0]
+    # Of the rows together, T // queries + R tiles are always enough, however the tokens are spread over them.
+    num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
+    inner, outer = _logit_factors(scale, logits_soft_cap)
+    _attend_kernel[num_tiles, heads, num_splits](
+        query,
+        keys,
+        values,
+        share_out,
+        share_lse,
+        runs.destination,
+        runs.start,
+        runs.boundary,
+        rows.slot,
+        rows.block_table,
+        rows.seq_lens,
+        rows.query_start_loc,
+        layer,
+        num_rows,
+        min_share,
+        inner,
+        outer,
+        *query.stride()[:2],
+        *keys.stride()[:4],
+        *share_out.stride()[:3],
+        *share_lse.stride(),
+        runs.destination.stride(0),
+        runs.start.stride(0),
+        rows.block_table.stride(0),
+        SOFT_CAP=logits_soft_cap > 0,
+        COMPACTED_ONLY=compacted_only,
+        ONE_TILE=one_tile,
+        HEADS=heads,
+        PAGES_PER_BLOCK=num_layers * heads,
+        GROUP=group,
+        BLOCK_SIZE=block_size,
+        HEAD_SIZE=head_size,
+        CHANNELS=channels,
+        ROWS=tile_rows,
+        QUERIES=queries,
+        KEYS=tile,
+        num_warps=4,
+        num_stages=3,
+    )
+    if num_splits > 1:
+        _merge_kernel[num_tokens, query_heads](
+            share_out,
+            share_lse,
+            out,
+            lse,
+            rows.slot,
+            rows.query_start_loc,
+            num_rows,
+            *out.stride()[:2],
+            COMPACTED_ONLY=compacted_only,
+            HEAD_SIZE=head_size,
+            CHANNELS=channels,
+            SPLITS=num_splits,
+            ALL=triton.next_power_of_2(num_splits),
+            AT_ONCE=min(16, triton.next_power_of_2(num_splits)),
+        )
+    return out, lse
+
+
+def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> int:
+    """How many shares to cut the keys of a head into, so that short batches still fill the device.
+
+    Heads differ in length, so there are more programs than fit at once: long heads then even out. Depends on
+    bounds only, never on this step's lengths, for the grid of a captured graph stays what it was.
+
+    Args:
+        num_rows: rows of the batch, or tiles of queries if rows have several.
+        heads: KV heads.
+        max_keys: keys of the longest head.
+        processors: streaming multiprocessors of the device.
+    """
+    wanted = -(-4 * processors // (num_rows * heads))
+    useful = -(-max_keys // MIN_SHARE)
+    return 1 << max(min(wanted, useful, MAX_SPLITS) - 1, 0).bit_length()
+
+
+def _rows_per_tile(group: int, max_query_len: int, most: int) -> int:
+    """Rows of the score matrix in one program: (query, member of the group) pairs."""
+    wanted = triton.next_power_of_2(group * max_query_len)
+    return max(MIN_DOT, triton.next_power_of_2(group), min(wanted, most))
+
+
+def _logit_factors(scale: float, soft_cap: float) -> tuple[float, float]:
+    """What dot products are multiplied with before the cap's tanh and after it, for a softmax in base 2."""
+    return (scale / soft_cap, soft_cap * LOG2_E) if soft_cap > 0 else (scale * LOG2_E, 1.0)
+
+
+@triton.jit
+def _find_row(number, query_start_loc, num_rows, QUERIES: tl.constexpr, SPARE: tl.constexpr):
+    """The row of a tile of QUERIES tokens; row r's tiles begin at query_start_loc[r] // QUERIES + r·SPARE.
+
+    One spare tile per row leaves room for its last, incomplete one.
+    """
+    low = 0
+    high = num_rows - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(query_start_loc + middle) // QUERIES + middle * SPARE <= number:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@triton.jit
+def _token_offsets(
+    key,
+    held,
+    run_blocks,
+    first_page,
+    run_pages,
+    tail_blocks,
+    layer,
+    head,
+    layer_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    HEADS: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Element offsets of a head's keys, counted through its run and its raw tail, as int64."""
+    page = key // BLOCK_SIZE
+    linear = first_page + page
+    in_run = page < run_pages
+    block = tl.load(
+        tl.where(in_run, run_blocks + linear // PAGES_PER_BLOCK, tail_blocks + (page - run_pages)),
+        mask=held,
+        other=0,
+    ).to(tl.int64)
+    slot = linear % PAGES_PER_BLOCK
+    layer_slot = tl.where(in_run, slot // HEADS, layer).to(tl.int64)
+    head_slot = tl.where(in_run, slot % HEADS, head).to(tl.int64)
+    offset = layer_slot * layer_stride + block * block_stride + head_slot * head_stride
+    return offset + (key % BLOCK_SIZE) * token_stride
+
+
+@triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
+def _attend_kernel(
+    query,
+    keys,
+    values,
+    share_out,  # [T, Hq, splits, D]
+    share_lse,  # [T, Hq, splits]
+    destination,
+    start,
+    boundary,
+    row_slot,
+    block_table,
+    seq_lens,
+    query_start_loc,
+    layer,
+    num_rows,
+    min_share,
+    inner,
+    outer,
+    query_token,
+    query_head,
+    layer_stride,
+    block_stride,
+    head_stride,
+    token_stride,
+    out_token,
+    out_head,
+    out_split,
+    lse_token,
+    lse_head,
+    lse_split,
+    destination_row,
+    start_row,
+    table_row,
+    SOFT_CAP: tl.constexpr,
+    COMPACTED_ONLY: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+    HEADS: tl.constexpr,
+    PAGES_PER_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    head, split = tl.program_id(1), tl.program_id(2)
+    if ONE_TILE:
+        row, first_query = tl.program_id(0), 0
+    else:
+        tile = tl.program_id(0)
+        row = _find_row(tile, query_start_loc, num_rows, QUERIES, 1)
+        first_query = (tile - tl.load(query_start_loc + row) // QUERIES - row) * QUERIES
+    first_token = tl.load(query_start_loc + row)
+    num_queries = tl.load(query_start_loc + row + 1) - first_token
+    slot = tl.load(row_slot + row)
+    compacted = slot >= 0
+    idle = first_query >= num_queries
+    if COMPACTED_ONLY:
+        idle = idle | (slot < 0)
+    if idle:
+        return
+
+    state = tl.maximum(slot, 0).to(tl.int64)
+    run = start + state * start_row + layer * HEADS + head
+    first_page = tl.load(run, mask=compacted, other=0)
+    run_pages = tl.load(run + 1, mask=compacted, other=0) - first_page
+    raw_from = tl.load(boundary + state, mask=compacted, other=0)
+    run_blocks = destination + state * destination_row
+    tail_blocks = block_table + row.to(tl.int64) * table_row + raw_from // BLOCK_SIZE
+
+    # The row's first query is that many keys behind the head's first.
+    own = run_pages * BLOCK_SIZE - raw_from + tl.load(seq_lens + row) - num_queries
+    visible = own + tl.minimum(first_query + QUERIES, num_queries)
+    share = tl.cdiv(tl.cdiv(visible, tl.num_programs(2)), KEYS) * KEYS
+    share = tl.maximum(share, min_share)
+    begin = split * share
+    end = tl.minimum(begin + share, visible)
+
+    pair = tl.arange(0, ROWS)
+    number = first_query + pair // GROUP
+    token = (first_token + number).to(tl.int64)
+    query_of = head * GROUP + pair % GROUP
+    real = (pair < QUERIES * GROUP) & (number < num_queries)
+    lse_at = share_lse + token * lse_token + query_of * lse_head + split * lse_split
+    if begin >= end:
+        tl.store(lse_at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
+        return
+
+    channel = tl.arange(0, CHANNELS)
+    in_head = channel < HEAD_SIZE
+    real_channels = real[:, None] & in_head[None, :]
+    q = tl.load(
+        query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
+        mask=real_channels,
+        other=0.0,
+    )
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, CHANNELS], tl.float32)
+    for tile in range(begin, end, KEYS):
+        key = tile + tl.arange(0, KEYS)
+        held = key < end
+        offset = _token_offsets(
+            key,
+            held,
+            run_blocks,
+            first_page,
+            run_pages,
+            tail_blocks,
+            layer,
+            head,
+            layer_stride,
+            block_stride,
+            head_stride,
+            token_stride,
+            HEADS,
+            PAGES_PER_BLOCK,
+            BLOCK_SIZE,
+        )
+        k = tl.load(
+            keys + offset[None, :] + channel[:, None], mask=held[None, :] & in_head[:, None], other=0.0
+        )
+        v = tl.load(
+            values + offset[:, None] + channel[None, :], mask=held[:, None] & in_head[None, :], other=0.0
+        )
+        logits = dot(q, k) * inner
+        if SOFT_CAP:
+            logits = tanh(logits) * outer
+        seen = held[None, :] & (key[None, :] <= (own + number)[:, None])
+        logits = tl.where(seen, logits, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        # A query may see no key of this tile, nor of any before: -inf less -inf must not become NaN.
+        level = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp2(logits - level[:, None])
+        shrink = tl.exp2(peak - level)
+        total = total * shrink + tl.sum(weights, 1)
+        result = result * shrink[:, None] + dot(weights.to(v.dtype), v)
+        peak = new_peak
+
+    some = total > 0.0
+    divisor = tl.where(some, total, 1.0)
+    lse = tl.where(some, (peak + tl.log2(divisor)) * 0.6931471805599453, -float("inf"))
+    tl.store(lse_at, lse, mask=real)
+    result = result / divisor[:, None]
+    out_at = share_out + token * out_token + query_of * out_head + split * out_split
+    tl.store(out_at[:, None] + channel[None, :], result.to(share_out.dtype.element_ty), mask=real_channels)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _merge_kernel(
+    share_out,  # [T, Hq, SPLITS, D] float32
+    share_lse,  # [T, Hq, SPLITS] float32; -inf where a share is empty, and its share_out was never written
+    out,
+    lse,  # [T, Hq] float32
+    row_slot,
+    query_start_loc,
+    num_rows,
+    out_token,
+    out_head,
+    COMPACTED_ONLY: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALL: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    idle = token >= tl.load(query_start_loc + num_rows)
+    if COMPACTED_ONLY:
+        row = _find_row(token, query_start_loc, num_rows, 1, 0)
+        idle = idle | (tl.load(row_slot + row) < 0)
+    if idle:
+        return
+    pair = token * tl.num_programs(1) + head
+    every = tl.arange(0, ALL)
+    share = tl.load(share_lse + pair * SPLITS + every, mask=every < SPLITS, other=-float("inf"))
+    peak = tl.max(share, 0)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.sum(tl.exp(share - peak), 0)
+
+    channel = tl.arange(0, CHANNELS)
+    in_head = channel < HEAD_SIZE
+    result = tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, SPLITS, AT_ONCE):
+        some = pair * SPLITS + first + tl.arange(0, AT_ONCE)
+        present = first + tl.arange(0, AT_ONCE) < SPLITS
+        share = tl.load(share_lse + some, mask=present, other=-float("inf"))
+        weight = tl.exp(share - peak)
+        part = tl.load(
+            share_out + some[:, None] * HEAD_SIZE + channel[None, :],
+            mask=(share > -float("inf"))[:, None] & in_head[None, :],
+            other=0.0,
+        )
+        result += tl.sum(part * weight[:, None], 0)
+
+    divisor = tl.where(total > 0.0, total, 1.0)
+    tl.store(lse + pair, tl.where(total > 0.0, peak + tl.log(divisor), -float("inf")))
+    out_at = out + token * out_token + head * out_head + channel
+    tl.store(out_at, (result / divisor).to(out.dtype.element_ty), mask=in_head)

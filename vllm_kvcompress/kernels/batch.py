@@ -1,0 +1,40 @@
+"""What the attention kernel reads of compacted requests and of a batch."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Where the runs of compacted requests are: arrays that stay in place, indexed by state slot.
+
+    Attributes:
+        destination: `[S, n]` int32, each request's compacted blocks in order.
+        start: `[S, L·H + 1]` int32; the run of (layer l, head h) goes from linear page start[l·H + h] up to
+            the next entry.
+        boundary: `[S]` int32, first raw token, a multiple of the block size.
+    """
+
+    destination: Tensor
+    start: Tensor
+    boundary: Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a batch.
+
+    Attributes:
+        slot: `[R]` int32 or int64, each row's state slot in `Runs`; -1 if it is not compacted.
+        block_table: `[R, W]` int32, vLLM's blocks by position; columns below the boundary are not read.
+        seq_lens: `[R]` int32, tokens of each row by position, this step's included.
+        query_start_loc: `[R + 1]` int32; a row without queries is padding.
+        max_query_len: queries of the longest row, or a bound on it; it fixes the grid.
+    """
+
+    slot: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    query_start_loc: Tensor
+    max_query_len: int

@@ -1,0 +1,79 @@
+"""Attention over a compacted head in plain PyTorch: the specification that every kernel is tested against."""
+
+import torch
+from torch import Tensor
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
+    """Causal attention of one KV head's group over the tokens that the head kept.
+
+    The last query sees every key, and each earlier one sees one key less: all kept tokens below the boundary
+    precede every query.
+
+    Args:
+        query: `[q, G, D]`, the newest q tokens.
+        keys: `[n, D]`, kept tokens then raw tail, in position order; the last q belong to the queries.
+        values: `[n, D]`.
+        scale: softmax scale of the layer.
+        logits_soft_cap: cap of `cap·tanh(logits / cap)`; 0 for none.
+
+    Returns:
+        `[q, G, D]` float32.
+    """
+    weights = causal_logits(query, keys, scale, logits_soft_cap).softmax(-1)
+    return torch.einsum("gqn,nd->qgd", weights, values.float())
+
+
+def causal_logits(query: Tensor, keys: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
+    """What `attend` takes the softmax of, `[G, q, n]` float32; -inf where a query precedes a key."""
+    num_queries, num_keys = query.shape[0], keys.shape[0]
+    logits = torch.einsum("qgd,nd->gqn", query.float(), keys.float()) * scale
+    if logits_soft_cap:
+        logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+    newest = torch.arange(num_queries, device=keys.device)[:, None] + num_keys - num_queries
+    return logits.masked_fill(torch.arange(num_keys, device=keys.device) > newest, -torch.inf)
+
+
+def attend_paged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    destination: Tensor,
+    start: Tensor,
+    tail: Tensor,
+    tail_len: int,
+    layer: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row over its runs and its raw tail; a row without compaction has no destination.
+
+    Args:
+        query: `[q, Hq, D]`, the row's newest q tokens.
+        keys: `[L, B, H, N, D]`.
+        values: `[L, B, H, N, D]`.
+        destination: `[n]` int64 on the CPU, its compacted blocks.
+        start: `[L·H + 1]` int64 on the CPU, where each (layer, head)'s run begins; all 0 without compaction.
+        tail: `[m]` int64 on the CPU, its raw blocks from the boundary on.
+        tail_len: tokens that they hold.
+        layer: which of the L layers.
+        scale: softmax scale of the layer.
+        logits_soft_cap: 0 for none.
+
+    Returns:
+        `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
+    """
+    num_layers, _, heads, block_size, _ = keys.shape
+    outputs, lses = [], []
+    for head, group in enumerate(query.unflatten(1, (heads, -1)).unbind(1)):
+        run = torch.arange(*start[layer * heads + head :][:2].tolist())
+        slot = run % (num_layers * heads)  # a block holds one page of each layer and head, of whichever owner
+        pages = slot // heads, destination[run // (num_layers * heads)], slot % heads
+        held = len(run) * block_size + tail_len
+        own_keys, own_values = (
+            torch.cat([cache[pages], cache[layer, tail, head]]).flatten(0, 1)[:held]
+            for cache in (keys, values)
+        )
+        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap))
+        lses.append(causal_logits(group, own_keys, scale, logits_soft_cap).logsumexp(-1).T)
+    return torch.cat(outputs, 1), torch.cat(lses, 1)

@@ -1,0 +1,108 @@
+"""What a configuration means in tokens and blocks: compaction points, plans, peaks, memory for queries."""
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from vllm_kvcompress.config import DEFAULT_WINDOW, KVCompressionConfig
+
+SPARE_QUERIES = 32  # kept beyond a window: rejected drafts overwrite the oldest
+PROMPTS_AT_ONCE = 32  # for whose queries there is memory on a GPU
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What compacting a request will do, known before its scores are.
+
+    Attributes:
+        boundary: first token that stays raw, a multiple of the block size.
+        source_blocks: blocks below the boundary, as if all of them were raw.
+        kept_blocks: blocks of compacted pages that stand for them.
+    """
+
+    boundary: int
+    source_blocks: int
+    kept_blocks: int
+
+    @classmethod
+    def of(
+        cls, config: KVCompressionConfig, num_tokens: int, block_size: int, held: "Plan | None" = None
+    ) -> "Plan | None":
+        """What compacting a request would do; None if nothing would be freed or it is disabled.
+
+        Args:
+            config: its options.
+            num_tokens: tokens computed so far.
+            block_size: tokens per block.
+            held: its last compaction.
+        """
+        if not config.enabled:
+            return None
+        source = max(0, num_tokens - config.recent_tokens) // block_size
+        kept = _kept_blocks(config, source, block_size)
+        now = held.kept_blocks + source - held.source_blocks if held else source
+        if kept >= now:
+            return None
+        return cls(source * block_size, source, kept)
+
+
+def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int | None = None) -> int | None:
+    """The number of computed tokens at which a request is compacted first, or next after `point`.
+
+    It depends on the request alone, so that what is kept does not depend on what else was running.
+    """
+    if point is None or point < num_prompt_tokens:
+        if config.when == "prompt":
+            return num_prompt_tokens
+        assert config.interval is not None
+        return min(num_prompt_tokens, (point or 0) + config.interval)
+    return None if config.interval is None else point + config.interval
+
+
+def peak_blocks(config: KVCompressionConfig, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
+    """Blocks that a request holds at most.
+
+    Args:
+        config: its options.
+        num_prompt_tokens: its prompt's length.
+        num_tokens: its length at its end.
+        block_size: tokens per block.
+    """
+    whole = -(-num_tokens // block_size)
+    if not config.enabled or config.interval is None:
+        return whole
+    raw = -(-(config.interval + config.recent_tokens) // block_size) + 2  # the edges of two boundaries
+    bounded = min(whole, _kept_blocks(config, whole, block_size) + raw)
+    if config.when == "prompt":
+        return max(-(-num_prompt_tokens // block_size), bounded)
+    return bounded
+
+
+def ring_tokens(config: KVCompressionConfig) -> int:
+    """Queries that are kept of a request for its policy's window; 0 without one."""
+    return config.observed_window + SPARE_QUERIES if config.observed_window else 0
+
+
+def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens: int, group: int) -> int:
+    """Queries for which there is memory on a GPU, where they take from the cache's.
+
+    Enough for some prompts at a time, or for every request if rings last as long as their requests do,
+    but no more than an eighth of the memory; requests beyond it wait before they start.
+
+    Args:
+        config: the engine's options.
+        max_num_seqs: requests that run at a time.
+        num_cache_tokens: tokens whose keys and values fit the memory, rings and cache together.
+        group: query heads of each KV head.
+    """
+    at_once = max_num_seqs if config.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)
+    wanted = at_once * max(ring_tokens(config), DEFAULT_WINDOW + SPARE_QUERIES)
+    return min(wanted, num_cache_tokens // 8 * 2 // group)
+
+
+def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int) -> int:
+    # Through the decimal form, so that a budget of 0.14 keeps 7 blocks of 50 and not 8.
+    kept = math.ceil(Fraction(str(config.budget)) * source)
+    if config.max_tokens_kept is not None:
+        kept = min(kept, config.max_tokens_kept // block_size)
+    return max(kept, -(-config.sink_tokens // block_size), min(source, 1))

@@ -1,0 +1,319 @@
+"""Keeps what policies need of queries, whatever chunks they are computed in."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.paging.job import Job, Repetition
+from vllm_kvcompress.plan import SPARE_QUERIES
+from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.rotary import Rotary
+from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.tables import RequestTable
+
+
+@dataclass(frozen=True)
+class LayerAttention:
+    """A layer's own constants: policies must not guess them.
+
+    Attributes:
+        scale: softmax scale.
+        logits_soft_cap: 0 for none.
+        rotary: its position embedding; None if it has none.
+        output_projection: makes `[H, G, D, hidden]`, the projection behind it.
+        index: its number in the whole model, counted from 0.
+    """
+
+    scale: float
+    logits_soft_cap: float
+    rotary: Rotary | None = None
+    output_projection: Callable[[], Tensor] | None = None
+    index: int = 0
+
+
+@dataclass
+class Observed:
+    """What is kept of one request's queries.
+
+    Attributes:
+        policy: whose needs these are.
+        ring: `[L, w + SPARE_QUERIES, Hq, D]`, the query of position p in slot p mod its length; None without
+            a window.
+        states: per layer, what the policy's `observe` returned last.
+        drafts: per layer, the first position of the last step's drafts, and their queries `[n, Hq, D]`; the
+            next step tells how many of them were accepted.
+    """
+
+    policy: Policy
+    ring: Tensor | None
+    states: list[Any]
+    drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+
+    def window(self, layer: int, num_tokens: int) -> Tensor:
+        """Queries `[w, Hq, D]` of the last w of `num_tokens` tokens."""
+        assert self.ring is not None
+        return self.ring[layer, self._slots(num_tokens - self.policy.window, num_tokens)]
+
+    def record(self, layer: int, first: int, queries: Tensor) -> None:
+        """Put queries `[n, Hq, D]` of positions from `first` on into the ring."""
+        if self.ring is not None:
+            newest = queries[-self.ring.shape[1] :]
+            end = first + len(queries)
+            self.ring[layer, self._slots(end - len(newest), end)] = newest
+
+    def accumulate(
+        self, layer: int, first: int, queries: Tensor, num_drafts: int, context: "RowContext"
+    ) -> None:
+        """Have the policy observe queries `[n, Hq, D]` of positions from `first` on.
+
+        The last `num_drafts` of them wait, as they may be rejected; of those that waited, the ones below
+        `first` were accepted.
+        """
+        end = first + len(queries) - num_drafts
+        certain = queries[: end - first]
+        if layer in self.drafts:
+            waited_from, waited = self.drafts.pop(layer)
+            certain = torch.cat([waited[: first - waited_from], certain])
+        if num_drafts:
+            self.drafts[layer] = end, queries[end - first :].clone()
+        if len(certain):
+            seen = context.observe(layer, certain, end)
+            self.states[layer] = self.policy.observe(replace(seen, state=self.states[layer]))
+
+    def _slots(self, begin: int, end: int) -> Tensor:
+        assert self.ring is not None
+        return torch.arange(begin, end, device=self.ring.device) % self.ring.shape[1]
+
+
+class Span(Protocol):
+    """Tokens of one step whose queries are observed."""
+
+    def record(self, layer: int, query: Tensor) -> None:
+        """Note a layer's queries `[tokens, Hq, D]`, once its keys are in the cache."""
+
+
+@dataclass(frozen=True)
+class QuerySpan:
+    """One row of a batch.
+
+    Attributes:
+        observed: its request's record.
+        tokens: the row's tokens in the batch.
+        first: position of the first one.
+        context: what is needed to read the request's keys.
+        ring: whether to write the ring, too.
+        num_drafts: how many of the tokens, the last ones, are drafts.
+    """
+
+    observed: Observed
+    tokens: slice
+    first: int
+    context: "RowContext"
+    ring: bool
+    num_drafts: int
+
+    def record(self, layer: int, query: Tensor) -> None:
+        own = query[self.tokens]
+        if self.ring:
+            self.observed.record(layer, self.first, own)
+        if self.observed.policy.accumulates:
+            self.observed.accumulate(layer, self.first, own, self.num_drafts, self.context)
+
+
+@dataclass(frozen=True)
+class RepeatedSpan:
+    """One row of a batch that repeats a part of the context of `observed`'s request.
+
+    As the authors of KVzip do, the attention is over the attention sinks, the part and the repetition alone.
+    """
+
+    observed: Observed
+    tokens: slice
+    first: int
+    context: "RowContext"
+    part: Repetition
+
+    def record(self, layer: int, query: Tensor) -> None:
+        skipped = max(self.part.num_context - self.first, 0)  # the context's last, incomplete block again
+        own = query[self.tokens][skipped:]
+        if not len(own):
+            return
+        end = self.first + skipped + len(own)
+        seen = self.context.observe(layer, own, end)
+        policy, states = self.observed.policy, self.observed.states
+        sinks = min(policy.sinks, self.part.begin)
+        ranges = (0, sinks), (self.part.begin, self.part.end), (self.part.num_context, end)
+        columns = torch.cat([torch.arange(*each, device=query.device) for each in ranges])
+        state = policy.observe(
+            replace(
+                seen,
+                keys=seen.keys[:, columns],
+                kept_positions=columns.expand(len(seen.keys), -1),
+                state=None,
+            )
+        )
+        if states[layer] is None:
+            states[layer] = state.new_zeros(len(state), self.part.num_context)
+        own_part = states[layer][:, self.part.begin : self.part.end]
+        torch.maximum(own_part, state[:, sinks : sinks + own_part.shape[1]], out=own_part)
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """Reads the keys of one row of a batch.
+
+    Attributes:
+        cache: every page.
+        layers: the layers' constants.
+        table: what the request is compacted to, if it is.
+        blocks: `[n]` int64, its raw blocks.
+    """
+
+    cache: PagedCache
+    layers: Sequence[LayerAttention]
+    table: RequestTable | None
+    blocks: Tensor
+
+    def observe(self, layer: int, queries: Tensor, num_tokens: int) -> LayerObservation:
+        """A layer as its newest queries `[n, Hq, D]` see it."""
+        pages = self.cache.context(layer, self.table, self.blocks)
+        block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
+        boundary = 0 if self.table is None else self.table.boundary
+        raw = num_tokens - boundary
+        width = (pages.shape[1] - len(self.blocks)) * block_size + raw
+        keys = self.cache.read_keys(pages)[:, :width]
+        padding = (pages < 0).sum(1) * block_size
+        attention = self.layers[layer]
+        return LayerObservation(
+            keys=keys,
+            values=keys[..., :0],
+            queries=queries.unflatten(1, (heads, -1)),
+            scale=attention.scale,
+            num_scored=width,
+            num_tokens=num_tokens,
+            logits_soft_cap=attention.logits_soft_cap,
+            padding=padding if bool(padding.any()) else None,
+            rotary=attention.rotary,
+            layer=attention.index,
+            kept_positions=None if self.table is None else self.table.column_positions(layer, num_tokens),
+        )
+
+
+@dataclass
+class Observer:
+    """Records of the requests that will be compacted, or compacted again.
+
+    Records are by position, so chunked prefill, short last chunks and the replay after a preemption all leave
+    the same content.
+
+    Attributes:
+        cache: every page.
+        layers: the layers' constants.
+        num_query_heads: Hq on this rank.
+        head_size: D.
+        dtype: of the queries.
+        tables: request id to the pages of each compacted request.
+        kernel_writes_rings: whether the attention backend has a kernel write the rings, in place of spans.
+        num_drafts: request id to the number of drafts among this step's tokens.
+    """
+
+    cache: PagedCache
+    layers: Sequence[LayerAttention]
+    num_query_heads: int
+    head_size: int
+    dtype: torch.dtype
+    tables: dict[str, RequestTable]
+    kernel_writes_rings: bool = False
+    num_drafts: dict[str, int] = field(default_factory=dict)
+    _observed: dict[str, Observed] = field(default_factory=dict)
+    _repetitions: dict[str, Repetition] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._observed)
+
+    def watch(self, request_id: str, policy: Policy) -> None:
+        """Start to keep what a policy needs of a request."""
+        shape = len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size
+        ring = torch.zeros(shape, dtype=self.dtype, device=self.cache.device) if policy.window else None
+        self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers))
+
+    def watch_repetition(self, repetition: Repetition) -> None:
+        """Start to keep what a repeating request tells of its owner's context."""
+        self._repetitions[repetition.request_id] = repetition
+
+    def of(self, request_id: str) -> Observed | None:
+        """A request's record, if it has one."""
+        return self._observed.get(request_id)
+
+    def settle(self, job: Job) -> None:
+        """Have the policy observe the drafts before a compaction that were accepted."""
+        observed = self._observed.get(job.request_id)
+        if observed is None or not observed.drafts:
+            return
+        blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=self.cache.device)
+        context = RowContext(self.cache, self.layers, self.tables.get(job.request_id), blocks)
+        for layer, (_, waiting) in list(observed.drafts.items()):
+            observed.accumulate(layer, job.num_tokens, waiting[:0], 0, context)
+
+    def ring(self, request_id: str) -> Tensor | None:
+        """A request's query ring `[L, C, Hq, D]`, if it has one."""
+        observed = self._observed.get(request_id)
+        return None if observed is None else observed.ring
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request's record, if it has one."""
+        self._observed.pop(request_id, None)
+        self._repetitions.pop(request_id, None)
+
+    @property
+    def needs_spans(self) -> bool:
+        """Whether any row of a batch could have to be noted by a span."""
+        if not self.kernel_writes_rings:
+            return bool(self._observed)
+        return bool(self._repetitions) or any(seen.policy.accumulates for seen in self._observed.values())
+
+    def spans(
+        self,
+        request_ids: Sequence[str | None],
+        query_start_loc: Tensor,
+        seq_lens: Tensor,
+        block_table: Tensor,
+    ) -> list[Span]:
+        """Which of this step's tokens to note.
+
+        Args:
+            request_ids: one per row; None for rows of no request.
+            query_start_loc: `[R + 1]`, on the CPU.
+            seq_lens: `[R]`, tokens of each row including this step's.
+            block_table: `[R, W]`, vLLM's blocks by position.
+        """
+        spans: list[Span] = []
+        for row, request_id in enumerate(request_ids):
+            if request_id is None:
+                continue
+            repetition = self._repetitions.get(request_id)
+            observed = self._observed.get(repetition.owner_id if repetition else request_id)
+            if (
+                observed is None
+                or self.kernel_writes_rings
+                and not repetition
+                and not observed.policy.accumulates
+            ):
+                continue
+            begin, end = query_start_loc[row : row + 2].tolist()
+            seq_len = int(seq_lens[row])
+            table = self.tables.get(request_id)
+            boundary = 0 if table is None else table.boundary
+            block_size = self.cache.grid.block_size
+            blocks = block_table[row, boundary // block_size : -(-seq_len // block_size)].long()
+            context = RowContext(self.cache, self.layers, table, blocks)
+            row_span = (observed, slice(begin, end), seq_len - (end - begin), context)
+            if repetition:
+                spans.append(RepeatedSpan(*row_span, repetition))
+            else:
+                num_drafts = self.num_drafts.get(request_id, 0)
+                spans.append(QuerySpan(*row_span, not self.kernel_writes_rings, num_drafts))
+        return spans

@@ -1,0 +1,79 @@
+"""What a worker knows of the requests it has compacted or is about to."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvcompress.requests.observer import Observer
+from vllm_kvcompress.requests.runs import RunArrays
+from vllm_kvcompress.requests.tables import BatchTables, RequestTable
+
+
+class Rows(Protocol):
+    """Which request each row of the current batch belongs to; one implementation per model runner."""
+
+    def request_ids(self, metadata: CommonAttentionMetadata) -> Sequence[str | None]:
+        """One id per row; None for the padding rows of a captured graph."""
+
+
+class RunnerV1Rows:
+    """Rows of Model Runner V1: the persistent batch is in row order."""
+
+    def __init__(self, model_runner) -> None:
+        self._runner = model_runner
+
+    def request_ids(self, metadata: CommonAttentionMetadata) -> Sequence[str | None]:
+        ids = self._runner.input_batch.req_ids[: metadata.num_reqs]
+        return [*ids, *[None] * (metadata.num_reqs - len(ids))]
+
+
+class RunnerV2Rows:
+    """Rows of Model Runner V2, which tells each row's place in its request states."""
+
+    def __init__(self, model_runner) -> None:
+        self._ids: dict[int, str] = model_runner.req_states.index_to_req_id
+
+    def request_ids(self, metadata: CommonAttentionMetadata) -> Sequence[str | None]:
+        assert metadata.req_idx is not None
+        ids = [self._ids.get(index) for index in metadata.req_idx.tolist()]
+        return [*ids, *[None] * (metadata.num_reqs - len(ids))]
+
+
+class CompressionState:
+    """Shared by the worker, which changes it between steps, and the attention builder, which reads it.
+
+    Attributes:
+        tables: request id to the pages of each compacted request.
+        batch: the tables of the current batch; for vLLM's CPU kernel.
+        runs: the tables of all requests on the GPU; for our own kernel, None elsewhere.
+        observer: what is kept of the queries of requests to be compacted.
+        rows: the row adapter.
+        live: False while vLLM computes batches of its own making, whose rows only look like requests.
+    """
+
+    def __init__(self, rows: Rows, observer: Observer, runs: RunArrays | None = None) -> None:
+        self.rows = rows
+        self.observer = observer
+        self.runs = runs
+        self.tables: dict[str, RequestTable] = observer.tables
+        self.batch = BatchTables()
+        self.live = False
+
+    @property
+    def active(self) -> bool:
+        """Whether any row of a batch could need more than vLLM's own path."""
+        return self.live and (bool(self.tables) or bool(len(self.observer)))
+
+    def put(self, request_id: str, table: RequestTable) -> None:
+        """Note what a request is compacted to."""
+        self.tables[request_id] = table
+        if self.runs is not None:
+            self.runs.put(request_id, table)
+
+    def forget(self, request_id: str) -> None:
+        """Drop everything known of a request."""
+        self.tables.pop(request_id, None)
+        self.observer.forget(request_id)
+        if self.runs is not None:
+            self.runs.drop(request_id)

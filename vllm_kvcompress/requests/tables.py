@@ -1,0 +1,126 @@
+"""What requests are compacted to, and block tables in which every KV head is a sequence of its own."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.paging.layout import PageGrid
+
+SPARE_COLUMNS = 8  # raw-tail pages a table can take before it is widened
+
+
+class RequestTable:
+    """What one request is compacted to.
+
+    Attributes:
+        grid: the cache's geometry.
+        destination: `[n]` int64, its compacted blocks.
+        counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
+        boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
+        positions: `[n·L·H, N]` int32, the kept tokens' positions in the sequence, in run order; None if
+            nobody will ask.
+        num_tail: raw blocks that `pages` shows.
+    """
+
+    def __init__(
+        self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int, positions: Tensor | None
+    ) -> None:
+        self.grid = grid
+        self.destination = destination
+        self.counts = counts
+        self.boundary = boundary
+        self.positions = positions
+        self.num_tail = 0
+        self._ends = [0, *counts.sum(1).cumsum(0).tolist()]  # linear pages, layer by layer
+
+    @functools.cached_property
+    def run_tokens(self) -> Tensor:
+        """`[L, H]` int32, tokens that each head kept below the boundary."""
+        return (self.counts * self.grid.block_size).to(torch.int32)
+
+    @functools.cached_property
+    def pages(self) -> Tensor:
+        """`[L, H, W]` int32 physical pages, in token order: a head's run, then its share of the raw tail.
+
+        Entries past a head's length are 0.
+        """
+        width = int(self.counts.max()) + SPARE_COLUMNS
+        pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
+        in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
+        # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
+        pages[in_run] = self.grid.linear_pages(self.destination).to(torch.int32)
+        return pages
+
+    def right_aligned(self, layer: int) -> Tensor:
+        """Pages of a layer's runs, every head's last page in the last column, `[H, W]` int64; -1 before."""
+        own = self.grid.linear_pages(self.destination, *self._ends[layer : layer + 2])
+        return self._align(layer, own, -1)
+
+    def right_aligned_positions(self, layer: int) -> Tensor:
+        """Token positions of `right_aligned`'s columns, `[H, W·N]` int64; 0 before a head's first."""
+        assert self.positions is not None
+        own = self.positions[slice(*self._ends[layer : layer + 2])].long()
+        return self._align(layer, own, 0).flatten(1)
+
+    def column_positions(self, layer: int, num_tokens: int) -> Tensor:
+        """Token positions of a layer's runs, aligned at their ends, then of the raw tail, `[H, W]` int64."""
+        tail = torch.arange(self.boundary, num_tokens, device=self.counts.device)
+        return torch.cat([self.right_aligned_positions(layer), tail.expand(self.counts.shape[1], -1)], 1)
+
+    def _align(self, layer: int, own: Tensor, nothing: int) -> Tensor:
+        """A layer's pages `[pages, ...]`, in run order, as `[H, W, ...]`."""
+        counts = self.counts[layer]
+        width = int(counts.max())
+        out = own.new_full((len(counts), width, *own.shape[1:]), nothing)
+        out[torch.arange(width, device=own.device) >= width - counts[:, None]] = own
+        return out
+
+    def num_tail_blocks(self, seq_len: int) -> int:
+        """Blocks that the raw tail of a sequence of `seq_len` tokens spans."""
+        return -(-(seq_len - self.boundary) // self.grid.block_size)
+
+    def append_tail(self, block_ids: Tensor) -> None:
+        """Add the next raw blocks (`[m]` int64) to every head's row."""
+        columns = self.counts[..., None] + self.num_tail + torch.arange(len(block_ids))
+        pages = self.pages
+        self.num_tail += len(block_ids)
+        missing = int(columns.max()) + 1 - pages.shape[-1]
+        if missing > 0:
+            pages = torch.nn.functional.pad(pages, (0, missing + SPARE_COLUMNS))
+        self.pages = pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
+
+
+class BatchTables:
+    """Tables of a batch's compacted rows for all layers at once, rebuilt only when a row changes.
+
+    Attributes:
+        pages: `[L, R·H, W]` int32.
+        run_tokens: `[L, R·H]` int32, run length minus boundary; plus the sequence length it is the number
+            of tokens that a head attends over.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[int, int], ...] = ()
+        self._tables: list[RequestTable] = []
+
+    def update(self, tables: Sequence[RequestTable]) -> None:
+        """Show the given requests, one row of H sequences each, in order."""
+        key = tuple((id(table), table.num_tail) for table in tables)
+        if key == self._key:
+            return
+        self._key = key
+        self._tables = list(tables)  # keeps the ids in `key` from being reused
+        layers, heads = tables[0].counts.shape
+        width = max(table.pages.shape[-1] for table in tables)
+        pages = torch.zeros(layers, len(tables), heads, width, dtype=torch.int32)
+        for row, table in enumerate(tables):
+            pages[:, row, :, : table.pages.shape[-1]] = table.pages
+        self.pages = pages.view(layers, -1, width)
+        self.run_tokens = torch.stack([t.run_tokens - t.boundary for t in tables], 1).view(layers, -1)
+
+    def seq_lens(self, seq_lens: Tensor) -> Tensor:
+        """Physical lengths `[L, R·H]` int32 of rows whose logical lengths are `[R]` int32."""
+        heads = self.run_tokens.shape[1] // seq_lens.shape[0]
+        return self.run_tokens + seq_lens.to(torch.int32).repeat_interleave(heads)
