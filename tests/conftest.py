@@ -1,4 +1,4 @@
-"""What every test shares: vLLM's environment, the small real model, and long prompts of real prose."""
+"""What every test shares: a core of its own, vLLM's environment, models, and long prompts of real prose."""
 
 import os
 import random
@@ -10,6 +10,13 @@ from hypothesis import settings
 
 settings.register_profile("shared_machine", deadline=None)  # the first example also pays for imports
 settings.load_profile("shared_machine")
+
+if _worker := os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes: "gw0", "gw1", ...
+    _cores = sorted(os.sched_getaffinity(0))
+    _core = _cores[int(_worker.removeprefix("gw")) % len(_cores)]
+    # Its engines and every command that its tests start stay on this core.
+    os.sched_setaffinity(0, {_core})
+    os.environ.update(VLLM_CPU_OMP_THREADS_BIND=str(_core), OMP_NUM_THREADS="1")
 
 # Read by vLLM and its libraries when they are first imported, so set before any test module imports them.
 # What the caller has set stays.
@@ -24,9 +31,30 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+# Those that take longest, which start first so that all processes end at about the same time. Neighbours here
+# share engines.
+LONGEST = [
+]
+GIB_PER_PROCESS = 5
+
 NOVEL = Path(__file__).parents[1] / "examples" / "pride_and_prejudice.txt"
 
 LongText = Callable[..., str]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per core that memory suffices for; 0, this process alone, for one core or one file."""
+    if len(config.args) == 1 and not Path(config.args[0].partition("::")[0]).is_dir():
+        return 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    processes = min(len(os.sched_getaffinity(0)), int(memory / GIB_PER_PROCESS))
+    return processes if processes > 1 else 0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    rank = {here / name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +70,37 @@ def tokenizer(smollm2: Path):
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def random_model(tokenizer, tmp_path_factory) -> Path:
+    """A Llama with random weights and SmolLM2's tokenizer: 4 layers, 3 KV heads, groups of 2, head size 32.
+
+    A step takes it a twentieth of SmolLM2's time. Attention is far from uniform and as sharp as its head has it,
+    so that heads differ in what they keep, in how much, and all of it shows in the answer.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=8192,
+        initializer_range=0.15,
+    )
+    folder = tmp_path_factory.mktemp("models") / "random-llama"
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        sharpness = torch.tensor([0.3, 1.0, 2.0])[torch.randperm(3)]
+        layer.self_attn.k_proj.weight.data *= sharpness.repeat_interleave(32)[:, None]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

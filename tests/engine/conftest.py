@@ -1,19 +1,12 @@
-"""One engine with compression and one without, shared by the tests of this folder: a start takes 20 s."""
+"""Engines shared by the tests of a process, by configuration."""
 
-import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-for _name, _value in {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0-1",
-    "HF_HUB_OFFLINE": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
 
-
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def nothing_compiled():
     """vLLM compiles a piece of its sampler for every new batch shape, 10 s each."""
     import torch
@@ -22,22 +15,38 @@ def nothing_compiled():
         yield
 
 
-@pytest.fixture(scope="package")
-def shared_engine(smollm2):
-    """SnapKV at budget 0.25 unless a request asks for something else."""
+@pytest.fixture(scope="session")
+def engines(nothing_compiled) -> Callable:
+    """`engines(model, compression=None, **options)`: the process's engine of that configuration.
+
+    Stock without a compression, in its string form.
+    """
     from harness import Engine, start
 
     from vllm_kvcompress import KVCompressionConfig
 
-    return Engine(start(smollm2, **KVCompressionConfig(method="snapkv", budget=0.25).engine_kwargs()))
+    started: dict[str, Engine] = {}
+
+    def get(model: Path, compression: str | None = None, **options) -> Engine:
+        key = repr((model, compression, sorted(options.items())))
+        if key not in started:
+            ours = {} if compression is None else KVCompressionConfig.parse(compression).engine_kwargs()
+            started[key] = Engine(start(model, **options, **ours))
+        return started[key]
+
+    return get
 
 
-@pytest.fixture(scope="package")
-def stock(smollm2, shared_engine):
+@pytest.fixture(scope="session")
+def shared_engine(engines, random_model):
+    """SnapKV at budget 0.25 unless a request asks for something else."""
+    return engines(random_model, "snapkv:budget=0.25")
+
+
+@pytest.fixture(scope="session")
+def stock(engines, random_model, shared_engine):
     """vLLM as it is without configuration, made after an engine with compression in the same process."""
-    from harness import Engine, start
-
-    return Engine(start(smollm2))
+    return engines(random_model)
 
 
 @pytest.fixture

@@ -169,23 +169,17 @@ def test_a_streamed_prompt_does_not_depend_on_what_is_cached(engine, long_ids):
 
 
 @pytest.fixture(scope="module")
-def small_pool(smollm2):
+def small_pool(engines, random_model):
     """An engine whose pool holds 767 tokens and whose requests may have 4096."""
-    from harness import Engine, start
-
-    from vllm_kvcompress import KVCompressionConfig
-
-    config = KVCompressionConfig.parse(
-        "snapkv:budget=0.25,when=streaming,recompact_every=128,max_tokens_kept=256"
-    )
-    return Engine(start(smollm2, num_gpu_blocks_override=25, **config.engine_kwargs()))
+    config = "snapkv:budget=0.25,when=streaming,recompact_every=128,max_tokens_kept=256"
+    return engines(random_model, config, num_gpu_blocks_override=25)
 
 
-def test_stock_refuses_a_pool_smaller_than_its_longest_request(smollm2):
+def test_stock_refuses_a_pool_smaller_than_its_longest_request(random_model):
     from harness import start
 
     with pytest.raises(ValueError, match="max_model_len|max seq len"):
-        start(smollm2, num_gpu_blocks_override=25)
+        start(random_model, num_gpu_blocks_override=25)
 
 
 def test_a_prompt_several_times_larger_than_the_pool_is_served(small_pool, long_ids):

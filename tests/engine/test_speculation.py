@@ -2,11 +2,11 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
-from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling, start, tokens
-
-from vllm_kvcompress import KVCompressionConfig
+import torch
+from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling, tokens
 
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
 NUM_TOKENS = 44
@@ -83,8 +83,27 @@ def serve(engine: Engine, names, long_ids) -> Run:
 
 
 @pytest.fixture(scope="module")
-def speculative(smollm2, shared_engine):
-    """The shared engine's twin that speculates."""
+def repetitive_model(random_model, tokenizer, tmp_path_factory) -> Path:
+    """The random model, made to say little else than six words, so that drafts are right now and then."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    model.model.embed_tokens.weight.data *= 7  # what comes next hangs on the last word more than on the others
+    model.lm_head.weight.data[6:] *= 0.1
+    folder = tmp_path_factory.mktemp("models") / "repetitive-llama"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unspeculative(engines, repetitive_model) -> Engine:
+    return engines(repetitive_model, "snapkv:budget=0.25")
+
+
+@pytest.fixture(scope="module")
+def speculative(engines, repetitive_model, unspeculative) -> Engine:
+    """Its twin that speculates."""
     # Only now, because vLLM cannot start an engine where numba is imported: it looks for kernels in what
     # every module holds, and numba's compiler holds an object that claims to have any attribute.
     import numba
@@ -92,8 +111,7 @@ def speculative(smollm2, shared_engine):
 
     ffi._lib_fn_wrapper.get = lambda *_: None  # for the engines that are started after this one
     numba.config.THREADING_LAYER = "workqueue"  # its OpenMP layer changes the threads of vLLM's kernels
-    options = KVCompressionConfig(method="snapkv", budget=0.25).engine_kwargs()
-    return Engine(start(smollm2, speculative_config=NGRAM, **options))
+    return engines(repetitive_model, "snapkv:budget=0.25", speculative_config=NGRAM)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +140,9 @@ def drafts(speculative) -> Drafts:
 
 
 @pytest.fixture(scope="module")
-def plain(shared_engine, long_ids) -> Run:
+def plain(unspeculative, long_ids) -> Run:
     """All requests in one batch, without speculation."""
-    return serve(shared_engine, REQUESTS, long_ids)
+    return serve(unspeculative, REQUESTS, long_ids)
 
 
 @pytest.fixture(scope="module")
