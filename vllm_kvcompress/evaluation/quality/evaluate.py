@@ -312,7 +312,7 @@ def _continuation(tokenizer, document: retrieval.Document, task: str, count: int
 
 def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: int) -> list[Sample]:
     """LongBench's and RULER's samples; too long documents lose their middle, as LongBench prescribes."""
-    from vllm_kvcompress.evaluation import longbench, ruler
+    from vllm_kvcompress.evaluation.quality import longbench, ruler
 
     made: list[Sample] = []
     for task in tasks:
