@@ -59,6 +59,30 @@ def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int |
     return None if config.interval is None else point + config.interval
 
 
+def is_ever_compacted(
+    config: KVCompressionConfig, num_prompt_tokens: int, num_tokens: int, block_size: int
+) -> bool:
+    """Whether a request is compacted before it ends.
+
+    Args:
+        config: its options.
+        num_prompt_tokens: its prompt's length.
+        num_tokens: its length at its end, at most; the last one is sampled and never computed.
+        block_size: tokens per block.
+    """
+    last = num_tokens - 2  # computed before its last step
+    point = num_prompt_tokens
+    if last < num_prompt_tokens:
+        if config.when != "streaming":
+            return False
+        assert config.interval is not None
+        point = last // config.interval * config.interval
+    elif config.interval is not None:
+        point += (last - num_prompt_tokens) // config.interval * config.interval
+    # What a compaction frees only grows with the length, so it is enough to look at the last point.
+    return Plan.of(config, point, block_size) is not None
+
+
 def peak_blocks(config: KVCompressionConfig, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
     """Blocks that a request holds at most.
 

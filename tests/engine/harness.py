@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -72,6 +73,10 @@ class Compaction:
                 begin = end
         assert begin == len(rows)
         return result
+
+
+def same_kept(one, other) -> bool:
+    return torch.equal(one.counts, other.counts) and torch.equal(one.kept, other.kept)
 
 
 def external_id(internal_id: str) -> str:

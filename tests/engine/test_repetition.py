@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import first_difference, sampling
+from harness import first_difference, same_kept, sampling, tokens
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.request import RequestStatus
 
@@ -125,23 +125,49 @@ def test_a_prompt_without_room_for_its_repetition_is_refused_with_one_line(engin
 
 
 def test_two_contexts_that_are_due_at_once_do_not_block_each_other(engine, long_ids):
-    params = sampling(4, OPTIONS)
+    params = sampling(8, OPTIONS)
     prompts = [long_ids(256, seed=50), long_ids(1300, seed=51)]
-    alone = [engine.run_fresh(prompt, params) for prompt in prompts]
+    alone = []
+    for prompt in prompts:
+        engine.run_fresh(prompt, params)
+        alone.append(engine.compactions[-1])
     engine.forget_prefixes()
     with engine.squeezed(8 + 41 + 15):  # room for the smaller repetition, not for the larger one
         names = [engine.add(prompt, params) for prompt in reversed(prompts)]
         for _ in range(300):
             engine.step()
         assert not engine.llm.llm_engine.has_unfinished_requests()
-    for name, output in zip(reversed(names), alone, strict=True):
-        assert first_difference(engine.outputs.pop(name), output) is None
+    for name, compaction in zip(reversed(names), alone, strict=True):
+        late = engine.compaction_of(name)
+        assert late is None or same_kept(late, compaction)
+    assert engine.compaction_of(names[1]), "the smaller one had room"
+    engine.outputs.clear()
+
+
+def test_a_context_whose_repetition_has_no_room_goes_on_as_without_compression(engine, stock, long_ids):
+    plain = stock.run(long_ids(640, seed=55), sampling(30))
+    alone = engine.run_fresh(long_ids(640, seed=55), sampling(30, OPTIONS))
+    (on_time,) = engine.compactions
+    engine.forget_prefixes()
+    name = engine.add(long_ids(640, seed=55), sampling(30, OPTIONS))
+    engine.step_until_due(name)
+    with engine.squeezed(4):
+        for _ in range(10):
+            before = engine.live(name).num_output_tokens
+            engine.step()
+            assert engine.live(name).num_output_tokens == before + 1
+    late = engine.step_until_compacted(name)
+    engine.finish()
+    raw = late.num_computed - 640 + 1
+    assert raw > 10 and same_kept(late, on_time)
+    answer = tokens(engine.outputs.pop(name))
+    assert answer[:raw] == tokens(plain)[:raw] and tokens(alone)[1:] != tokens(plain)[1:]
 
 
 def test_a_preempted_request_does_not_come_before_a_repetition(engine, stock, long_ids):
     plain = stock.run(long_ids(224, seed=53), sampling(120))
     with engine.squeezed(40):
-        name = engine.add(long_ids(640, seed=52), sampling(4, OPTIONS))
+        name = engine.add(long_ids(640, seed=52), sampling(200, OPTIONS))
         other = engine.add(long_ids(224, seed=53), sampling(120, "off"))
         for _ in range(500):
             engine.step()

@@ -66,11 +66,14 @@ class CompressionStep:
     Attributes:
         released: requests whose compacted pages were returned (preempted or finished) before this step runs.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
+        late: requests that are due, but go on raw while there is no room for their compacted pages. What is
+            kept of their queries stays as it is, so that later they keep what they would have kept now.
         observations: requests that start to be computed in this step.
         repetitions: repeating requests that start to be computed in this step.
     """
 
     released: list[str] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
+    late: list[str] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     repetitions: list[Repetition] = field(default_factory=list)

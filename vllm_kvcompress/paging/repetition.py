@@ -96,6 +96,11 @@ class Repetitions:
         """What a request repeats, if it is a repeating one."""
         return self._announced.get(request_id)
 
+    def repeating(self, owner_id: str) -> Request | None:
+        """The request that repeats a part of an owner's context, while there is one."""
+        progress = self._progress.get(owner_id)
+        return None if progress is None else progress.repeating
+
     def announced(self, started: Iterable[str]) -> list[Repetition]:
         """The repetitions among the requests that start to be computed."""
         return [self._announced[name] for name in started if name in self._announced]

@@ -1,7 +1,6 @@
 """vLLM's schedulers, extended by the decision when a request is compacted."""
 
 import math
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
-from vllm_kvcompress.plan import Plan, next_point, peak_blocks, ring_budget, ring_tokens
+from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point, peak_blocks, ring_budget, ring_tokens
 
 
 @dataclass
@@ -27,11 +26,13 @@ class _Tracked:
         config: its own resolved options.
         point: computed tokens at which it is compacted next; None if it is not again.
         held: its last compaction.
+        late: whether it goes on raw, past its point, until there is room to compact it.
     """
 
     config: KVCompressionConfig
     point: int | None
     held: Plan | None = None
+    late: bool = False
 
 
 class _Compression:
@@ -39,6 +40,9 @@ class _Compression:
 
     A request is due once the tokens up to its next compaction point are computed: first the whole prompt
     (its first token is sampled before that, so compaction never delays it), or a part of it when streaming.
+
+    Compression is never worse than none: while there is no room for its compacted pages, a due request goes
+    on raw. Once there is, it keeps what it would have kept at its point.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -79,27 +83,18 @@ class _Compression:
     def _track(self, request: Request, config: KVCompressionConfig) -> None:
         """Remember a request that will be compacted."""
         block_size, num_prompt = self.compacting_manager.block_size, request.num_prompt_tokens
-        if not config.enabled:
-            return
-        if config.interval is None and Plan.of(config, num_prompt, block_size) is None:
+        num_tokens = min(num_prompt + request.max_tokens, self.max_model_len)
+        if not is_ever_compacted(config, num_prompt, num_tokens, block_size):
             return
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "streaming":
-            num_tokens = min(num_prompt + request.max_tokens, self.max_model_len)
             peak = peak_blocks(config, num_prompt, num_tokens, block_size)
             self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        jobs = self._compact_due()
-        while len(self.running) > 1 and self._all_wait():
-            # Requests that share blocks in a full pool wait for each other. Once one of them is gone, the
-            # others hold blocks of their own and are compacted before it can come back.
-            victim = max(self.running, key=lambda request: (request.priority, request.arrival_time))
-            self.running.remove(victim)
-            self._preempt_request(victim, time.monotonic())
-            jobs += self._compact_due()
+        jobs, late = self._compact_due()
         self._end_abandoned()
         self._ring_tokens = self._rings()
         output = super().schedule(throttle_prefills)
@@ -110,6 +105,7 @@ class _Compression:
             released=self.compacting_manager.take_released(),
             # A request may have been preempted after its Job was made; its blocks are gone by now.
             jobs=[job for job in jobs if job.request_id in compacted],
+            late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
             observations=self._observations(started),
             repetitions=self._repetitions.announced(started),
         )
@@ -120,10 +116,10 @@ class _Compression:
     ) -> int:
         num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
         # Whatever follows a compaction point is computed on compacted context, also when a preempted request
-        # replays its output or the pool has no room for the compaction yet: a request's answer must not
-        # depend on how full the pool was. So no chunk runs past the point before the request is compacted.
+        # replays its output. So no chunk runs past the point before the request is compacted, unless there is
+        # no room for that.
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None and tracked.point is not None:
+        if tracked is not None and tracked.point is not None and not tracked.late:
             num_new_tokens = min(num_new_tokens, max(tracked.point - num_computed_tokens, 0))
         if tracked is not None and request.status != RequestStatus.RUNNING and not self._start_ring(tracked):
             return 0  # it goes on waiting
@@ -184,7 +180,8 @@ class _Compression:
             self.kv_holding_waiting.prepend_request(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
-            tracked.point, tracked.held = next_point(tracked.config, request.num_prompt_tokens), None
+            tracked.point = next_point(tracked.config, request.num_prompt_tokens)
+            tracked.held, tracked.late = None, False
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
             self._abandoned += self._repetitions.abandon(request.request_id)
@@ -220,39 +217,49 @@ class _Compression:
         drafts = max(request.num_output_placeholders - 1, 0) if self.num_spec_tokens else 0
         return request.num_computed_tokens - drafts >= tracked.point
 
-    def _compact_due(self) -> list[Job]:
-        jobs = (self._compact(request) for request in list(self.running) if self._due(request))
-        return [job for job in jobs if job is not None]
+    def _compact_due(self) -> tuple[list[Job], list[str]]:
+        """Compact what is due; the Jobs, and the requests that go on raw from this step on."""
+        due = [request for request in self.running if self._due(request)]
+        jobs = [job for job in map(self._compact, due) if job is not None]
+        if jobs:  # which have made room for others
+            jobs += [job for job in map(self._compact, filter(self._due, due)) if job is not None]
+        late = []
+        for request in due:
+            tracked = self._tracked[request.request_id]
+            if not tracked.late and self._due(request) and not self._is_being_repeated(request):
+                tracked.late = True
+                late.append(request.request_id)
+        return jobs, late
 
-    def _all_wait(self) -> bool:
-        """Whether requests run, but none of them can go on unless one of them makes room."""
-        if not all(self._due(request) for request in self.running):
+    def _is_being_repeated(self, owner: Request) -> bool:
+        """Whether a due request waits for its repetition, which runs or will after another one."""
+        repeating = self._repetitions.repeating(owner.request_id)
+        if repeating is None:
             return False
-        if not self.kv_holding_waiting:
+        if any(self._repetitions.of(request.request_id) is not None for request in self.running):
             return True
-        return not self._can_start(self.kv_holding_waiting.peek_request())
+        return self._can_start(repeating)
 
-    def _can_start(self, request: Request) -> bool:
-        """Whether vLLM would admit the first of the repetitions that wait."""
-        repetition = self._repetitions.of(request.request_id)
-        if repetition is None:
-            return True
+    def _can_start(self, repeating: Request) -> bool:
+        """Whether vLLM would admit a repetition now."""
+        repetition = self._repetitions.of(repeating.request_id)
+        assert repetition is not None
         block_size = self.compacting_manager.block_size
-        needed = -(-request.num_tokens // block_size) - repetition.num_context // block_size
+        needed = -(-repeating.num_tokens // block_size) - repetition.num_context // block_size
         needed += self.kv_cache_manager.watermark_blocks
         num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return num_active < self.max_num_active_reqs and needed <= free
 
     def _compact(self, request: Request) -> Job | None:
-        """Compact a request that is due; None if it has to wait, or nothing would be freed."""
+        """Compact a request that is due; None if there is no room yet, or nothing would be freed."""
         manager = self.compacting_manager
         tracked = self._tracked[request.request_id]
         config, point, held = tracked.config, tracked.point, tracked.held
         assert point is not None
         plan = Plan.of(config, point, manager.block_size, held)
         if plan is None:
-            tracked.point = next_point(config, request.num_prompt_tokens, point)
+            self._pass_point(request, tracked)
             return None
         if config.repeats and not self._repeated(request, config):
             return None
@@ -260,12 +267,12 @@ class _Compression:
         row = manager.req_to_blocks[request.request_id]
         tail = tuple(block.block_id for block in row[plan.source_blocks : -(-point // manager.block_size)])
         swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks)
-        if swapped is None:  # it waits, and is tried again at the next step
+        if swapped is None:  # it is tried again at the next step
             return None
         previous, source, destination = swapped
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
-        tracked.point = next_point(config, request.num_prompt_tokens, point)
+        self._pass_point(request, tracked)
         return Job(
             request_id=request.request_id,
             config=config,
@@ -277,6 +284,16 @@ class _Compression:
             tail=tail,
             destination=destination,
         )
+
+    def _pass_point(self, request: Request, tracked: _Tracked) -> None:
+        """Go on to a request's next compaction point."""
+        config, num_prompt = tracked.config, request.num_prompt_tokens
+        tracked.point = next_point(config, num_prompt, tracked.point)
+        # While it was late nothing was kept of its queries: the next window begins where that begins again.
+        since = request.num_computed_tokens + config.observed_window if tracked.late else 0
+        while tracked.point is not None and tracked.point < since:
+            tracked.point = next_point(config, num_prompt, tracked.point)
+        tracked.late = False
 
     def _observations(self, started: list[str]) -> list[Observation]:
         return [

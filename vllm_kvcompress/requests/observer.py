@@ -45,12 +45,14 @@ class Observed:
         states: per layer, what the policy's `observe` returned last.
         drafts: per layer, the first position of the last step's drafts, and their queries `[n, Hq, D]`; the
             next step tells how many of them were accepted.
+        paused: whether the request's queries go by unnoted: it is past its compaction point.
     """
 
     policy: Policy
     ring: Tensor | None
     states: list[Any]
     drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
+    paused: bool = False
 
     def window(self, layer: int, num_tokens: int) -> Tensor:
         """Queries `[w, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -261,7 +263,12 @@ class Observer:
     def ring(self, request_id: str) -> Tensor | None:
         """A request's query ring `[L, C, Hq, D]`, if it has one."""
         observed = self._observed.get(request_id)
-        return None if observed is None else observed.ring
+        return None if observed is None or observed.paused else observed.ring
+
+    def pause(self, request_id: str) -> None:
+        """Keep a request's record, if it has one, as it is until its compaction."""
+        if (observed := self._observed.get(request_id)) is not None:
+            observed.paused = True
 
     def forget(self, request_id: str) -> None:
         """Drop a request's record, if it has one."""
@@ -298,6 +305,8 @@ class Observer:
             observed = self._observed.get(repetition.owner_id if repetition else request_id)
             if (
                 observed is None
+                or observed.paused
+                and not repetition
                 or self.kernel_writes_rings
                 and not repetition
                 and not observed.policy.accumulates

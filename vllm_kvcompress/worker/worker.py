@@ -38,6 +38,7 @@ class CompressionWorker(Worker):
     compactor: Compactor
     builder: Any
     _serving = False
+    _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with backend_overrides(self.backends):
@@ -80,6 +81,18 @@ class CompressionWorker(Worker):
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput):
+        # The scheduler believes what it was not told otherwise, and would wait for the rest for ever.
+        if self._failure is not None:
+            raise RuntimeError(
+                f"kv-compression: an earlier step failed ({self._failure}); start the engine again"
+            ) from self._failure
+        try:
+            return self._execute(scheduler_output)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
         if step is None and self._serving:
             raise RuntimeError("kv-compression: a step came without word from the compression scheduler")
@@ -105,6 +118,10 @@ class CompressionWorker(Worker):
             state.put(job.request_id, self.compactor.run(job, state.tables.get(job.request_id), observed))
             if job.config.interval is None:
                 state.observer.forget(job.request_id)
+            elif observed is not None:
+                observed.paused = False
+        for request_id in step.late:
+            state.observer.pause(request_id)
         # After the Jobs, which have used up the records of other requests.
         for observation in step.observations:
             state.observer.watch(observation.request_id, observation.config.build_policy())
