@@ -76,8 +76,8 @@ def tokenizer(smollm2: Path):
 def random_model(tokenizer, tmp_path_factory) -> Path:
     """A Llama with random weights and SmolLM2's tokenizer: 4 layers, 3 KV heads, groups of 2, head size 32.
 
-    A step takes it a twentieth of SmolLM2's time. Attention is far from uniform and as sharp as its head has it,
-    so that heads differ in what they keep, in how much, and all of it shows in the answer.
+    A step takes it a twentieth of SmolLM2's time. Its attention is far from uniform, and of another sharpness
+    in every head of a layer, so that heads differ in what and how much they keep and it shows in the answer.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
