@@ -31,9 +31,24 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# Those that take longest, which start first so that all processes end at about the same time. Neighbours here
-# share engines.
+# What takes longest starts first, so that all processes end at about the same time; the rest comes in
+# alphabetical order.
 LONGEST = [
+    "engine/test_runner_v2.py",
+    "evaluation/test_commands.py",
+    "serving/test_server.py",
+    "engine/test_oracle.py",
+    "engine/test_parallel.py",
+    "kernels/test_interpreted.py",
+    "engine/test_recompaction.py",
+    "engine/test_randomised.py",
+    "engine/test_repetition.py",
+    "engine/test_blocks.py",
+    "engine/test_invariants.py",
+    "engine/test_speculation.py",
+    "serving/test_flag.py",
+    "attention/test_gpu_backend.py",
+    "evaluation/test_engine.py",
 ]
 GIB_PER_PROCESS = 5
 
