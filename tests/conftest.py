@@ -31,9 +31,24 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-# Those that take longest, which start first so that all processes end at about the same time. Neighbours here
-# share engines.
+# What takes longest starts first, so that all processes end at about the same time; the rest comes in
+# alphabetical order.
 LONGEST = [
+    "engine/test_runner_v2.py",
+    "evaluation/test_commands.py",
+    "serving/test_server.py",
+    "engine/test_oracle.py",
+    "engine/test_parallel.py",
+    "kernels/test_interpreted.py",
+    "engine/test_recompaction.py",
+    "engine/test_randomised.py",
+    "engine/test_repetition.py",
+    "engine/test_blocks.py",
+    "engine/test_invariants.py",
+    "engine/test_speculation.py",
+    "serving/test_flag.py",
+    "attention/test_gpu_backend.py",
+    "evaluation/test_engine.py",
 ]
 GIB_PER_PROCESS = 5
 
@@ -76,8 +91,8 @@ def tokenizer(smollm2: Path):
 def random_model(tokenizer, tmp_path_factory) -> Path:
     """A Llama with random weights and SmolLM2's tokenizer: 4 layers, 3 KV heads, groups of 2, head size 32.
 
-    A step takes it a twentieth of SmolLM2's time. Attention is far from uniform and as sharp as its head has it,
-    so that heads differ in what they keep, in how much, and all of it shows in the answer.
+    A step takes it a twentieth of SmolLM2's time. Its attention is far from uniform, and of another sharpness
+    in every head of a layer, so that heads differ in what and how much they keep and it shows in the answer.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -15,8 +15,18 @@ def nothing_compiled():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def models_looked_at_here():
+    """vLLM has a new process look at every model class that it meets, 7 s each, lest CUDA be initialised."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
 @pytest.fixture(scope="session")
-def engines(nothing_compiled) -> Callable:
+def engines(nothing_compiled, models_looked_at_here) -> Callable:
     """`engines(model, compression=None, **options)`: the process's engine of that configuration.
 
     Stock without a compression, in its string form.
