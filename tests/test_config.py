@@ -213,7 +213,11 @@ def test_a_request_can_opt_in_where_the_engine_leaves_requests_alone():
     [
         ("snapkv:budget=0.25", 1500, 128, (1408, 11, 3)),
         ("snapkv:budget=0.5", 1500, 32, (1440, 45, 23)),
-        ("snapkv:budget=0.1", 31 * 32, 32, (960, 30, 3)),  # and not ceil(3.0000000000000004)
+        ("snapkv:budget=0.1", 31 * 32, 32, (960, 30, 3)),
+        ("snapkv:budget=0.14", 51 * 32, 32, (1600, 50, 7)),  # and not ceil(7.000000000000001)
+        ("snapkv:budget=0.07", 101 * 32, 32, (3200, 100, 7)),  # likewise
+        ("snapkv:budget=0.14", 51 * 32 - 1, 32, (1568, 49, 7)),  # of 6.86
+        ("snapkv:budget=0.14", 52 * 32, 32, (1632, 51, 8)),  # of 7.14
         ("snapkv:budget=0.25,window=100", 1500, 32, (1376, 43, 11)),
         ("streaming_llm:budget=0.25,window=100", 1500, 32, (1376, 43, 11)),
         ("snapkv:budget=1", 1500, 32, None),  # nothing to free
