@@ -1,0 +1,555 @@
+"""Our schedulers driven by a worker that computes nothing, but knows what every block holds.
+
+A key stands for what attention would write for a token: a hash of the token, all before it, and every
+compaction that they were computed on. Sampling is a hash too. So an answer changes with whatever would change a
+model's, and a block that holds anything but what its reader expects is found where it is read.
+"""
+
+import functools
+import json
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    ModelConfig,
+    ParallelConfig,
+    SchedulerConfig,
+    SpeculativeConfig,
+    VllmConfig,
+)
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.paging.job import CompressionStep, Job
+from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
+from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.plan import SPARE_QUERIES
+
+BLOCK = 16
+VOCABULARY = 1000
+
+Key = int
+
+
+@functools.cache
+def _model_folder() -> str:
+    folder = Path(tempfile.mkdtemp(prefix="simulated-model-"))
+    config = dict(
+        architectures=["LlamaForCausalLM"],
+        model_type="llama",
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1 << 16,
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@functools.cache
+def _model_config(max_model_len: int) -> ModelConfig:
+    init_none_hash(sha256)
+    return ModelConfig(
+        model=_model_folder(), skip_tokenizer_init=True, max_model_len=max_model_len, dtype="float32"
+    )
+
+
+def configured(
+    compression: str,
+    num_blocks: int,
+    *,
+    max_model_len: int = 4096,
+    max_num_seqs: int = 16,
+    max_num_batched_tokens: int = 256,
+    num_drafts: int = 0,
+    watermark: float = 0.0,
+    policy: str = "fcfs",
+    asynchronous: bool = False,
+    data_parallel_size: int = 1,
+    prefix_caching: bool = True,
+) -> VllmConfig:
+    """What an engine core's configuration is once its cache is made."""
+    model = _model_config(max_model_len)
+    parallel = ParallelConfig(data_parallel_size=data_parallel_size)
+    speculative = None
+    if num_drafts:
+        speculative = SpeculativeConfig(
+            method="ngram",
+            num_speculative_tokens=num_drafts,
+            prompt_lookup_max=3,
+            target_model_config=model,
+            target_parallel_config=parallel,
+        )
+    vllm_config = VllmConfig(
+        model_config=model,
+        cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=prefix_caching),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            is_encoder_decoder=False,
+            watermark=watermark,
+            policy=policy,
+            async_scheduling=asynchronous,
+        ),
+        parallel_config=parallel,
+        speculative_config=speculative,
+        device_config=DeviceConfig("cpu"),
+        additional_config={"kv_compression": KVCompressionConfig.parse(compression).to_dict()},
+    )
+    vllm_config.cache_config.num_gpu_blocks = num_blocks
+    return vllm_config
+
+
+@dataclass
+class Row:
+    """What the worker knows of a request.
+
+    Attributes:
+        tokens: its prompt and all it sampled.
+        blocks: by position; those below `boundary` are stale.
+        keys: of its computed tokens.
+        destination: its compacted blocks.
+        boundary: first raw token.
+        history: a hash of its compactions.
+        drafts: tokens to verify next.
+    """
+
+    tokens: list[int]
+    blocks: list[int]
+    keys: list[Key]
+    destination: tuple[int, ...] = ()
+    boundary: int = 0
+    history: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    def key(self, position: int, token: int, before: Sequence[Key], history: int | None = None) -> Key:
+        previous = before[position - 1] if position else 0
+        return hash((previous, token, self.history if history is None else history))
+
+
+@dataclass
+class Record:
+    """Positions of the queries that are kept of a request.
+
+    Attributes:
+        ring: slot to position.
+        capacity: of the ring; 0 for none.
+        seen: how many queries from the first token on were observed without a gap.
+    """
+
+    capacity: int
+    ring: dict[int, int] = field(default_factory=dict)
+    seen: int = 0
+
+    def note(self, position: int) -> None:
+        if self.capacity:
+            self.ring[position % self.capacity] = position
+        if position <= self.seen:
+            self.seen = max(self.seen, position + 1)
+
+
+class FakeWorker:
+    """Follows the scheduler's word and asserts that every block is what its reader takes it for."""
+
+    def __init__(self, scheduler, seed: int = 0) -> None:
+        self.scheduler = scheduler
+        self.rows: dict[str, Row] = {}
+        self.records: dict[str, Record] = {}
+        self.repeating: dict[str, object] = {}
+        self.repeated: dict[str, set[int]] = {}  # owner to the positions that were repeated
+        self.blocks: dict[int, dict[int, Key]] = {}  # block to slot to key
+        self.compacted: dict[int, tuple[str, int]] = {}  # block to (request, history)
+        self.jobs: list[Job] = []
+        self._random = random.Random(seed)
+
+    # ------------------------------------------------------------------ one step
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        step: CompressionStep = output.kv_compression
+        for name in (*step.released, *output.finished_req_ids):
+            self._forget(name)
+        for job in step.jobs:
+            self._run(job)
+        for observation in step.observations:
+            policy = observation.config.build_policy()
+            self.records[observation.request_id] = Record(
+                policy.window + SPARE_QUERIES if policy.window else 0
+            )
+        for repetition in step.repetitions:
+            self.repeating[repetition.request_id] = repetition
+        self._update_rows(output)
+        self._check_owners()
+        sampled = {name: self._forward(name, n, output) for name, n in output.num_scheduled_tokens.items()}
+        names = list(sampled)
+        return ModelRunnerOutput(
+            req_ids=names,
+            req_id_to_index={name: index for index, name in enumerate(names)},
+            sampled_token_ids=[sampled[name] for name in names],
+        )
+
+    def take_drafts(self) -> DraftTokenIds:
+        drafting = {name: row.drafts for name, row in self.rows.items() if row.drafts}
+        return DraftTokenIds(list(drafting), list(drafting.values()))
+
+    def _forget(self, name: str) -> None:
+        row = self.rows.get(name)
+        if row is not None:  # (its tokens are kept: a preempted request comes back with them)
+            row.destination, row.boundary, row.history, row.blocks, row.keys = (), 0, 0, [], []
+        self.records.pop(name, None)
+        self.repeating.pop(name, None)
+
+    def _update_rows(self, output: SchedulerOutput) -> None:
+        for new in output.scheduled_new_reqs:
+            row = self.rows.get(new.req_id)
+            computed = new.num_computed_tokens
+            tokens = list(new.prompt_token_ids)
+            keys = row.keys[:computed] if row is not None else []
+            self.rows[new.req_id] = row = Row(tokens, list(new.block_ids[0]), keys)
+            self._read_hit(row, computed)
+        cached = output.scheduled_cached_reqs
+        for name, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            row = self.rows[name]
+            if name in cached.resumed_req_ids:
+                assert not row.destination, "a request came back, but its compacted pages were not released"
+                row.blocks, row.keys = list(blocks[0]), []
+                self._read_hit(row, computed)
+            else:
+                row.blocks += blocks[0] if blocks else []
+
+    def _read_hit(self, row: Row, computed: int) -> None:
+        """Keys that are taken from the prefix cache were computed on raw context."""
+        for position in range(len(row.keys), computed):
+            row.keys.append(row.key(position, row.tokens[position], row.keys, 0))
+
+    def _forward(self, name: str, num_tokens: int, output: SchedulerOutput) -> list[int]:
+        row = self.rows[name]
+        drafts = list(output.scheduled_spec_decode_tokens.get(name, ()))
+        if drafts:
+            given = row.drafts + [-1] * len(drafts)
+            drafts = [draft if draft >= 0 else known for draft, known in zip(drafts, given, strict=False)]
+        begin = len(row.keys)
+        tokens = row.tokens[begin : begin + num_tokens - len(drafts)]
+        assert len(tokens) == num_tokens - len(drafts), "tokens were scheduled that nobody knows"
+        self._check_reads(name, row)
+        keys = list(row.keys)
+        for token in tokens + drafts:
+            position = len(keys)
+            keys.append(row.key(position, token, keys))
+            self._write(name, row, position, keys[-1])
+        end = begin + len(tokens)
+        self._observe(name, row, begin, len(keys))
+        row.drafts = []
+        if end < len(row.tokens):
+            assert not drafts
+            row.keys = keys
+            return []
+        sampled = [_sample(keys[end - 1])]
+        for index, draft in enumerate(drafts):
+            if draft != sampled[-1]:
+                break
+            sampled.append(_sample(keys[end + index]))
+        row.keys = keys[: end + len(sampled) - 1]
+        row.tokens += sampled
+        row.drafts = self._draft(row)
+        return sampled
+
+    def _draft(self, row: Row) -> list[int]:
+        keys, drafts = list(row.keys), []
+        for position in range(len(keys), len(keys) + self.scheduler.num_spec_tokens):
+            token = drafts[-1] if drafts else row.tokens[-1]
+            keys.append(row.key(position, token, keys))
+            right = _sample(keys[-1])
+            drafts.append(right if self._random.random() < 0.7 else (right + 1) % VOCABULARY)
+        return drafts
+
+    def _observe(self, name: str, row: Row, begin: int, end: int) -> None:
+        for position in range(begin, end):
+            if name in self.records:
+                self.records[name].note(position)
+        repetition = self.repeating.get(name)
+        if repetition is not None and end == len(row.tokens):
+            part = self.rows[repetition.owner_id].tokens[repetition.begin : repetition.end]
+            assert row.tokens[-len(part) :] == part
+            positions = range(repetition.begin, repetition.end)
+            self.repeated.setdefault(repetition.owner_id, set()).update(positions)
+
+    # ------------------------------------------------------------------ compaction
+
+    def _run(self, job: Job) -> None:
+        row, blocks = self.rows[job.request_id], self.scheduler.kv_cache_manager.block_pool.blocks
+        assert job.num_tokens <= len(row.keys), "a Job looks at tokens that are not computed"
+        assert job.previous == row.destination and job.previous_boundary == row.boundary
+        assert job.boundary % BLOCK == 0 and job.boundary > job.previous_boundary
+        assert job.boundary <= job.num_tokens
+        assert len(job.source) == (job.boundary - job.previous_boundary) // BLOCK
+        assert len(job.tail) == -(-(job.num_tokens - job.boundary) // BLOCK)
+        for block in job.previous:
+            assert self.compacted[block] == (job.request_id, row.history)
+        self._check_keys(job.source + job.tail, row, job.previous_boundary, job.num_tokens)
+        self._check_queries(job, row)
+        assert len(set(job.destination)) == len(job.destination) > 0 and 0 not in job.destination
+        for block in job.destination:
+            assert blocks[block].block_hash is None, "the prefix cache can read a destination"
+            for name in self.rows:
+                if name != job.request_id and block in self._readable(name):
+                    raise AssertionError(f"{name} can read a destination of {job.request_id}")
+        assert not set(job.tail) & set(job.destination)
+        row.history = hash((row.history, job.boundary, job.num_tokens, len(job.destination)))
+        row.destination, row.boundary = job.destination, job.boundary
+        for block in job.destination:
+            self.blocks.pop(block, None)
+            self.compacted[block] = (job.request_id, row.history)
+        if job.config.interval is None:
+            self.records.pop(job.request_id, None)
+        self.jobs.append(job)
+
+    def _check_queries(self, job: Job, row: Row) -> None:
+        policy, record = job.config.build_policy(), self.records.get(job.request_id)
+        assert (record is not None) == job.config.observes
+        if policy.window:
+            wanted = set(range(job.num_tokens - policy.window, job.num_tokens))
+            assert wanted <= set(record.ring.values()), "queries of the window are gone"
+        if policy.accumulates:
+            assert record.seen >= job.num_tokens, "the policy has not seen every query"
+        if policy.repeats:
+            assert self.repeated.pop(job.request_id) == set(range(job.num_tokens))
+
+    # ------------------------------------------------------------------ blocks
+
+    def _readable(self, name: str) -> set[int]:
+        """Blocks that a request may read from now on."""
+        row = self.rows[name]
+        if not row.keys:
+            return set()
+        return {*row.blocks[row.boundary // BLOCK : -(-len(row.keys) // BLOCK)], *row.destination}
+
+    def _check_reads(self, name: str, row: Row) -> None:
+        for block in row.destination:
+            assert self.compacted.get(block) == (name, row.history), "compacted pages were overwritten"
+        begin = row.boundary // BLOCK
+        self._check_keys(row.blocks[begin:], row, row.boundary, len(row.keys))
+
+    def _check_keys(self, blocks: Sequence[int], row: Row, begin: int, end: int) -> None:
+        for position in range(begin, end):
+            block = blocks[(position - begin) // BLOCK]
+            held = self.blocks.get(block, {}).get(position % BLOCK)
+            assert held == row.keys[position], f"block {block} does not hold token {position}"
+
+    def _write(self, name: str, row: Row, position: int, key: Key) -> None:
+        assert position >= row.boundary
+        block = row.blocks[position // BLOCK]
+        assert block != 0, "a token was written into the null block"
+        slots = self.blocks.setdefault(block, {})
+        if slots.get(position % BLOCK) == key:
+            return
+        for other in self.rows:
+            if other != name and block in self._readable(other):
+                raise AssertionError(f"{name} writes a block that {other} can read")
+        self.compacted.pop(block, None)
+        slots[position % BLOCK] = key
+
+    def _check_owners(self) -> None:
+        """No live request reads a block that is free."""
+        blocks = self.scheduler.kv_cache_manager.block_pool.blocks
+        for request in self.scheduler.running:
+            for block in self._readable(request.request_id):
+                assert blocks[block].ref_cnt > 0, f"{request.request_id} reads block {block}, which is free"
+
+
+def _sample(key: Key) -> int:
+    return 2 + hash((key, "sample")) % (VOCABULARY - 2)
+
+
+class Simulation:
+    """An engine core's scheduler and a fake worker, step by step.
+
+    Attributes:
+        answers: request to its output tokens, also of requests that have ended.
+    """
+
+    def __init__(self, compression: str = "snapkv:budget=0.25", num_blocks: int = 200, **options) -> None:
+        vllm_config = configured(compression, num_blocks, **options)
+        spec = CompactableSpec(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
+        kind = AsyncCompressionScheduler if options.get("asynchronous") else CompressionScheduler
+        self.scheduler = kind(
+            vllm_config=vllm_config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=num_blocks,
+                kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            structured_output_manager=StructuredOutputManager(vllm_config),
+            block_size=BLOCK,
+        )
+        self.worker = FakeWorker(self.scheduler)
+        self.manager = self.scheduler.compacting_manager
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.free_at_start = self.free
+        self.answers: dict[str, list[int]] = {}
+        self.steps = 0
+        self.preempted: list[str] = []
+        self.last: SchedulerOutput | None = None
+        self._in_flight: list[tuple[SchedulerOutput, ModelRunnerOutput]] = []
+        self._depth = 2 if options.get("asynchronous") else 1
+        self._hasher = get_request_block_hasher(BLOCK, sha256)
+
+    # ------------------------------------------------------------------ driving
+
+    def add(
+        self,
+        prompt: Sequence[int],
+        compression: str | None = None,
+        max_tokens: int = 8,
+        name: str | None = None,
+        *,
+        resumable: bool = False,
+        priority: int = 0,
+        **fields,
+    ) -> str:
+        name = name or f"r{len(self.answers)}"
+        extra = None if compression is None else {"kv_compression": compression}
+        params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
+        request = Request(
+            name,
+            list(prompt),
+            params,
+            None,
+            block_hasher=self._hasher,
+            resumable=resumable,
+            priority=priority,
+            **{"arrival_time": float(len(self.answers))} | fields,
+        )
+        self.answers.setdefault(name, [])
+        self.scheduler.add_request(request)
+        return name
+
+    def close(self, name: str) -> None:
+        """End of a streaming session's input."""
+        request = Request(name, [1], None, None, resumable=False)
+        request.streaming_queue = None
+        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
+
+    def step(self) -> SchedulerOutput:
+        """One schedule, and the output of the oldest step in flight once enough are."""
+        self.steps += 1
+        output = self.scheduler.schedule()
+        self.last = output
+        self.preempted += output.preempted_req_ids or ()
+        self._in_flight.append((output, self.worker.execute(output)))
+        if len(self._in_flight) == self._depth or not output.num_scheduled_tokens:
+            self._deliver()
+        self.check_accounts()
+        return output
+
+    def _deliver(self) -> None:
+        output, answered = self._in_flight.pop(0)
+        for outputs in self.scheduler.update_from_output(output, answered).values():
+            for each in outputs.outputs:
+                self.answers.setdefault(each.request_id, []).extend(each.new_token_ids)
+        if self.scheduler.num_spec_tokens and self._depth == 1 and output.num_scheduled_tokens:
+            self.scheduler.update_draft_token_ids(self.worker.take_drafts())
+
+    def finish(self, *names: str) -> None:
+        """Step until these requests, or all, have ended; fail if nothing goes on."""
+        idle = 0
+        while any(name in self.scheduler.requests for name in names or self._unfinished()):
+            output = self.step()
+            idle = 0 if output.num_scheduled_tokens or output.kv_compression.jobs else idle + 1
+            assert idle < 5, "requests wait while nothing runs"
+
+    def _unfinished(self) -> list[str]:
+        waiting = RequestStatus.WAITING_FOR_STREAMING_REQ
+        return [name for name, r in self.scheduler.requests.items() if r.status != waiting]
+
+    def run(self, prompt: Sequence[int], compression: str | None = None, max_tokens: int = 8) -> list[int]:
+        """One request, alone, to its end."""
+        name = self.add(prompt, compression, max_tokens)
+        self.finish(name)
+        return self.answers[name]
+
+    def step_until_due(self, name: str) -> None:
+        while not self.scheduler._due(self.scheduler.requests[name]):
+            self.step()
+
+    def step_until_compacted(self, name: str) -> Job:
+        while not (jobs := self.jobs_of(name)):
+            self.step()
+        return jobs[-1]
+
+    def abort(self, *names: str) -> None:
+        self.scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
+
+    def preempt(self, name: str) -> None:
+        """As a full pool would, between two steps."""
+        request = self.scheduler.requests[name]
+        self.scheduler.running.remove(request)
+        self.scheduler._preempt_request(request, 0.0)
+
+    # ------------------------------------------------------------------ looking
+
+    @property
+    def free(self) -> int:
+        return self.pool.get_num_free_blocks()
+
+    @property
+    def jobs(self) -> list[Job]:
+        return self.worker.jobs
+
+    def jobs_of(self, name: str) -> list[Job]:
+        return [job for job in self.jobs if job.request_id == name]
+
+    def computed(self, name: str) -> int:
+        return self.scheduler.requests[name].num_computed_tokens
+
+    def held(self, name: str) -> int:
+        row = self.manager.req_to_blocks[name]
+        return sum(not block.is_null for block in row) + len(self.manager.compacted.get(name, ()))
+
+    def check_accounts(self) -> None:
+        """Every reference of every block is that of a row or a compaction."""
+        references: dict[int, int] = {}
+        for row in (*self.manager.req_to_blocks.values(), *self.manager.compacted.values()):
+            for block in row:
+                if not block.is_null:
+                    references[block.block_id] = references.get(block.block_id, 0) + 1
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == references.get(block.block_id, 0)
+
+    def check_nothing_left(self) -> None:
+        scheduler = self.scheduler
+        while self._in_flight:
+            self._deliver()
+        assert not scheduler.requests and not scheduler.running
+        assert not scheduler.waiting and not scheduler.kv_holding_waiting
+        assert not scheduler._tracked and not scheduler._abandoned
+        assert not scheduler._repetitions._progress and not scheduler._repetitions._announced
+        assert not self.manager.peak_blocks and not self.manager.borrowers
+        assert not self.manager.compacted and not self.manager.req_to_blocks
+        self.step()  # the worker hears of the last ones
+        assert not self.worker.records and not self.worker.repeating
+        assert self.free == self.free_at_start
+
+
+def prompt_of(num_tokens: int, seed: int = 0) -> list[int]:
+    """Random tokens; those of one seed are prefixes of each other."""
+    random_ = random.Random(seed)
+    return [random_.randrange(2, VOCABULARY) for _ in range(num_tokens)]
