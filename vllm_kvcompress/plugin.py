@@ -14,6 +14,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
+from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreReadyResponse, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
@@ -270,18 +271,19 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     prompt = request.prompt_token_ids
     problem = None
     embedded = request.prompt_embeds is not None  # whole or in part, where the ids are placeholders
+    num_prompt = length_from_prompt_token_ids_or_embeds(prompt, request.prompt_embeds)
     if config.enabled and config.repeats and (prompt is None or embedded or request.mm_features):
         problem = f"{config.method} repeats the prompt, which must be text; use another method"
-    elif config.enabled and config.repeats and longest_repetition(vllm_config, len(prompt)) < LEAST:
+    elif config.enabled and config.repeats and longest_repetition(vllm_config, num_prompt) < LEAST:
         problem = (
-            f"{config.method} needs {LEAST} tokens behind the prompt of {len(prompt)}, more than "
+            f"{config.method} needs {LEAST} tokens behind the prompt of {num_prompt}, more than "
             "--max-model-len and the KV cache leave; raise them or use another method"
         )
-    elif engine.when == "streaming" and prompt is not None:
+    elif engine.when == "streaming":
         # The pool may be smaller than a request that keeps everything.
         cache = vllm_config.cache_config
-        num_tokens = min(len(prompt) + (params.max_tokens or longest), longest)
-        needed = peak_blocks(config, len(prompt), num_tokens, cache.block_size)
+        num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
+        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size)
         usable = (cache.num_gpu_blocks or 0) // vllm_config.parallel_config.data_parallel_size - 1
         if needed > usable > 0:
             problem = (

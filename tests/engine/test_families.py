@@ -1,7 +1,7 @@
-"""Every kind of model that vLLM builds here: each method is served, or refused with one line, never in between.
+"""Every kind of model that vLLM builds here: each method is served, or refused with one line.
 
-Tiny models with random weights. What a family's layers do to positions is stated beside it, from its paper and
-configuration, and compared with what the worker found by trying.
+Tiny models with random weights. What a family's layers do to positions is stated beside it, from its paper
+and configuration, and compared with what the worker found by trying.
 """
 
 import functools
@@ -9,15 +9,19 @@ import gc
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from harness import BLOCK_SIZE, Engine, sampling
 from vllm import LLM
+from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import dummy_loader
 
-from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress import KVCompressionConfig, plugin
 from vllm_kvcompress.config import METHODS, KVCompressionError
+from vllm_kvcompress.support import LACKS
 
 VOCABULARY = 256
 LONGEST = 512
@@ -68,6 +72,12 @@ def family(architecture, model_type, rotary=(), refused=None, options=None, **co
 
 
 FULL = ((32, NEOX, 0),) * 2
+FP8_CACHE = dict(
+    quant_method="compressed-tensors",
+    format="float-quantized",
+    config_groups={},
+    kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False),
+)
 SERVED = {
     "llama": family("LlamaForCausalLM", "llama", FULL),
     "qwen2": family("Qwen2ForCausalLM", "qwen2", FULL),
@@ -174,12 +184,23 @@ SERVED = {
         "GPT2LMHeadModel", "gpt2", refused=NO_ROTARY, n_embd=128, n_layer=2, n_head=4, n_positions=LONGEST
     ),
     "llama with adapters": family("LlamaForCausalLM", "llama", FULL, options=dict(enable_lora=True)),
+    "llama whose quantized cache is turned down": family(
+        "LlamaForCausalLM",
+        "llama",
+        FULL,
+        options=dict(dtype="bfloat16", kv_cache_dtype="bfloat16"),
+        quantization_config=FP8_CACHE,
+    ),
 }
 
 REFUSED = {
+    "a checkpoint that quantizes the cache": (
+        family("LlamaForCausalLM", "llama", quantization_config=FP8_CACHE, options=dict(dtype="bfloat16")),
+        r"the quantized cache that the checkpoint asks for .*; use --kv-cache-dtype bfloat16$",
+    ),
     "windows": (
         family("MistralForCausalLM", "mistral", sliding_window=LONGEST - 1),
-        rf"sliding-window attention over fewer tokens \({LONGEST - 1}\) .*; use --max-model-len {LONGEST - 1}",
+        rf"sliding-window attention over fewer tokens \({LONGEST - 1}\).*; use --max-model-len {LONGEST - 1}",
     ),
     "windows of some layers": (
         family(
@@ -301,7 +322,7 @@ def test_every_method_is_served_or_refused_with_one_line(name, start):
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_method_can_serve_is_refused_before_anything_is_loaded(name, start, monkeypatch):
     family, message = REFUSED[name]
-    monkeypatch.setattr("vllm.v1.engine.llm_engine.LLMEngine.__init__", None)  # not so far
+    monkeypatch.setattr("vllm.v1.engine.llm_engine.LLMEngine.__init__", None)  # it does not get so far
     with pytest.raises(KVCompressionError, match=message) as error:
         start(family)
     assert "\n" not in str(error.value)
@@ -314,3 +335,68 @@ def test_the_engines_own_method_is_refused_at_start(method, start):
     ) as error:
         start(SERVED["gpt2: learned positions"], method)
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """Engines in a process of their own, as servers have them; nothing is compiled there either."""
+    disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    yield
+    disable_envs_cache()
+
+
+MINICPM3 = SERVED["minicpm3: the last channels are rotated, values narrower than keys"]
+
+
+def test_a_front_end_knows_what_the_workers_found(own_process, start):
+    llm = start(MINICPM3)
+    for method in ("criticalkv", "criticalkv:base=knorm"):
+        with pytest.raises(VLLMValidationError, match=NARROW_VALUES["criticalkv"]):
+            llm.generate({"prompt_token_ids": PROMPT}, sampling(4, method), use_tqdm=False)
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling(4, "expected_attention"), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_a_front_end_refuses_the_engines_own_method(own_process, start):
+    with pytest.raises(
+        KVCompressionError, match="criticalkv cannot serve this model: .*; use another"
+    ) as error:
+        start(MINICPM3, "criticalkv")
+    assert "\n" not in str(error.value)
+
+
+def test_what_one_rank_lacks_the_model_lacks():
+    config = SimpleNamespace(additional_config={"kv_compression": "snapkv"})
+    plugin._note_lacks(config, {})
+    assert config.additional_config[LACKS] == {}
+    for lacks in ({"needs_rotary": "first"}, {"needs_rotary": "second", "needs_output_projection": "third"}):
+        plugin._note_lacks(config, lacks)
+    assert config.additional_config[LACKS] == {"needs_rotary": "first", "needs_output_projection": "third"}
+
+
+@pytest.fixture
+def embedding(start):
+    """An engine that takes prompt embeddings, and a prompt of them, all or every other one."""
+    engine = Engine(start(SERVED["llama"], enable_prompt_embeds=True))
+    embeds = torch.randn(len(PROMPT), 128, generator=torch.Generator().manual_seed(0))
+    given = [index % 2 == 0 for index in range(len(PROMPT))]
+    ids = [token if known else VOCABULARY * 2 for token, known in zip(PROMPT, given, strict=True)]
+    mixed = {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": given}
+    return engine, {"embeddings alone": {"prompt_embeds": embeds}, "mixed": mixed}
+
+
+def test_a_prompt_that_is_not_text_is_not_repeated_but_compacted_by_other_methods(embedding):
+    engine, prompts = embedding
+    for name, prompt in prompts.items():
+        with pytest.raises(VLLMValidationError, match="repeats the prompt, which must be text; use another"):
+            engine.llm.llm_engine.add_request(f"kvzip {name}", prompt, sampling(4, "kvzip"))
+        for method in ("snapkv", "h2o"):
+            engine.llm.llm_engine.add_request(f"{method} {name}", prompt, sampling(4, method, logprobs=None))
+    engine.finish()
+    for request in (f"{method} {name}" for method in ("snapkv", "h2o") for name in prompts):
+        assert len(engine.outputs[request].outputs[0].token_ids) == 4
+        assert engine.compaction_of(request) is not None
+    engine.check_nothing_left()

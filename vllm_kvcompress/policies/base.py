@@ -84,8 +84,8 @@ class Policy(ABC):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
-        needs_output_projection: True if it cannot do without the projection behind the layer. Of what it needs
-            a policy must say so: then it is refused where a model has it not.
+        needs_output_projection: True if it cannot do without the projection behind the layer. A policy must
+            say what it needs, so that it is refused where a model has it not.
         window: w, the number of last queries it needs; 0 for none.
     """
 

@@ -1,8 +1,8 @@
-"""What policies may want to know of the model around its attention layers, learned from the model itself.
+"""What policies may want to know of the model around its attention layers, learned by trying it.
 
-Models build and wrap their layers in many ways (quantized linears, adapters, rotary embeddings of the layer, of
-the model or of a part of the channels, none at all), so nothing is assumed from names. Once, after all wrapping,
-the model computes a few tokens at many positions, and what its layers do to them decides.
+Models build and wrap their layers in many ways (quantized linears, adapters, rotary embeddings of the layer,
+of the model or of a part of the channels, none at all), so nothing is assumed from names. Once, after all
+wrapping, the model computes a few tokens at many positions, and what its layers do to them decides.
 """
 
 import functools
@@ -209,7 +209,7 @@ def _rotary(candidates: Sequence[Rotary], positions: Tensor, queries: Tensor) ->
 
 
 def _deviation(rotary: Rotary, queries: Tensor) -> float:
-    """How much the same queries `[P, ...]` still differ by position, over their length; the worst channel's."""
+    """How much the same queries `[P, ...]` still differ by position, relative to them: the worst channel."""
     undone = rotary.undo(queries, 0)
     rest = tuple(range(undone.ndim - 1))
     error = (undone - undone.mean(0)).square().mean(rest)
