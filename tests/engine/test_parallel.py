@@ -22,12 +22,12 @@ REQUESTS = {
     "streaming_llm": "streaming_llm:budget=0.5",
     "snapkv, again": "snapkv:budget=0.4,recompact_every=4",
     "h2o": "h2o:budget=0.4",
-    "expected_attention": "expected_attention:budget=0.4",  # needs the rank's own layers' rotary embedding
     "criticalkv": "criticalkv:budget=0.4",  # reads the rank's part of the output projection
     "kvzip": "kvzip:budget=0.4,allocation=uniform,chunk=128",
     "adakv": "adakv:budget=0.4",
     "kv_compress": "kv_compress:budget=0.4",
     "off": "off",
+    "expected_attention": "expected_attention:budget=0.4",  # needs the rotary embedding of the rank's layers
 }
 COMPACTED = [name for name in REQUESTS if name != "off"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
