@@ -22,6 +22,9 @@ def engine_config(**changes):
             is_hybrid=False,
             is_attention_free=False,
             get_sliding_window=lambda: None,
+            max_model_len=4096,
+            uses_alibi=False,
+            architectures=["LlamaForCausalLM"],
             get_head_size=lambda: 64,
             dtype=torch.float16,
             rswa_window=None,
@@ -37,6 +40,7 @@ def engine_config(**changes):
         kv_transfer_config=None,
         ec_transfer_config=None,
         speculative_config=None,
+        quant_config=None,
     )
     for path, value in changes.items():
         *parents, name = path.split("__")
@@ -56,16 +60,31 @@ REFUSED = {
     "multi-head latent attention": {"model_config__use_mla": True},
     "state-space": {"model_config__is_hybrid": True},
     "linear layers": {"model_config__is_attention_free": True},
-    "sliding-window": {"model_config__get_sliding_window": lambda: 4096},
-    "hybrid attention": {
-        "model_config__hf_text_config__layer_types": ["full_attention", "sliding_attention"]
+    "sliding-window attention over fewer tokens (4095) than": {
+        "model_config__get_sliding_window": lambda: 4095
+    },
+    "(chunked_attention)": {
+        "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"]
+    },
+    "ALiBi": {"model_config__uses_alibi": True},
+    "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
+    "cross-layer KV sharing": {
+        "model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)
+    },
+    "attention sinks;": {
+        "model_config__hf_text_config": SimpleNamespace(model_type="granite", layer_types=["full_attention"])
+    },
+    "the quantized cache that the checkpoint asks for": {
+        "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8})
     },
     "attention sinks": {"model_config__hf_text_config__model_type": "gpt_oss"},
     "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
     "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
     "encoder-cache connectors": {"ec_transfer_config": SimpleNamespace()},
-    "the quantized cache --kv-cache-dtype fp8": {"cache_config__cache_dtype": "fp8"},
+    "fp8, which --kv-cache-dtype or the checkpoint asks for; use --kv-cache-dtype float16": {
+        "cache_config__cache_dtype": "fp8"
+    },
     "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "--block-size 16": {"cache_config__block_size": 16},
     "speculative decoding with a draft model": {"speculative_config": SimpleNamespace(method="eagle")},
@@ -91,6 +110,11 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
         {"speculative_config": SimpleNamespace(method="ngram")},
         {"cache_config__block_size": 64},
         {"cache_config__cache_dtype": "float32"},
+        {"model_config__get_sliding_window": lambda: 4096},  # nobody outgrows it
+        {
+            "cache_config__cache_dtype": "float16",
+            "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8}),
+        },
     ],
 )
 def test_what_is_supported_passes(accepted):
@@ -151,7 +175,7 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
 
     def engine(layers, heads):
         model = SimpleNamespace(get_num_layers=lambda _: layers, get_num_kv_heads=lambda _: heads)
-        return SimpleNamespace(model_config=model, parallel_config=None)
+        return SimpleNamespace(model_config=model, parallel_config=None, additional_config={})
 
     check_method(compression, engine(2, 1))
     with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 30 of 3; use"):

@@ -7,19 +7,29 @@ looks at each engine configuration; one that does not ask for compression is han
 import argparse
 import functools
 import json
+from dataclasses import dataclass, field
 
+import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams
-from vllm.v1.engine import EngineCoreRequest
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine import EngineCoreReadyResponse, EngineCoreRequest
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import peak_blocks
-from vllm_kvcompress.support import check_method, check_supported, check_watched
+from vllm_kvcompress.support import (
+    LACKS,
+    check_method,
+    check_supported,
+    check_watched,
+)
 
 KEY = "kv_compression"
 _WORKERS = {
@@ -38,6 +48,9 @@ def register() -> None:
     EngineArgs.create_engine_config = _with_compression(EngineArgs.create_engine_config)
     InputProcessor._validate_params = _with_request_check(InputProcessor._validate_params)
     InputProcessor.process_inputs = _with_length_check(InputProcessor.process_inputs)
+    EngineCore._initialize_kv_caches = _with_lacks(EngineCore._initialize_kv_caches)
+    EngineCoreProc._make_ready_response = _with_lacks_sent(EngineCoreProc._make_ready_response)
+    MPClient._apply_ready_response = _with_lacks_received(MPClient._apply_ready_response)
 
 
 def _with_flag(add_cli_args):
@@ -132,6 +145,72 @@ def _requested(vllm_config: VllmConfig) -> str | dict | None:
     return additional.get(KEY) if isinstance(additional, dict) else None
 
 
+# What policies need of a model is known when the workers have built it, and requests are checked in the
+# front end. So it goes with what else the engine tells each front end when it is ready.
+
+
+@dataclass
+class _ReadyResponse(EngineCoreReadyResponse):
+    """vLLM's, whose own readers pass over this field."""
+
+    kv_compression_lacks: dict[str, str] = field(default_factory=dict)
+
+
+class _Lacks(msgspec.Struct):
+    kv_compression_lacks: dict[str, str] = {}
+
+
+def _with_lacks(initialize_kv_caches):
+    @functools.wraps(initialize_kv_caches)
+    def wrapped(self, vllm_config):
+        kv_cache_config = initialize_kv_caches(self, vllm_config)
+        if _compresses(vllm_config):
+            for lacks in self.collective_rpc("kv_compression_lacks"):
+                _note_lacks(vllm_config, lacks)
+            if not isinstance(self, EngineCoreProc):  # else the front end says so
+                check_method(KVCompressionConfig.parse(_requested(vllm_config)), vllm_config)
+        return kv_cache_config
+
+    return wrapped
+
+
+def _with_lacks_sent(make_ready_response):
+    @functools.wraps(make_ready_response)
+    def wrapped(self):
+        response = make_ready_response(self)
+        if not _compresses(self.vllm_config):
+            return response
+        return _ReadyResponse(
+            **vars(response), kv_compression_lacks=self.vllm_config.additional_config[LACKS]
+        )
+
+    return wrapped
+
+
+def _with_lacks_received(apply_ready_response):
+    @functools.wraps(apply_ready_response)
+    def wrapped(self, payload):
+        apply_ready_response(self, payload)
+        if payload and _compresses(self.vllm_config):
+            lacks = msgspec.msgpack.decode(payload, type=_Lacks).kv_compression_lacks
+            _note_lacks(self.vllm_config, lacks)
+            check_method(KVCompressionConfig.parse(_requested(self.vllm_config)), self.vllm_config)
+
+    return wrapped
+
+
+def _note_lacks(vllm_config: VllmConfig, lacks: dict[str, str]) -> None:
+    """Add what one worker or engine found; what one rank lacks, the model lacks."""
+    known = vllm_config.additional_config.setdefault(LACKS, {})
+    for need, reason in lacks.items():
+        known.setdefault(need, reason)
+
+
+def _compresses(vllm_config: VllmConfig) -> bool:
+    requested = _requested(vllm_config)
+    return requested is not None and KVCompressionConfig.parse(requested).enabled
+
+
 def _with_request_check(validate_params):
     @functools.wraps(validate_params)
     def wrapped(self, params, *args, **kwargs):
@@ -191,18 +270,20 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     config = engine.for_request((params.extra_args or {}).get(KEY))
     prompt = request.prompt_token_ids
     problem = None
-    if config.enabled and config.repeats and (prompt is None or request.mm_features):
+    embedded = request.prompt_embeds is not None  # whole or in part, where the ids are placeholders
+    num_prompt = length_from_prompt_token_ids_or_embeds(prompt, request.prompt_embeds)
+    if config.enabled and config.repeats and (prompt is None or embedded or request.mm_features):
         problem = f"{config.method} repeats the prompt, which must be text; use another method"
-    elif config.enabled and config.repeats and longest_repetition(vllm_config, len(prompt)) < LEAST:
+    elif config.enabled and config.repeats and longest_repetition(vllm_config, num_prompt) < LEAST:
         problem = (
-            f"{config.method} needs {LEAST} tokens behind the prompt of {len(prompt)}, more than "
+            f"{config.method} needs {LEAST} tokens behind the prompt of {num_prompt}, more than "
             "--max-model-len and the KV cache leave; raise them or use another method"
         )
-    elif engine.when == "streaming" and prompt is not None:
+    elif engine.when == "streaming":
         # The pool may be smaller than a request that keeps everything.
         cache = vllm_config.cache_config
-        num_tokens = min(len(prompt) + (params.max_tokens or longest), longest)
-        needed = peak_blocks(config, len(prompt), num_tokens, cache.block_size)
+        num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
+        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size)
         usable = (cache.num_gpu_blocks or 0) // vllm_config.parallel_config.data_parallel_size - 1
         if needed > usable > 0:
             problem = (

@@ -1,5 +1,6 @@
 """What compression does not support yet, refused at start-up with one line each."""
 
+import torch
 import vllm
 from vllm import envs
 from vllm.config import VllmConfig
@@ -10,6 +11,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 SUPPORTED_VLLM = "0.32."
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 256  # of our GPU kernels
+LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -26,17 +28,23 @@ def check_supported(vllm_config: VllmConfig) -> None:
 def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
     """Refuse a method that needs what this model or engine has not.
 
+    What the model has not is known once the workers have looked at it.
+
     Raises:
         KVCompressionError: one line that names it and what to do.
     """
     model = vllm_config.model_config
-    if config.build_policy().needs_rotary and (
-        model.uses_mrope or not getattr(model.hf_text_config, "rope_parameters", None)
-    ):
+    policy = config.build_policy()
+    if policy.needs_rotary and model.uses_mrope:
         raise KVCompressionError(
             f"kv-compression method {config.method} needs one-dimensional rotary position embeddings, "
             "which this model has not; use another method"
         )
+    for need, reason in (vllm_config.additional_config or {}).get(LACKS, {}).items():
+        if getattr(policy, need):
+            raise KVCompressionError(
+                f"kv-compression method {config.method} cannot serve this model: {reason}; use another method"
+            )
     if config.repeats and vllm_config.scheduler_config.max_num_seqs < 2:
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
@@ -74,7 +82,13 @@ def _refusals(config: VllmConfig):
     other_model = "serve this model without --kv-compression"
     text = model.hf_text_config
     layer_types = set(getattr(text, "layer_types", None) or ())
+    window = model.get_sliding_window()
+    own_dtype = str(model.dtype).removeprefix("torch.")
     speculative = config.speculative_config
+    # "auto" is what the user of a checkpoint that chooses for itself has already.
+    own_cache = f"use --kv-cache-dtype {own_dtype}"
+    if model.dtype == torch.float32:  # there is no such option
+        own_cache = "use --dtype bfloat16 --kv-cache-dtype bfloat16"
     yield (
         not vllm.__version__.startswith(SUPPORTED_VLLM),
         f"vLLM {vllm.__version__}",
@@ -97,11 +111,15 @@ def _refusals(config: VllmConfig):
     yield model.use_mla, "multi-head latent attention (MLA)", other_model
     yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
     yield (
-        bool(layer_types - {"full_attention"}) or model.get_sliding_window() is not None,
-        "sliding-window and hybrid attention",
-        other_model,
+        window is not None and window < model.max_model_len,
+        f"sliding-window attention over fewer tokens ({window}) than --max-model-len",
+        f"use --max-model-len {window} or less, or serve this model without --kv-compression",
     )
-    yield text.model_type == "gpt_oss", "attention sinks", other_model
+    other_types = layer_types - {"full_attention", "sliding_attention"}
+    yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
+    yield model.uses_alibi or "Step1ForCausalLM" in model.architectures, "ALiBi", other_model
+    yield _has_sinks(text), "attention sinks", other_model
+    yield bool(getattr(text, "num_kv_shared_layers", 0)), "cross-layer KV sharing", other_model
     yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
     yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
     yield (
@@ -111,13 +129,19 @@ def _refusals(config: VllmConfig):
     )
     yield (
         cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-        f"the quantized cache --kv-cache-dtype {cache.cache_dtype}",
-        "use --kv-cache-dtype auto",
+        f"the quantized cache {cache.cache_dtype}, which --kv-cache-dtype or the checkpoint asks for",
+        own_cache,
     )
     yield (
-        not on_cpu and cache.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")),
+        # Layers make of this the dtype of the cache, as long as no other is asked for.
+        cache.cache_dtype == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None,
+        "the quantized cache that the checkpoint asks for (kv_cache_scheme)",
+        own_cache,
+    )
+    yield (
+        not on_cpu and cache.cache_dtype not in ("auto", own_dtype),
         f"--kv-cache-dtype {cache.cache_dtype} with a model in {model.dtype} on a GPU",
-        "use --kv-cache-dtype auto",
+        f"use --kv-cache-dtype {own_dtype}",
     )
     yield model.rswa_window is not None, "reference sliding-window attention", other_model
     yield envs.VLLM_BATCH_INVARIANT, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"
@@ -136,4 +160,15 @@ def _refusals(config: VllmConfig):
         speculative is not None and speculative.method not in ("ngram", "suffix"),
         "speculative decoding with a draft model",
         "use ngram speculation or none",
+    )
+
+
+def _has_sinks(text) -> bool:
+    if text.model_type == "gpt_oss":
+        return True
+    if text.model_type.startswith("granite"):  # unless it says otherwise, sinks come with layer types
+        return bool(getattr(text, "attention_sinks", getattr(text, "layer_types", None) is not None))
+    return bool(
+        getattr(text, "add_full_attention_sink_bias", False)
+        or getattr(text, "add_swa_attention_sink_bias", False)
     )

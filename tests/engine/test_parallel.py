@@ -27,6 +27,7 @@ REQUESTS = {
     "adakv": "adakv:budget=0.4",
     "kv_compress": "kv_compress:budget=0.4",
     "off": "off",
+    "expected_attention": "expected_attention:budget=0.4",  # needs the rotary embedding of the rank's layers
 }
 COMPACTED = [name for name in REQUESTS if name != "off"]
 # What a head keeps depends on nothing outside the head, or outside its layer.

@@ -163,7 +163,8 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        refuse_layer(self, windowed=self.sliding_window != -1)
+        refuse_layer(self, None if self.sliding_window == -1 else self.sliding_window)
+        self.sliding_window = -1  # no request outgrows it
 
     def forward(
         self,

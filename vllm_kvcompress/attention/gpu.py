@@ -226,7 +226,8 @@ class CompressedAttentionImpl(AttentionImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        refuse_layer(self, windowed=self.sliding_window != (-1, -1))
+        refuse_layer(self, None if self.sliding_window == (-1, -1) else self.sliding_window[0] + 1)
+        self.sliding_window = (-1, -1)  # no request outgrows it
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False  # what our kernel writes is not quantized

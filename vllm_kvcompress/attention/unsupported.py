@@ -1,16 +1,19 @@
 """Attention layers that cannot be served compacted."""
 
+from vllm.config import get_current_vllm_config
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvcompress.config import KVCompressionError
 
 
-def refuse_layer(impl: AttentionImpl, windowed: bool) -> None:
+def refuse_layer(impl: AttentionImpl, window: int | None) -> None:
     """Refuse what attention over kept tokens would compute wrongly.
 
     Args:
         impl: a layer's implementation.
-        windowed: whether it slides a window, which each backend stores in its own way.
+        window: tokens that it attends over, if it slides a window, which each backend stores in its own way.
+            One no shorter than the longest request is full attention.
 
     Raises:
         KVCompressionError: one line that names the feature and what to do.
@@ -18,7 +21,9 @@ def refuse_layer(impl: AttentionImpl, windowed: bool) -> None:
     unsupported = {
         "attention sinks": impl.sinks is not None,
         "ALiBi": impl.alibi_slopes is not None,
-        "sliding-window attention": windowed,
+        "sliding-window attention": window is not None
+        and window < get_current_vllm_config().model_config.max_model_len,
+        f"the quantized cache {impl.kv_cache_dtype}": is_quantized_kv_cache(impl.kv_cache_dtype),
         "cross-layer KV sharing": impl.kv_sharing_target_layer_name is not None,
         f"{impl.attn_type} attention": impl.attn_type != AttentionType.DECODER,
     }

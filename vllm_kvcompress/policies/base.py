@@ -32,8 +32,9 @@ class LayerObservation:
         logits_soft_cap: logits are `cap·tanh(logits / cap)`; 0 for none.
         padding: `[H]` int64, leading columns of each head that hold nothing; None for none.
         state: what the policy's `observe` returned last.
-        rotary: the layer's position embedding; None if it has none.
-        output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32.
+        rotary: the layer's position embedding, by no angle where it has none; None if it is of another kind.
+        output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32; None if none was
+            found whose input is what the layer puts out.
         layer: the layer's number in the model, counted from 0.
         kept_positions: `[H, W]` int64, see `positions`; None where column i is token i.
     """
@@ -83,6 +84,8 @@ class Policy(ABC):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
+        needs_output_projection: True if it cannot do without the projection behind the layer. A policy must
+            say what it needs, so that it is refused where a model has it not.
         window: w, the number of last queries it needs; 0 for none.
     """
 
@@ -93,6 +96,7 @@ class Policy(ABC):
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
+    needs_output_projection: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
     sinks: ClassVar[int] = 4
 

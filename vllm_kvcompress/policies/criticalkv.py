@@ -34,6 +34,7 @@ class CriticalKV(Policy):
     name: ClassVar[str] = "criticalkv"
     paper: ClassVar[str] = "Identify Critical KV Cache in LLM Inference (arXiv 2502.03805)"
     cost: ClassVar[str] = "its base policy's, and the output projection of every value"
+    needs_output_projection: ClassVar[bool] = True
     base: Policy = SnapKV()
     first_stage: float = 0.5
     epsilon: float = 1e-4

@@ -1,6 +1,6 @@
 """Rotary position embedding, undone and averaged."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,10 +13,28 @@ class Rotary:
     Attributes:
         cos_sin: `[positions, R]`, cosines of the R/2 angles, then their sines; R <= D elements are rotated.
         is_neox: whether element i is paired with i + R/2; otherwise 2i with 2i + 1.
+        first: the first element that is rotated.
     """
 
     cos_sin: Tensor
     is_neox: bool
+    first: int = 0
+
+    @classmethod
+    def identity(cls, positions: int, device: torch.device | str = "cpu") -> "Rotary":
+        """The rotation by no angle, of layers without position embedding."""
+        return cls(torch.tensor([1.0, 0.0], device=device).expand(positions, 2), True)
+
+    def at(self, positions: Tensor) -> "Rotary":
+        """The same for these positions alone, `[n]`, counted from 0."""
+        return replace(self, cos_sin=self.cos_sin[positions])
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """The elements that are rotated with each other, `[R/2]` int64 each."""
+        rotated = self.cos_sin.shape[-1]
+        channel = torch.arange(self.first, self.first + rotated, device=self.cos_sin.device)
+        left, right = channel.view(2, -1) if self.is_neox else channel.view(-1, 2).T
+        return left, right
 
     def undo(self, rotated: Tensor, first_position: int) -> Tensor:
         """Vectors before the embedding.
@@ -30,13 +48,9 @@ class Rotary:
         """
         table = self.cos_sin[first_position : first_position + rotated.shape[0]].float()
         cos, sin = table.view(len(table), *[1] * (rotated.ndim - 2), -1).chunk(2, -1)
-        size = self.cos_sin.shape[-1]
+        left, right = self.pairs()
         out = rotated.float().clone()
-        if self.is_neox:
-            left, right = slice(0, size // 2), slice(size // 2, size)
-        else:
-            left, right = slice(0, size, 2), slice(1, size, 2)
-        a, b = out[..., left].clone(), out[..., right].clone()
+        a, b = out[..., left], out[..., right]
         length = cos.square() + sin.square()  # not 1 where the embedding also scales (YaRN)
         out[..., left] = (a * cos + b * sin) / length
         out[..., right] = (b * cos - a * sin) / length
@@ -54,9 +68,7 @@ class Rotary:
         positions = torch.arange(first_position, first_position + count, device=device)
         positions.clamp_(max=len(self.cos_sin) - 1)
         cos, sin = self.cos_sin[positions].float().mean(0).chunk(2)
-        rotated = self.cos_sin.shape[-1]
-        channel = torch.arange(rotated, device=device)
-        left, right = channel.view(2, -1) if self.is_neox else channel.view(-1, 2).T
+        left, right = self.pairs()
         matrix = torch.eye(size, device=device)
         matrix[left, left] = matrix[right, right] = cos
         matrix[left, right], matrix[right, left] = -sin, sin

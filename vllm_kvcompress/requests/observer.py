@@ -22,8 +22,8 @@ class LayerAttention:
     Attributes:
         scale: softmax scale.
         logits_soft_cap: 0 for none.
-        rotary: its position embedding; None if it has none.
-        output_projection: makes `[H, G, D, hidden]`, the projection behind it.
+        rotary: its position embedding, by no angle where it has none; None if it is of another kind.
+        output_projection: makes `[H, G, D, hidden]`, the projection behind it; None if there is none.
         index: its number in the whole model, counted from 0.
     """
 

@@ -104,6 +104,9 @@ class CompressionGPUWorker(CompressionWorker):
         self.builder.warm_up(self.model_runner.get_model().modules())
         num_tokens = config.recent_tokens + 4 * block_size
         plan, blocks = Plan.of(config, num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
+        policy = config.build_policy()
+        if any(getattr(policy, need) for need in self.lacks):  # the engine will refuse it
+            return
         if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
             return
         name = "kv-compression-warm-up"

@@ -2,9 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -17,7 +18,7 @@ from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
-from vllm_kvcompress.requests.layers import layer_attention
+from vllm_kvcompress.requests.layers import probe_layers
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.worker.compactor import Compactor
@@ -31,18 +32,23 @@ class CompressionWorker(Worker):
         compression: what is known of requests, shared with the attention builder.
         compactor: runs Jobs.
         builder: makes the attention metadata of every layer.
+        lacks: what policies may need and this model has not, see `ProbedLayers`.
     """
 
     backends: ClassVar[Mapping[AttentionBackendEnum, str]]
     compression: CompressionState
     compactor: Compactor
     builder: Any
+    lacks: dict[str, str]
     _serving = False
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with backend_overrides(self.backends):
             super().load_model(load_dummy_weights=load_dummy_weights)
+        for layer in self.compilation_config.static_forward_context.values():
+            if isinstance(layer, Attention):  # of the windows only those are left that no request outgrows
+                layer.sliding_window = None
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
@@ -63,11 +69,21 @@ class CompressionWorker(Worker):
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
         model, impl = self.model_runner.get_model(), layers[0].impl
-        constants = [layer_attention(model, layer) for layer in layers]
-        observer = Observer(cache, constants, impl.num_heads, impl.head_size, first.dtype, tables={})
+        probed = probe_layers(model, layers, self.vllm_config, self._without_adapters)
+        self.lacks = probed.lacks
+        observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, first.dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
-        self.compactor = Compactor(cache, constants)
+        self.compactor = Compactor(cache, probed.layers)
+
+    def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
+        """Prepare the model for a batch of so many tokens of one request that uses no adapter."""
+        batch = np.array([num_tokens], dtype=np.int32)
+        return self.model_runner.maybe_select_dummy_loras(self.lora_config, batch)
+
+    def kv_compression_lacks(self) -> dict[str, str]:
+        """What policies may need and this model has not; asked by the engine."""
+        return self.lacks
 
     @abstractmethod
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:

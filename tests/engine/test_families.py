@@ -1,0 +1,402 @@
+"""Every kind of model that vLLM builds here: each method is served, or refused with one line.
+
+Tiny models with random weights. What a family's layers do to positions is stated beside it, from its paper
+and configuration, and compared with what the worker found by trying.
+"""
+
+import functools
+import gc
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import BLOCK_SIZE, Engine, sampling
+from vllm import LLM
+from vllm.envs import disable_envs_cache
+from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader import dummy_loader
+
+from vllm_kvcompress import KVCompressionConfig, plugin
+from vllm_kvcompress.config import METHODS, KVCompressionError
+from vllm_kvcompress.support import LACKS
+
+VOCABULARY = 256
+LONGEST = 512
+NEOX, PAIRWISE = True, False  # channel i rotated with i + R/2, or 2i with 2i + 1
+NONE = (0, NEOX, 0)  # a layer without position embedding
+
+NO_ROTARY = {"expected_attention": "do not follow a one-dimensional rotary embedding"}
+NARROW_VALUES = {"criticalkv": "the output projection of .* cannot be used"}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model.
+
+    Attributes:
+        config: of Hugging Face, on top of `COMMON`.
+        rotary: of every layer: rotated channels, pairing, first rotated channel; () if not by a rotation.
+        refused: what is said to a request for a method; the others are served.
+        options: of the engine.
+    """
+
+    config: dict
+    rotary: tuple = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+
+COMMON = dict(
+    hidden_size=128,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=VOCABULARY,
+    max_position_embeddings=LONGEST,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=False,
+    bos_token_id=0,
+    eos_token_id=1,
+    pad_token_id=None,
+)
+
+
+def family(architecture, model_type, rotary=(), refused=None, options=None, **config) -> Family:
+    config = {**COMMON, "architectures": [architecture], "model_type": model_type, **config}
+    return Family(config, rotary, refused or {}, options or {})
+
+
+FULL = ((32, NEOX, 0),) * 2
+FP8_CACHE = dict(
+    quant_method="compressed-tensors",
+    format="float-quantized",
+    config_groups={},
+    kv_cache_scheme=dict(num_bits=8, type="float", strategy="tensor", symmetric=True, dynamic=False),
+)
+SERVED = {
+    "llama": family("LlamaForCausalLM", "llama", FULL),
+    "qwen2": family("Qwen2ForCausalLM", "qwen2", FULL),
+    "qwen3": family("Qwen3ForCausalLM", "qwen3", FULL, head_dim=32),
+    "mistral": family("MistralForCausalLM", "mistral", FULL, sliding_window=None),
+    "phi3": family("Phi3ForCausalLM", "phi3", FULL, sliding_window=None),
+    "phi3, long": family(
+        "Phi3ForCausalLM",
+        "phi3",
+        FULL,
+        sliding_window=None,
+        original_max_position_embeddings=LONGEST // 2,
+        rope_scaling=dict(type="longrope", short_factor=[1.0] * 16, long_factor=[1.0, 2.0] * 8),
+    ),
+    "llama, yarn": family(
+        "LlamaForCausalLM",
+        "llama",
+        FULL,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=LONGEST // 4),
+    ),
+    "gemma: one KV head of 256 channels": family(
+        "GemmaForCausalLM", "gemma", ((256, NEOX, 0),) * 2, head_dim=256, num_key_value_heads=1
+    ),
+    "gemma2: soft cap, windows that nobody outgrows": family(
+        "Gemma2ForCausalLM", "gemma2", FULL, sliding_window=LONGEST, query_pre_attn_scalar=32, head_dim=32
+    ),
+    "gemma3: another base in windows": family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        FULL,
+        sliding_window=LONGEST,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt-neox: partial rotary": family(
+        "GPTNeoXForCausalLM", "gpt_neox", ((8, NEOX, 0),) * 2, rotary_pct=0.25
+    ),
+    "gpt-j: partial, pairwise": family(
+        "GPTJForCausalLM",
+        "gptj",
+        ((8, PAIRWISE, 0),) * 2,
+        n_embd=128,
+        n_layer=2,
+        n_head=4,
+        n_positions=LONGEST,
+        rotary_dim=8,
+        n_inner=64,
+    ),
+    "phi": family("PhiForCausalLM", "phi", ((16, NEOX, 0),) * 2, partial_rotary_factor=0.5),
+    "stablelm": family("StableLmForCausalLM", "stablelm", ((8, NEOX, 0),) * 2, partial_rotary_factor=0.25),
+    "glm4: partial, pairwise": family(
+        "Glm4ForCausalLM", "glm4", ((16, PAIRWISE, 0),) * 2, partial_rotary_factor=0.5, head_dim=32
+    ),
+    "falcon": family(
+        "FalconForCausalLM",
+        "falcon",
+        FULL,
+        alibi=False,
+        multi_query=True,
+        parallel_attn=True,
+        bias=False,
+        new_decoder_architecture=False,
+    ),
+    "cohere: pairwise": family("CohereForCausalLM", "cohere", ((32, PAIRWISE, 0),) * 2),
+    "granite": family("GraniteForCausalLM", "granite", FULL),
+    "starcoder2": family("Starcoder2ForCausalLM", "starcoder2", FULL),
+    "nemotron": family("NemotronForCausalLM", "nemotron", FULL, partial_rotary_factor=1.0),
+    "olmoe": family("OlmoeForCausalLM", "olmoe", FULL, num_experts=4, num_experts_per_tok=2),
+    "olmo2: the model's own rotary": family("Olmo2ForCausalLM", "olmo2", FULL),
+    "smollm3: a layer without position embedding": family(
+        "SmolLM3ForCausalLM", "smollm3", ((32, NEOX, 0), NONE), no_rope_layers=[1, 0]
+    ),
+    "exaone4": family(
+        "Exaone4ForCausalLM", "exaone4", FULL, sliding_window=None, layer_types=["full_attention"] * 2
+    ),
+    "minicpm3: the last channels are rotated, values narrower than keys": family(
+        "MiniCPM3ForCausalLM",
+        "minicpm3",
+        ((16, NEOX, 16),) * 2,
+        NARROW_VALUES,
+        num_key_value_heads=4,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        scale_emb=12,
+        scale_depth=1.4,
+        dim_model_base=128,
+        hidden_act="silu",
+        initializer_range=0.1,
+        auto_map={},
+    ),
+    "opt: learned positions": family(
+        "OPTForCausalLM",
+        "opt",
+        refused=NO_ROTARY,
+        ffn_dim=64,
+        word_embed_proj_dim=128,
+        do_layer_norm_before=True,
+    ),
+    "gpt2: learned positions": family(
+        "GPT2LMHeadModel", "gpt2", refused=NO_ROTARY, n_embd=128, n_layer=2, n_head=4, n_positions=LONGEST
+    ),
+    "llama with adapters": family("LlamaForCausalLM", "llama", FULL, options=dict(enable_lora=True)),
+    "llama whose quantized cache is turned down": family(
+        "LlamaForCausalLM",
+        "llama",
+        FULL,
+        options=dict(dtype="bfloat16", kv_cache_dtype="bfloat16"),
+        quantization_config=FP8_CACHE,
+    ),
+}
+
+REFUSED = {
+    "a checkpoint that quantizes the cache": (
+        family("LlamaForCausalLM", "llama", quantization_config=FP8_CACHE, options=dict(dtype="bfloat16")),
+        r"the quantized cache that the checkpoint asks for .*; use --kv-cache-dtype bfloat16$",
+    ),
+    "windows": (
+        family("MistralForCausalLM", "mistral", sliding_window=LONGEST - 1),
+        rf"sliding-window attention over fewer tokens \({LONGEST - 1}\).*; use --max-model-len {LONGEST - 1}",
+    ),
+    "windows of some layers": (
+        family(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            sliding_window=128,
+            query_pre_attn_scalar=32,
+            head_dim=32,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        r"sliding-window attention over fewer tokens \(128\)",
+    ),
+    "bloom": (
+        family("BloomForCausalLM", "bloom", n_layer=2, n_head=4),
+        "ALiBi; serve this model without --kv-compression",
+    ),
+    "falcon with alibi": (family("FalconForCausalLM", "falcon", alibi=True), "ALiBi; serve"),
+    "granite with sinks": (
+        family("GraniteForCausalLM", "granite", layer_types=["full_attention"] * 2),
+        "attention sinks; serve",
+    ),
+    "gpt-oss": (
+        family(
+            "GptOssForCausalLM",
+            "gpt_oss",
+            layer_types=["full_attention"] * 2,
+            sliding_window=None,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        ),
+        "attention sinks; serve",
+    ),
+    "gemma3n: layers that share a cache": (
+        family("Gemma3nForCausalLM", "gemma3n_text", sliding_window=LONGEST, num_kv_shared_layers=1),
+        "cross-layer KV sharing; serve",
+    ),
+}
+
+PROMPT = [(7 * i * i + 3 * i) % (VOCABULARY - 8) + 4 for i in range(LONGEST // 2)]
+
+
+def write(folder: Path, config: dict) -> Path:
+    """A checkpoint's configuration and a tokenizer of bytes; the weights are vLLM's dummies."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Starts an engine for a family; weights large enough for attention to prefer some tokens."""
+    usual = dummy_loader.initialize_single_dummy_weight
+    monkeypatch.setattr(
+        dummy_loader, "initialize_single_dummy_weight", functools.partial(usual, low=-0.3, high=0.3)
+    )
+
+    def started(family: Family, compression: str = "snapkv:budget=0.25,window=16", **options) -> LLM:
+        options = {
+            **dict(
+                load_format="dummy",
+                dtype="float32",
+                enforce_eager=True,
+                max_model_len=LONGEST,
+                block_size=BLOCK_SIZE,
+                num_gpu_blocks_override=64,
+                max_num_seqs=32,
+                kv_cache_memory_bytes=1 << 24,
+            ),
+            **family.options,
+            **options,
+        }
+        return LLM(
+            str(write(tmp_path, family.config)),
+            **KVCompressionConfig.parse(compression).engine_kwargs(),
+            **options,
+        )
+
+    yield started
+    gc.collect()
+
+
+def rotation(layer) -> tuple:
+    """What the worker found a layer to do to positions."""
+    rotary = layer.rotary
+    if not bool(rotary.cos_sin[:, rotary.cos_sin.shape[1] // 2 :].any()):
+        return NONE
+    return rotary.cos_sin.shape[1], rotary.is_neox, rotary.first
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_method_is_served_or_refused_with_one_line(name, start):
+    family = SERVED[name]
+    engine = Engine(start(family))
+    layers = engine.worker.compactor.layers
+    found = tuple(rotation(layer) for layer in layers if layer.rotary is not None)
+    assert found == family.rotary, engine.worker.lacks
+    served = []
+    for method in METHODS:
+        params = sampling(4, f"{method}:budget=0.5", logprobs=None)
+        if method in family.refused:
+            with pytest.raises(VLLMValidationError, match=family.refused[method]) as error:
+                engine.add(PROMPT, params)
+            assert "\n" not in str(error.value)
+        else:
+            served.append(engine.add(PROMPT, params, method))
+    engine.finish()
+    for request in served:
+        assert len(engine.outputs[request].outputs[0].token_ids) == 4
+        assert engine.compaction_of(request) is not None, request
+    engine.check_nothing_left()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_method_can_serve_is_refused_before_anything_is_loaded(name, start, monkeypatch):
+    family, message = REFUSED[name]
+    monkeypatch.setattr("vllm.v1.engine.llm_engine.LLMEngine.__init__", None)  # it does not get so far
+    with pytest.raises(KVCompressionError, match=message) as error:
+        start(family)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["expected_attention", "criticalkv:base=expected_attention"])
+def test_the_engines_own_method_is_refused_at_start(method, start):
+    with pytest.raises(
+        KVCompressionError, match="cannot serve this model: the queries of .*; use another"
+    ) as error:
+        start(SERVED["gpt2: learned positions"], method)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def own_process(monkeypatch):
+    """Engines in a process of their own, as servers have them; nothing is compiled there either."""
+    disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    yield
+    disable_envs_cache()
+
+
+MINICPM3 = SERVED["minicpm3: the last channels are rotated, values narrower than keys"]
+
+
+def test_a_front_end_knows_what_the_workers_found(own_process, start):
+    llm = start(MINICPM3)
+    for method in ("criticalkv", "criticalkv:base=knorm"):
+        with pytest.raises(VLLMValidationError, match=NARROW_VALUES["criticalkv"]):
+            llm.generate({"prompt_token_ids": PROMPT}, sampling(4, method), use_tqdm=False)
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling(4, "expected_attention"), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_a_front_end_refuses_the_engines_own_method(own_process, start):
+    with pytest.raises(
+        KVCompressionError, match="criticalkv cannot serve this model: .*; use another"
+    ) as error:
+        start(MINICPM3, "criticalkv")
+    assert "\n" not in str(error.value)
+
+
+def test_what_one_rank_lacks_the_model_lacks():
+    config = SimpleNamespace(additional_config={"kv_compression": "snapkv"})
+    plugin._note_lacks(config, {})
+    assert config.additional_config[LACKS] == {}
+    for lacks in ({"needs_rotary": "first"}, {"needs_rotary": "second", "needs_output_projection": "third"}):
+        plugin._note_lacks(config, lacks)
+    assert config.additional_config[LACKS] == {"needs_rotary": "first", "needs_output_projection": "third"}
+
+
+@pytest.fixture
+def embedding(start):
+    """An engine that takes prompt embeddings, and a prompt of them, all or every other one."""
+    engine = Engine(start(SERVED["llama"], enable_prompt_embeds=True))
+    embeds = torch.randn(len(PROMPT), 128, generator=torch.Generator().manual_seed(0))
+    given = [index % 2 == 0 for index in range(len(PROMPT))]
+    ids = [token if known else VOCABULARY * 2 for token, known in zip(PROMPT, given, strict=True)]
+    mixed = {"prompt_embeds": embeds, "prompt_token_ids": ids, "prompt_is_token_ids": given}
+    return engine, {"embeddings alone": {"prompt_embeds": embeds}, "mixed": mixed}
+
+
+def test_a_prompt_that_is_not_text_is_not_repeated_but_compacted_by_other_methods(embedding):
+    engine, prompts = embedding
+    for name, prompt in prompts.items():
+        with pytest.raises(VLLMValidationError, match="repeats the prompt, which must be text; use another"):
+            engine.llm.llm_engine.add_request(f"kvzip {name}", prompt, sampling(4, "kvzip"))
+        for method in ("snapkv", "h2o"):
+            engine.llm.llm_engine.add_request(f"{method} {name}", prompt, sampling(4, method, logprobs=None))
+    engine.finish()
+    for request in (f"{method} {name}" for method in ("snapkv", "h2o") for name in prompts):
+        assert len(engine.outputs[request].outputs[0].token_ids) == 4
+        assert engine.compaction_of(request) is not None
+    engine.check_nothing_left()
