@@ -75,7 +75,7 @@ def test_prompt_logprobs_of_raw_context_are_served_by_a_streaming_server(streami
 
 @pytest.mark.parametrize(
     ("every", "length", "compacted"),
-    # Compaction at token 256 is felt by the 257th. At 64 tokens, of which 32 are recent, nothing can be freed.
+    # Compaction at token 256 is felt by the 257th. At 64 tokens, 32 of them recent, nothing can be freed.
     [(256, 256, False), (256, 257, True), (32, 96, False), (32, 97, True)],
 )
 def test_prompts_up_to_the_first_compaction_have_their_logprobs(streaming, every, length, compacted):

@@ -232,8 +232,8 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
     if config.enabled and (compacted or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"
         raise VLLMValidationError(
-            f"kv_compression: with {how}, prompt_logprobs (and echo) would be those of compacted context; leave "
-            'them out, or send vllm_xargs {"kv_compression": "off"}',
+            f"kv_compression: with {how}, prompt_logprobs (and echo) would be those of compacted context; "
+            'leave them out, or send vllm_xargs {"kv_compression": "off"}',
             parameter=KEY,
         )
 

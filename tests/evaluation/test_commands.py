@@ -98,12 +98,10 @@ def test_bench_compares_with_stock(smollm2, tmp_path):
     [
         ["eval", "--methods", "snapkw"],
         ["eval", "--tasks", "needel"],
-        ["eval", "--lengths", "many"],
         ["eval", "--tasks", "ruler"],
         ["eval", "nowhere/to/be/found"],
         ["bench", "--parts", "stepps"],
         ["bench", "--compression", "snapkv:budget=2"],
-        ["inspect", "--compression", "adakv:budget=1"],
     ],
 )
 def test_mistakes_are_one_line(smollm2, arguments):
