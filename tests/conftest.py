@@ -33,8 +33,7 @@ for _name, _value in {
 
 # Those that take longest, which start first so that all processes end at about the same time. Neighbours here
 # share engines.
-LONGEST = [
-]
+LONGEST = []
 GIB_PER_PROCESS = 5
 
 NOVEL = Path(__file__).parents[1] / "examples" / "pride_and_prejudice.txt"

@@ -88,7 +88,9 @@ def repetitive_model(random_model, tokenizer, tmp_path_factory) -> Path:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
-    model.model.embed_tokens.weight.data *= 7  # what comes next hangs on the last word more than on the others
+    model.model.embed_tokens.weight.data *= (
+        7  # what comes next hangs on the last word more than on the others
+    )
     model.lm_head.weight.data[6:] *= 0.1
     folder = tmp_path_factory.mktemp("models") / "repetitive-llama"
     model.save_pretrained(folder)
