@@ -11,8 +11,8 @@ import pytest
 
 from vllm_kvcompress.evaluation.host import engine_environment
 
-# A server with a child, as vLLM's has its engine; neither ever gets ready. The child does not mind SIGTERM, nor
-# does the server on demand.
+# A server with a child, as vLLM's has its engine; neither ever gets ready. The child does not mind SIGTERM,
+# nor does the server on demand.
 STAND_IN = """
 import os, signal, subprocess, sys, time
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Every command and every piece of Python in README and docs, as written there, where the set-up has put it.
 
-`MODEL` and names of models stand for a checkpoint of the reader's own: here a tiny one with random weights. The
-commands themselves leave out documents that are longer than its context, so an evaluation takes half a minute.
+`MODEL` and names of models stand for a checkpoint of the reader's own: here a tiny one with random weights.
+The commands themselves leave out documents longer than its context, so an evaluation takes half a minute.
 """
 
 import json
@@ -42,12 +42,14 @@ NEEDS_SERVER = "client."
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Pairs of language, `sh` or `python`, and text of each code block."""
     text = page.read_text()
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$|((?:^ {4}[^\n]*\n|^\n(?= {4}))+)", text, re.M | re.S):
-        language, fenced, indented = match.groups()
+    for match in re.finditer(
+        r"^```(\w*)\n(.*?)^```$|(^ {4}[^\n]*\n(?:\n*^ {4}[^\n]*\n)*)", text, re.M | re.S
+    ):
+        language, fenced, block = match.groups()
         if fenced is not None:
             yield language or "sh", fenced
         elif text[: match.start()].endswith("\n\n"):  # otherwise a paragraph of a list goes on
-            yield "sh", textwrap.dedent(indented)
+            yield "sh", textwrap.dedent(block)
 
 
 def commands_of(block: str) -> list[str]:
