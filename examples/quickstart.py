@@ -14,6 +14,7 @@ keeps its first digits and drops the others (see it with `--option kernel_size=7
 import argparse
 import json
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def main() -> None:
         args.report.write_text(json.dumps(run_engine(args)))
         return
 
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the engine's process ends too
     from vllm_kvcompress.models import ModelUnavailable, smollm2
 
     try:

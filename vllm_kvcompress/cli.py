@@ -4,9 +4,10 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
@@ -17,7 +18,7 @@ from vllm_kvcompress.policies import POLICIES, Policy
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="vllm-kvcompress", description="KV-cache compression for vLLM.")
+    parser = _Parser(prog="vllm-kvcompress", description="KV-cache compression for vLLM.")
     commands = parser.add_subparsers(dest="command", required=True)
     methods = commands.add_parser("methods", help="list methods, their options, papers and costs")
     methods.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -30,7 +31,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KVCompressionError, ModelUnavailable, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End as any other end: what the command has started is ended first."""
+    sys.exit(128 + number)
 
 
 def _add_measuring(commands: Any) -> None:
@@ -58,6 +74,8 @@ def _in_engine_environment(run: Callable[[argparse.Namespace], None]) -> Callabl
             os.execve(
                 sys.executable, [sys.executable, "-m", "vllm_kvcompress.cli", *sys.argv[1:]], environment
             )
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _end)
         run(arguments)
 
     return wrapped

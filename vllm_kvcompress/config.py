@@ -149,6 +149,16 @@ class KVCompressionConfig:
         """
         return value if isinstance(value, cls) else cls._of(_as_dict(value))
 
+    @staticmethod
+    def named_profile(value: "str | Mapping") -> str:
+        """The head profile that any form names, without a look at the file; `""` for none.
+
+        Raises:
+            KVCompressionError: the form is wrong.
+        """
+        allocation, _, profile = str(_as_dict(value).get("allocation")).partition(":")
+        return profile if allocation.strip() == "profile" else ""
+
     @classmethod
     def _of(cls, flat: Mapping[str, Any]) -> "KVCompressionConfig":
         own = {name: flat[name] for name in _OWN_TYPES if name in flat}

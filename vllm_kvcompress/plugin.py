@@ -8,6 +8,7 @@ import argparse
 import functools
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
@@ -23,13 +24,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
-from vllm_kvcompress.plan import peak_blocks
-from vllm_kvcompress.support import (
-    LACKS,
-    check_method,
-    check_supported,
-    check_watched,
-)
+from vllm_kvcompress.plan import Plan, next_point, peak_blocks
+from vllm_kvcompress.support import LACKS, check_method, check_supported, check_watched
 
 KEY = "kv_compression"
 _WORKERS = {
@@ -51,6 +47,7 @@ def register() -> None:
     EngineCore._initialize_kv_caches = _with_lacks(EngineCore._initialize_kv_caches)
     EngineCoreProc._make_ready_response = _with_lacks_sent(EngineCoreProc._make_ready_response)
     MPClient._apply_ready_response = _with_lacks_received(MPClient._apply_ready_response)
+    InputProcessor.__init__ = _with_watched_endpoints(InputProcessor.__init__)
 
 
 def _with_flag(add_cli_args):
@@ -236,13 +233,14 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
             raise KVCompressionError(
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
-        config = engine.for_request(value)
-        own = (config.allocation or "").partition(":")[2]
-        if own and config.allocation != engine.allocation and own not in profiles.included():
+        # Before the file is looked at, for a client should not learn what is on the server's disk.
+        own = KVCompressionConfig.named_profile(value)
+        if own and f"profile:{own}" != engine.allocation and own not in profiles.included():
             raise KVCompressionError(
                 "a request may use the server's own head profile or a packaged one; "
                 f"start the server with allocation=profile:{own}"
             )
+        config = engine.for_request(value)
         check_method(config, vllm_config)
         check_watched(config, engine, vllm_config)
     except KVCompressionError as error:
@@ -255,6 +253,7 @@ def _with_length_check(process_inputs):
         request = process_inputs(self, *args, **kwargs)
         if isinstance(self.vllm_config.scheduler_config.scheduler_cls, str) and request.sampling_params:
             _check_length(self.vllm_config, request)
+            _check_prompt_logprobs(self.vllm_config, request)
         return request
 
     return wrapped
@@ -292,3 +291,62 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
             )
     if problem:
         raise VLLMValidationError(f"kv_compression: {problem}", parameter=KEY)
+
+
+def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse log-probabilities of a prompt whose later tokens would read compacted context."""
+    params, requested = request.sampling_params, _requested(vllm_config)
+    if requested is None or (params.prompt_logprobs is None and params.prompt_logprob_token_ids is None):
+        return
+    config = KVCompressionConfig.parse(requested).for_request((params.extra_args or {}).get(KEY))
+    length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    point, last = next_point(config, length), None
+    while point is not None and point < length:
+        point, last = next_point(config, length, point), point
+    compacted = last and Plan.of(config, last, vllm_config.cache_config.block_size)
+    if config.enabled and (compacted or request.resumable):
+        how = "a prompt that goes on later" if request.resumable else "when=streaming"
+        raise VLLMValidationError(
+            f"kv_compression: with {how}, prompt_logprobs (and echo) would be those of compacted context; "
+            'leave them out, or send vllm_xargs {"kv_compression": "off"}',
+            parameter=KEY,
+        )
+
+
+def _with_watched_endpoints(init):
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        # Where requests enter a process. Only here, for other processes need none of what a server imports.
+        from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+        from vllm.entrypoints.serve.engine.serving import BaseServing
+
+        for serving in (BaseServing, PoolingBaseServing):
+            if not hasattr(serving._check_model, "__wrapped__"):
+                serving._check_model = _with_endpoint_check(serving._check_model)
+        init(self, *args, **kwargs)
+
+    return wrapped
+
+
+def _with_endpoint_check(check_model):
+    @functools.wraps(check_model)
+    async def wrapped(self, request):
+        _check_endpoint(request)
+        return await check_model(self, request)
+
+    return wrapped
+
+
+def _check_endpoint(request: Any) -> None:
+    """Refuse an option in an HTTP request that vLLM would drop before it makes sampling parameters."""
+    problem, xargs = None, getattr(request, "vllm_xargs", None)
+    if KEY in (getattr(request, "model_extra", None) or {}):
+        problem = 'kv_compression is an option of vllm_xargs; send "vllm_xargs": {"kv_compression": …}'
+    elif not isinstance(xargs, dict) or KEY not in xargs:
+        return
+    elif getattr(request, "use_beam_search", False):
+        problem = "kv_compression cannot be chosen for beam search, whose steps are vLLM's own; leave it out"
+    elif not any(hasattr(request, name) for name in ("to_sampling_params", "to_chat_completion_request")):
+        problem = "kv_compression has no effect at this endpoint; leave it out"
+    if problem:
+        raise VLLMValidationError(problem, parameter=KEY)

@@ -10,7 +10,7 @@ def open_session(engine, prompt: list[int]) -> str:
     """A streaming session that has computed its first part and waits for the next, holding its blocks."""
     llm_engine = engine.llm.llm_engine
     given = llm_engine.input_processor.process_inputs(
-        "session",
+        "session-0",
         {"prompt_token_ids": prompt},
         sampling(1, "off", output_kind=RequestOutputKind.DELTA),
         llm_engine.get_supported_tasks(),

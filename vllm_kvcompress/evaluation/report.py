@@ -146,7 +146,7 @@ def table(summary: Mapping[str, Any]) -> str:
     """The main table and the tasks behind it, in Markdown."""
     settings, rows = summary["settings"], summary["rows"]
     full = rows[0]
-    longest = max(settings["lengths"])
+    longest = max(map(int, summary["prefill_seconds"]), default=0)
     prefill = summary["prefill_seconds"].get(str(longest))
     lines = [
         f"Model {Path(settings['model']).name}, documents of {_list(settings['lengths'])} tokens, "
@@ -186,6 +186,8 @@ def table(summary: Mapping[str, Any]) -> str:
     lines += ["", "; ".join(counts + texts)]
     if any(row["variant"].startswith("stock:") for row in rows):
         lines.append("A quantized cache's kept KV is over the cache in the checkpoint's own precision.")
+    if settings.get("too_long"):
+        lines.append(f"{too_long(settings['too_long'], settings['context'])}.")
     if prefill:
         lines.append(f"Compaction is over the full cache's prefill of {longest} tokens, {prefill:.1f} s.")
     for mode, tasks in summary["left_out"].items():
@@ -211,6 +213,12 @@ def table(summary: Mapping[str, Any]) -> str:
                 ],
             )
     return "\n".join(lines) + "\n"
+
+
+def too_long(tokens: Mapping[str, int], limit: int) -> str:
+    """One line that names what a model's context is too short for."""
+    names = ", ".join(f"{name} ({count} tokens)" for name, count in tokens.items())
+    return f"Left out, longer than the model's context of {limit} tokens: {names}"
 
 
 def kvpress_table(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
@@ -47,5 +48,14 @@ def split_methods(given: str) -> list[str]:
 
 
 def baselines(given: str) -> list[Variant]:
-    """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`."""
+    """Rows of stock vLLM with a quantized cache, `fp8` or another `--kv-cache-dtype`.
+
+    Raises:
+        KVCompressionError: vLLM has no such cache.
+    """
+    from vllm.config.cache import CacheDType
+
+    for dtype in filter(None, given.split(",")):
+        if dtype not in get_args(CacheDType):
+            raise KVCompressionError(f"--baselines takes {', '.join(get_args(CacheDType))}, got {dtype!r}")
     return [Variant(f"{STOCK}{dtype}", f"stock, {dtype} cache") for dtype in filter(None, given.split(","))]

@@ -17,9 +17,11 @@ from torch import Tensor
 from vllm_kvcompress import __version__, profiles
 from vllm_kvcompress.allocation import Profile, Uniform, select
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.probe import Probe
+from vllm_kvcompress.evaluation.quality.samples import opening
 from vllm_kvcompress.policies import Policy
 
 CHECKED = 2  # further documents, on which the profile is compared with even shares
@@ -31,24 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `calibrate`."""
     parser.add_argument("model", nargs="?", help="checkpoint folder; SmolLM2-135M-Instruct when not given")
     parser.add_argument("--policy", default="snapkv", help="whose scores choose the tokens that a head keeps")
-    parser.add_argument("--data", type=Path, help="text, a paragraph a line; Jane Austen's Persuasion")
-    parser.add_argument("--documents", type=int, default=4, help="documents that are measured")
-    parser.add_argument("--tokens", type=int, default=1024, help="length of each document")
-    parser.add_argument("--continuation", type=int, default=64, help="tokens that follow each document")
+    positive = options.at_least(1)
+    parser.add_argument(
+        "--data", type=options.text_file, help="text, a paragraph a line; Jane Austen's Persuasion"
+    )
+    parser.add_argument("--documents", type=positive, default=4, help="documents that are measured")
+    parser.add_argument("--tokens", type=positive, default=1024, help="length of each document")
+    parser.add_argument("--continuation", type=positive, default=64, help="tokens that follow each document")
     parser.add_argument("--fractions", default="0.02,0.08,0.3", help="kept fractions that are measured")
     parser.add_argument("--budgets", default="0.5,0.25,0.125,0.0625", help="mean budgets of the profile")
-    parser.add_argument("--batch", type=int, default=8, help="variants that are computed at once")
+    parser.add_argument("--batch", type=positive, default=8, help="variants that are computed at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, help="folder of the profile and the picture")
+    parser.add_argument("--output", type=options.result_folder, help="folder of the profile and the picture")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write the profile and the picture, and compare the profile with even shares."""
     keeping = Keeping.of(arguments.policy)
     fractions, budgets = _fractions(arguments.fractions), _fractions(arguments.budgets)
-    for option in ("documents", "continuation", "batch"):
-        if getattr(arguments, option) < 1:
-            raise KVCompressionError(f"--{option} must be at least 1, got {getattr(arguments, option)}")
     model = checkpoint(arguments.model)
     from tqdm import tqdm
     from transformers import AutoTokenizer
@@ -72,8 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     folder = arguments.output or Path("kvcompress-calibrate") / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "profile.json"
-    options = ("documents", "tokens", "continuation", "seed")
-    settings: dict[str, Any] = {option: getattr(arguments, option) for option in options}
+    given = ("documents", "tokens", "continuation", "seed")
+    settings: dict[str, Any] = {option: getattr(arguments, option) for option in given}
     settings |= {"data": arguments.data.name if arguments.data else "persuasion", "package": __version__}
     profiles.write(path, name, arguments.policy, budgets, shares, fractions, curve, settings)
     title = f"{name}, {arguments.policy}: cost of one head keeping few tokens"
@@ -144,14 +146,11 @@ def calibration_texts(tokenizer: Any, arguments: argparse.Namespace) -> list[Tex
 
     Prose alone would say little of the heads that look things up in the context.
     """
-    try:
-        prose = arguments.data.read_text() if arguments.data else retrieval.default_prose()
-    except (OSError, ValueError) as error:
-        raise KVCompressionError(f"cannot read --data {arguments.data}: {error}") from None
+    prose = arguments.data.read_text(encoding="utf-8") if arguments.data else retrieval.default_prose()
     number = arguments.documents + CHECKED
     texts = []
     for document in retrieval.documents(tokenizer, [arguments.tokens], number, prose, arguments.seed):
-        tokens = tokenizer.encode(document.text)
+        tokens = opening(tokenizer, document.text)
         half = arguments.continuation // 2
         onwards = tokenizer.encode(document.continuation, add_special_tokens=False)[:half]
         begin = len(tokens) // 3

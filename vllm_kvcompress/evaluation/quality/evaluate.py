@@ -7,17 +7,17 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress import __version__
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation import report
-from vllm_kvcompress.evaluation.host import checkpoint, engine_dtype
+from vllm_kvcompress.evaluation import options, report
+from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.quality import retrieval
-from vllm_kvcompress.evaluation.quality.samples import Sample
+from vllm_kvcompress.evaluation.quality.samples import Sample, opening
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import (
     FULL,
@@ -33,11 +33,12 @@ KL_TASKS = ("kl_prose", "kl_repeat")
 SUITES = ("longbench", "ruler", "harness")
 KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
-ROOM = 512  # tokens that a question and its answer may take
+STEP_ROOM = 4 * STEPS + 64  # tokens that requests whose steps are timed may output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `eval`."""
+    positive = options.at_least(1)
     parser.add_argument("model", nargs="?", help="checkpoint folder; SmolLM2-135M-Instruct when not given")
     parser.add_argument(
         "--methods",
@@ -49,34 +50,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="",
         help="stock vLLM with a quantized cache as further rows: comma-separated --kv-cache-dtype, as fp8",
     )
-    parser.add_argument("--budgets", default="0.5,0.25,0.125", help="fractions of the KV bytes that may stay")
+    parser.add_argument(
+        "--budgets",
+        type=options.fractions,
+        default="0.5,0.25,0.125",
+        help="fractions of the KV bytes that may stay",
+    )
     parser.add_argument(
         "--tasks",
         default="retrieval,kl",
         help=f"of {', '.join(['retrieval', 'kl', *retrieval.TASKS, *KL_TASKS])}, longbench[:NAME+NAME] or "
         "ruler[:NAME+NAME] (with --data), harness:NAME+NAME (tasks of lm-evaluation-harness)",
     )
-    parser.add_argument("--lengths", default="512,1024,2048", help="document lengths in tokens")
-    parser.add_argument("--repetitions", type=int, default=2, help="documents of each length")
-    parser.add_argument("--kl-tokens", type=int, default=64, help="tokens of each true continuation")
-    parser.add_argument("--text", type=Path, help="prose to build documents of; Jane Austen's Persuasion")
-    parser.add_argument("--data", type=Path, help="folder of LongBench's or RULER's files, or of task files")
-    parser.add_argument("--limit", type=int, default=20, help="samples per LongBench or RULER task")
+    parser.add_argument(
+        "--lengths", type=options.counts(1), default="512,1024,2048", help="document lengths in tokens"
+    )
+    parser.add_argument("--repetitions", type=positive, default=2, help="documents of each length")
+    parser.add_argument("--kl-tokens", type=positive, default=64, help="tokens of each true continuation")
+    parser.add_argument(
+        "--text", type=options.text_file, help="prose to build documents of; Jane Austen's Persuasion"
+    )
+    parser.add_argument(
+        "--data", type=options.data_folder, help="folder of LongBench's or RULER's files, or of task files"
+    )
+    parser.add_argument("--limit", type=positive, default=20, help="samples per LongBench or RULER task")
     parser.add_argument(
         "--kvpress",
         action="store_true",
         help="set methods as kvpress has them and run it on the same prompts",
     )
-    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
+    parser.add_argument("--block-size", type=positive, default=32, help="tokens per KV block")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="folder of results; a run that finds its own goes on")
+    parser.add_argument(
+        "--output", type=options.result_folder, help="folder of results; a run that finds its own goes on"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the table."""
-    methods, budgets = split_methods(arguments.methods), _numbers(arguments.budgets, float)
+    methods, budgets = split_methods(arguments.methods), arguments.budgets
     rows = _kvpress_variants(methods, budgets) if arguments.kvpress else variants(methods, budgets)
-    lengths = _numbers(arguments.lengths, int)
+    lengths = arguments.lengths
     rows += baselines(arguments.baselines)
     tasks = _tasks(arguments.tasks)
     model = checkpoint(arguments.model)
@@ -98,9 +112,14 @@ def run(arguments: argparse.Namespace) -> None:
     store = Store(folder / "results.jsonl", settings)
     begin = time.perf_counter()
     own = [task for task in tasks if not task.startswith("harness:")]
-    samples = _measure(arguments, model, own, rows, lengths, store) if own else []
-    tables = []
+    tables, samples = [], []
     if own:
+        work = Work.of(arguments, model, own, lengths)
+        if work.too_long:
+            print(work.left_out(), file=sys.stderr)
+        samples = work.samples
+        _measure(arguments, model, work, rows, store)
+        settings |= {"context": work.limit, "too_long": work.too_long}
         settings |= {"argv": sys.argv, "seconds": round(time.perf_counter() - begin), **_machine()}
         summary = report.summarise(settings, rows, store.results)
         (folder / "summary.json").write_text(json.dumps(summary, indent=1))
@@ -117,52 +136,95 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{time.perf_counter() - begin:.0f} s; results, tables and pictures are in {folder}")
 
 
-def _measure(
-    arguments, model, tasks: list[str], rows: list[Variant], lengths: list[int], store: Store
-) -> list[Sample]:
-    """Fill the store; the samples that were asked."""
+@dataclass(frozen=True)
+class Work:
+    """What is asked and measured, all of it within the model's context.
+
+    Attributes:
+        documents: of the retrieval tasks and of the divergences.
+        samples: questions, in the order in which they are asked.
+        texts: true continuations.
+        limit: tokens of the model's context.
+        length: tokens that the longest of them takes.
+        too_long: what was left out, with the tokens that it would take.
+    """
+
+    documents: list[retrieval.Document]
+    samples: list[Sample]
+    texts: list[dict[str, Any]]
+    limit: int
+    length: int
+    too_long: dict[str, int]
+
+    @classmethod
+    def of(cls, arguments, model, tasks: Sequence[str], lengths: list[int]) -> "Work":
+        """Make and read everything.
+
+        Raises:
+            KVCompressionError: it cannot be made, or all of it is longer than the model's context.
+        """
+        tokenizer = _tokenizer(model)
+        prose = arguments.text.read_text(encoding="utf-8") if arguments.text else retrieval.default_prose()
+        limit = context_limit(model)
+        documents = retrieval.documents(tokenizer, lengths, arguments.repetitions, prose, arguments.seed)
+        samples = [s for document in documents for s in document.samples if s.task in tasks]
+        samples += _benchmark_samples(tasks, arguments, tokenizer, limit)
+        texts = [
+            _continuation(tokenizer, document, task, arguments.kl_tokens)
+            for document in documents
+            for task in KL_TASKS
+            if task in tasks
+        ]
+        needs = {sample.id: _tokens_of(sample, tokenizer) for sample in samples}
+        needs |= {text["id"]: len(text["prompt"]) + len(text["tokens"]) for text in texts}
+        fitting = {name: tokens for name, tokens in needs.items() if tokens <= limit}
+        work = cls(
+            documents,
+            [sample for sample in samples if sample.id in fitting],
+            [text for text in texts if text["id"] in fitting],
+            limit,
+            max(fitting.values(), default=0),
+            {name: tokens for name, tokens in needs.items() if tokens > limit},
+        )
+        if not fitting:
+            raise KVCompressionError(f"{work.left_out()}; nothing remains: lower --lengths")
+        return work
+
+    def left_out(self) -> str:
+        """One line that names what was left out."""
+        return report.too_long(self.too_long, self.limit)
+
+
+def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) -> None:
+    """Fill the store."""
     from tqdm import tqdm
-    from transformers import AutoConfig
 
     from vllm_kvcompress.evaluation.engine import Engine
 
-    tokenizer = _tokenizer(model)
-    prose = arguments.text.read_text() if arguments.text else retrieval.default_prose()
-    documents = retrieval.documents(tokenizer, lengths, arguments.repetitions, prose, arguments.seed)
-    limit = AutoConfig.from_pretrained(str(model)).get_text_config().max_position_embeddings
-    benchmarks = _benchmark_samples(tasks, arguments, tokenizer, limit)
-    longest = max([*lengths, *(len(tokenizer.encode(s.document + s.question)) for s in benchmarks)])
-    length = min(limit, longest + ROOM)
-    texts = [
-        _continuation(tokenizer, document, task, arguments.kl_tokens)
-        for document in documents
-        for task in KL_TASKS
-        if task in tasks
-    ]
+    length = min(work.limit, work.length + STEP_ROOM)
     references: dict[str, Any] = {}  # of the full cache, for engines that cannot serve it
 
-    def work(engine, rows: list[Variant], later: list[Variant]) -> Iterator[tuple[str, Callable[[], None]]]:
-        for document in documents:
-            for sample in document.samples:
-                if sample.task in tasks:
+    def steps(engine, rows: list[Variant], later: list[Variant]) -> Iterator[tuple[str, Callable[[], None]]]:
+        # Everything about one document together, whose prefill is then computed once.
+        for document in [*(document.text for document in work.documents), None]:
+            for sample in work.samples:
+                if sample.document == document or (document is None and sample.document not in own):
                     for mode in MODES:
                         yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
-            for text in texts:
-                if text["document"] == document.name:
+            for text in work.texts:
+                if text["text"] == document:
                     yield text["id"], partial(_diverge, engine, text, rows, later, store, references)
-        for sample in benchmarks:
-            for mode in MODES:
-                yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
-        prompt = tokenizer.encode(documents[-1].text)
+        prompt = opening(engine.tokenizer, work.documents[-1].text)[: max(1, length - STEP_ROOM)]
         for row in rows:
             yield f"decode time {row.spec}", partial(_time_step, engine, prompt, row, store)
 
     def measure(engine, *rows: list[Variant]) -> None:
-        with tqdm(list(work(engine, *rows)), smoothing=0.05) as bar:
+        with tqdm(list(steps(engine, *rows)), smoothing=0.05) as bar:
             for name, step in bar:
                 bar.set_description(name)
                 step()
 
+    own = {document.text for document in work.documents}
     stock = [row for row in rows if row.spec.startswith(STOCK)]
     try:
         ours = [row for row in rows if row not in stock]
@@ -174,7 +236,6 @@ def _measure(
             measure(engine, [row], [])
     except KeyboardInterrupt:
         print("interrupted: what was measured is reported; the same command goes on", file=sys.stderr)
-    return [s for d in documents for s in d.samples if s.task in tasks] + benchmarks
 
 
 def _kvpress_variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
@@ -219,7 +280,7 @@ def _ask(engine, sample: Sample, mode: str, rows: list[Variant], store: Store) -
     """One sample under every variant: the full cache first, whose blocks the others find cached."""
     from vllm_kvcompress.evaluation.engine import Ask
 
-    document = engine.tokenizer.encode(sample.document)
+    document = opening(engine.tokenizer, sample.document)
     question = engine.tokenizer.encode(sample.question, add_special_tokens=False)
     prompt, forced = (document + question, ()) if mode == "inside" else (document, question)
     missing = [row for row in rows if ("ask", sample.id, mode, row.spec) not in store]
@@ -292,7 +353,7 @@ def _diverge(
 
 def _continuation(tokenizer, document: retrieval.Document, task: str, count: int) -> dict[str, Any]:
     """A prompt with its true continuation: the prose goes on, or a passage of the prompt is repeated."""
-    prompt = tokenizer.encode(document.text)
+    prompt = opening(tokenizer, document.text)
     if task == "kl_prose":
         tokens = tokenizer.encode(document.continuation, add_special_tokens=False)
     else:
@@ -301,7 +362,7 @@ def _continuation(tokenizer, document: retrieval.Document, task: str, count: int
         prompt = prompt + prompt[at : at + KL_CUE]
     # One more than is measured: the first token is sampled before the prompt is compacted.
     return {
-        "document": document.name,
+        "text": document.text,
         "task": task,
         "id": f"{task}/{document.name}",
         "prompt": prompt,
@@ -323,13 +384,29 @@ def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: i
             raise KVCompressionError(f"{suite} needs --data FOLDER with its files")
         load = {"longbench": longbench, "ruler": ruler}[suite].load
         for sample in load(arguments.data, names.split("+") if names else None, arguments.limit):
-            tokens = tokenizer.encode(sample.document, add_special_tokens=False)
-            room = max_tokens - sample.max_tokens - len(tokenizer.encode(sample.question))
-            if len(tokens) > room:
-                shortened = tokenizer.decode(longbench.truncate_middle(tokens, room))
-                sample = replace(sample, document=shortened)
-            made.append(sample)
+            made.append(_shortened(sample, tokenizer, max_tokens))
     return made
+
+
+def _shortened(sample: Sample, tokenizer, max_tokens: int) -> Sample:
+    """A sample whose document, question and answer take no more than so many tokens, if that can be."""
+    from vllm_kvcompress.evaluation.quality.longbench import truncate_middle
+
+    excess = _tokens_of(sample, tokenizer) - max_tokens
+    tokens = tokenizer.encode(sample.document, add_special_tokens=False)
+    keep, cut = len(tokens), sample
+    # Text that was cut may have more tokens than were left of it.
+    while excess > 0 and keep > excess:
+        keep -= excess
+        cut = replace(sample, document=tokenizer.decode(truncate_middle(tokens, keep)))
+        excess = _tokens_of(cut, tokenizer) - max_tokens
+    return cut
+
+
+def _tokens_of(sample: Sample, tokenizer) -> int:
+    """Tokens of a sample, its answer included."""
+    question = tokenizer.encode(sample.question, add_special_tokens=False)
+    return len(opening(tokenizer, sample.document)) + len(question) + sample.max_tokens
 
 
 def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder: Path) -> str:
@@ -364,14 +441,9 @@ def _tasks(given: str) -> list[str]:
                     f"unknown task {name!r}; use {', '.join([*groups, *known, *SUITES])}"
                 )
             tasks.append(name)
+    if not tasks:
+        raise KVCompressionError(f"--tasks names none; use {', '.join([*groups, *known, *SUITES])}")
     return tasks
-
-
-def _numbers(given: str, kind: type) -> list:
-    try:
-        return [kind(part) for part in given.split(",")]
-    except ValueError:
-        raise KVCompressionError(f"{given!r} is not a comma-separated list of numbers") from None
 
 
 def _tokenizer(model):

@@ -5,33 +5,50 @@ import json
 from pathlib import Path
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import checkpoint
+from vllm_kvcompress.evaluation import options
+from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.quality import retrieval
+from vllm_kvcompress.evaluation.quality.samples import opening
 from vllm_kvcompress.plan import Plan
+
+OUTPUT = 2  # tokens: a prompt is compacted before the second is computed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `inspect`."""
     parser.add_argument("model", nargs="?", help="checkpoint folder; SmolLM2-135M-Instruct when not given")
     parser.add_argument("--compression", default="adakv:budget=0.25", help="as for --kv-compression")
-    parser.add_argument("--prompt", type=Path, help="text file; a document with hidden facts when not given")
-    parser.add_argument("--tokens", type=int, default=1500, help="length at which the prompt is cut")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
-    parser.add_argument("--output", type=Path, help="folder of the picture and its data")
+    positive = options.at_least(1)
+    parser.add_argument(
+        "--prompt", type=options.text_file, help="text file; a document with hidden facts when not given"
+    )
+    parser.add_argument("--tokens", type=positive, default=1500, help="length at which the prompt is cut")
+    parser.add_argument("--block-size", type=positive, default=32, help="tokens per KV block")
+    parser.add_argument("--output", type=options.result_folder, help="folder of the picture and its data")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Compact one prompt and show it."""
     config = KVCompressionConfig.parse(arguments.compression)
     arguments.model = checkpoint(arguments.model)
-    from vllm_kvcompress.evaluation import pictures
-    from vllm_kvcompress.evaluation.engine import Engine
+    from transformers import AutoTokenizer
 
-    engine = Engine(arguments.model, arguments.tokens + 512, arguments.block_size)
-    prompt = engine.tokenizer.encode(_text(engine.tokenizer, arguments))[: arguments.tokens]
+    from vllm_kvcompress.evaluation import pictures
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    prompt = opening(tokenizer, _text(tokenizer, arguments))[: arguments.tokens]
+    limit = context_limit(arguments.model)
+    if len(prompt) + OUTPUT > limit:
+        raise KVCompressionError(
+            f"a prompt of {len(prompt)} tokens and {OUTPUT} more exceed the model's context of {limit}; "
+            "lower --tokens"
+        )
     plan = Plan.of(config, len(prompt), arguments.block_size)
     if plan is None:
         raise KVCompressionError(f"{arguments.compression} leaves a prompt of {len(prompt)} tokens as it is")
+    from vllm_kvcompress.evaluation.engine import Engine
+
+    engine = Engine(arguments.model, len(prompt) + OUTPUT, arguments.block_size)
     kept = (engine.compactions(prompt, arguments.compression) / plan.boundary).tolist()
     title = f"{Path(arguments.model).name}, {arguments.compression}, {len(prompt)} tokens"
     print(title)
@@ -46,6 +63,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _text(tokenizer, arguments: argparse.Namespace) -> str:
     if arguments.prompt:
-        return arguments.prompt.read_text()
+        return arguments.prompt.read_text(encoding="utf-8")
     (document,) = retrieval.documents(tokenizer, [arguments.tokens], 1, retrieval.default_prose())
     return document.text

@@ -53,7 +53,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.quality.samples import Sample
+from vllm_kvcompress.evaluation.quality.samples import Sample, opening
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import SnapKV
 
@@ -176,7 +176,7 @@ def generate(
     rows = []
     for sample in samples:
         # Tokenized apart, as for the plugin, so that the question does not change the document's last token.
-        prompt = tokenizer.encode(sample.document)
+        prompt = opening(tokenizer, sample.document)
         question = tokenizer.encode(sample.question, add_special_tokens=False)
         if mode == "inside":
             prompt, question = prompt + question, []

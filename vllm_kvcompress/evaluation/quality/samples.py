@@ -3,6 +3,9 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_kvcompress.config import KVCompressionError
 
 Metric = Callable[[str, tuple[str, ...]], float]
 
@@ -37,6 +40,22 @@ class Sample:
     length: int
     depth: float | None = None
     stop: tuple[str, ...] = ()
+
+
+def opening(tokenizer: Any, text: str) -> list[int]:
+    """A text's tokens where more will follow: what the tokenizer puts before a text, and nothing behind it.
+
+    Raises:
+        KVCompressionError: the tokenizer reads the text otherwise with its special tokens than without.
+    """
+    whole = list(tokenizer.encode(text))
+    plain = list(tokenizer.encode(text, add_special_tokens=False))
+    for begin in range(len(whole) - len(plain) + 1):
+        if whole[begin : begin + len(plain)] == plain:
+            return whole[: begin + len(plain)]
+    raise KVCompressionError(
+        "the tokenizer's special tokens are not before or behind a text, so that no question can follow it"
+    )
 
 
 def first_number(prediction: str, answers: tuple[str, ...]) -> float:

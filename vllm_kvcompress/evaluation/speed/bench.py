@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import checkpoint
-from vllm_kvcompress.evaluation.speed.held import measure_blocks
+from vllm_kvcompress.evaluation import options
+from vllm_kvcompress.evaluation.host import checkpoint, context_limit
+from vllm_kvcompress.evaluation.speed.held import check_pool, longest_request, measure_blocks
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
-from vllm_kvcompress.evaluation.speed.stepped import measure_steps, ratios
+from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
+from vllm_kvcompress.plan import Plan
 
 REGIMES = {"pressure": "under memory pressure", "short": "with short prompts in a roomy pool"}
 PAYS = 1.05  # a throughput ratio below it is not worth a lossy cache
@@ -27,30 +29,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `bench`."""
     parser.add_argument("model", nargs="?", help="checkpoint folder; SmolLM2-135M-Instruct when not given")
     parser.add_argument("--compression", default="snapkv:budget=0.25", help="as for --kv-compression")
-    parser.add_argument("--contexts", default="1024,2048,4096", help="context lengths of the decode steps")
-    parser.add_argument("--batch", type=int, default=4, help="requests that decode together")
-    parser.add_argument("--rounds", type=int, default=5, help="alternations per context length")
-    parser.add_argument("--steps", type=int, default=6, help="decode steps of a round")
-    parser.add_argument("--prompt", type=int, default=1500, help="prompt tokens under memory pressure")
-    parser.add_argument("--short", type=int, default=128, help="prompt tokens where the pool is never full")
-    parser.add_argument("--output-tokens", type=int, default=48, help="answer tokens of the served requests")
-    parser.add_argument("--requests", type=int, default=12, help="requests sent at once")
-    parser.add_argument("--server-rounds", type=int, default=2, help="alternations of the served load")
+    positive = options.at_least(1)
+
+    def number(name: str, default: int, shown: str, kind=positive) -> None:
+        parser.add_argument(name, type=kind, default=default, help=shown)
+
+    parser.add_argument(
+        "--contexts",
+        type=options.counts(1),
+        default="1024,2048,4096",
+        help="context lengths of the decode steps",
+    )
+    number("--batch", 4, "requests that decode together")
+    number("--rounds", 5, "alternations per context length")
+    number("--steps", 6, "decode steps of a round")
+    number("--prompt", 1500, "prompt tokens under memory pressure")
+    number("--short", 128, "prompt tokens where the pool is never full")
+    number("--output-tokens", 48, "answer tokens of the served requests", options.at_least(2))
+    number("--requests", 12, "requests sent at once")
+    number("--server-rounds", 2, "alternations of the served load")
     parser.add_argument("--parts", default="steps,serve", help="of steps, serve, blocks")
-    parser.add_argument("--long-output", type=int, default=4000, help="output tokens of the part `blocks`")
-    parser.add_argument("--long-prompt", type=int, default=6000, help="prompt tokens of the part `blocks`")
-    parser.add_argument("--block-size", type=int, default=32, help="tokens per KV block")
-    parser.add_argument("--output", type=Path, help="folder of the results")
+    number("--long-output", 4000, "output tokens of the part `blocks`")
+    number("--long-prompt", 6000, "prompt tokens of the part `blocks`")
+    number("--block-size", 32, "tokens per KV block")
+    parser.add_argument("--output", type=options.result_folder, help="folder of the results")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the tables."""
-    KVCompressionConfig.parse(arguments.compression)
+    config = KVCompressionConfig.parse(arguments.compression)
     parts = {"steps": measure_steps, "serve": measure_serving, "blocks": measure_blocks}
     chosen = [part for part in arguments.parts.split(",") if part]
     if not chosen or set(chosen) - set(parts):
         raise KVCompressionError(f"--parts takes {', '.join(parts)}, got {arguments.parts!r}")
     arguments.model = checkpoint(arguments.model)
+    _check_lengths(arguments, config, chosen)
     begin = time.perf_counter()
     result = {"settings": {k: v for k, v in vars(arguments).items() if k != "output"}}
     for part in chosen:
@@ -64,6 +77,33 @@ def run(arguments: argparse.Namespace) -> None:
     print(text)
     _draw(result, folder)
     print(f"{result['seconds']} s; results, tables and pictures are in {folder}")
+
+
+def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, parts: list[str]) -> None:
+    """Refuse lengths that some part could not be measured at, before the first is measured."""
+    longest = {
+        "steps": max(arguments.contexts) + output_room(arguments),
+        "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
+        "blocks": longest_request(arguments),
+    }
+    limit = context_limit(arguments.model)
+    for part in parts:
+        if longest[part] > limit:
+            raise KVCompressionError(
+                f"the part {part} needs a context of {longest[part]} tokens and the model has {limit}; "
+                "lower --contexts, --prompt, --long-prompt or --long-output"
+            )
+    shortest = min(arguments.contexts)
+    if "steps" in parts and Plan.of(config, shortest, arguments.block_size) is None:
+        raise KVCompressionError(
+            f"{arguments.compression} leaves a prompt of {shortest} tokens as it is; raise --contexts"
+        )
+    if "serve" in parts and arguments.short > arguments.prompt:
+        raise KVCompressionError(
+            f"--short {arguments.short} exceeds --prompt {arguments.prompt}, which the pool is made for"
+        )
+    if "blocks" in parts:
+        check_pool(arguments)
 
 
 def table(result: dict[str, Any]) -> str:

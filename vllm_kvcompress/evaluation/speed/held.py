@@ -3,12 +3,40 @@
 import argparse
 from typing import Any
 
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.plan import peak_blocks
 
 EVERY = 256  # tokens between two compactions
 KEPT = 512  # tokens that a head keeps on average
-PROMPT = 256  # of the long output
+ENGINE_WIDE = {"when": "streaming", "recompact_every": EVERY, "max_tokens_kept": KEPT, "budget": 1.0}
+PROMPT, ANSWER = 256, 64  # tokens before the long output, and behind the long prompt
+
+
+def longest_request(arguments: argparse.Namespace) -> int:
+    """Tokens of the longest request."""
+    return max(arguments.long_prompt + ANSWER, PROMPT + arguments.long_output)
+
+
+def check_pool(arguments: argparse.Namespace) -> None:
+    """Refuse a pool that is too small for what a request holds between two compactions.
+
+    Raises:
+        KVCompressionError: with the least `--long-prompt`.
+    """
+    config = KVCompressionConfig.parse(arguments.compression).for_request(ENGINE_WIDE)
+    longest = longest_request(arguments)
+    needed = peak_blocks(config, arguments.long_prompt, longest, arguments.block_size)
+    if needed > _pool(arguments):
+        raise KVCompressionError(
+            f"--long-prompt {arguments.long_prompt} makes a pool of {_pool(arguments)} blocks, and a request "
+            f"holds up to {needed}; use at least {3 * needed * arguments.block_size}"
+        )
+
+
+def _pool(arguments: argparse.Namespace) -> int:
+    """Blocks of the pool, a third of the long prompt's."""
+    return arguments.long_prompt // arguments.block_size // 3
 
 
 def measure_blocks(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -22,9 +50,8 @@ def measure_blocks(arguments: argparse.Namespace) -> dict[str, Any]:
     from vllm import LLM
 
     torch.compiler.set_stance("force_eager")
-    engine_wide = {"when": "streaming", "recompact_every": EVERY, "max_tokens_kept": KEPT, "budget": 1.0}
-    config = KVCompressionConfig.parse(arguments.compression).for_request(engine_wide)
-    longest = max(arguments.long_prompt + 64, PROMPT + arguments.long_output)
+    config = KVCompressionConfig.parse(arguments.compression).for_request(ENGINE_WIDE)
+    longest = longest_request(arguments)
     block_size = arguments.block_size
     options = dict(
         model=arguments.model,
@@ -32,7 +59,7 @@ def measure_blocks(arguments: argparse.Namespace) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=longest,
         block_size=block_size,
-        num_gpu_blocks_override=arguments.long_prompt // block_size // 3 + 1,
+        num_gpu_blocks_override=_pool(arguments) + 1,  # one is vLLM's null block
         seed=0,
         disable_log_stats=True,
     )
@@ -44,12 +71,12 @@ def measure_blocks(arguments: argparse.Namespace) -> dict[str, Any]:
     llm = LLM(**options, **config.engine_kwargs())
     pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
     usable = pool.get_num_free_blocks()
-    runs = {"output": (PROMPT, arguments.long_output), "prompt": (arguments.long_prompt, 64)}
+    runs = {"output": (PROMPT, arguments.long_output), "prompt": (arguments.long_prompt, ANSWER)}
     result: dict[str, Any] = {"pool_blocks": usable, "stock_says": refusal, "block_size": block_size}
     for name, (prompt, output) in runs.items():
         with tqdm(total=prompt + output, desc=f"long {name}") as bar:
             result[name] = {"prompt": prompt, "held": _held(llm, usable, prompt, output, bar)}
-    result["options"] = engine_wide
+    result["options"] = ENGINE_WIDE
     return result
 
 

@@ -22,7 +22,8 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_dtype
 from vllm_kvcompress.evaluation.speed.stepped import ratios
 
-START_SECONDS = 300
+SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+START_SECONDS, STOP_SECONDS = 300, 20
 FITTING = 4  # requests that the pool holds without compression
 
 # What is shown of the client's report.
@@ -43,7 +44,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", arguments.model]
+        command = [*SERVER, "--model", arguments.model]
         command += ["--port", str(self.port), "--dtype", engine_dtype(), "--enforce-eager", "--seed", "0"]
         command += ["--block-size", str(arguments.block_size), "--num-gpu-blocks-override", str(blocks)]
         longest = max(arguments.prompt, arguments.short) + arguments.output_tokens
@@ -141,9 +142,19 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+                self.process.wait(STOP_SECONDS)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def _stop_all(servers: dict[str, Server]) -> None:
+    # Whoever is impatient and signals again waits: a server left behind would hold its memory for good.
+    waiting = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        for server in servers.values():
+            server.stop()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, waiting)
 
 
 def first_errors(log: str) -> list[str]:
@@ -173,10 +184,10 @@ def measure_serving(arguments: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, dict[str, list]] = {name: {"stock": [], "compressed": []} for name in regimes}
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
         folder = Path(work)
-        servers = {}
+        servers: dict[str, Server] = {}
+        stack.callback(_stop_all, servers)
         for variant in ("stock", "compressed"):
             servers[variant] = Server(variant, arguments, blocks, folder)
-            stack.callback(servers[variant].stop)
         for server in servers.values():
             server.wait()
         with tqdm(total=len(regimes) * arguments.server_rounds * 2, desc="served load") as bar:

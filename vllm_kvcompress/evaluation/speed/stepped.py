@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import multiprocessing
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,8 +23,8 @@ class SteppedEngine:
 
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.variant = variant
-        self.max_tokens = arguments.rounds * arguments.steps + 64
-        longest = max(_contexts(arguments)) + self.max_tokens
+        self.max_tokens = output_room(arguments)
+        longest = max(arguments.contexts) + self.max_tokens
         config = KVCompressionConfig.parse(arguments.compression)
         self.llm = LLM(
             arguments.model,
@@ -96,6 +98,7 @@ def _timed(owner: Any, method: str) -> list[float]:
 
 
 def _serve_engine(connection, variant: str, arguments: argparse.Namespace) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the command itself ends this process
     engine = SteppedEngine(variant, arguments)
     connection.send("ready")
     while (call := connection.recv()) is not None:
@@ -122,7 +125,7 @@ def _engines(variants: Sequence[str], arguments: argparse.Namespace) -> Iterator
             with contextlib.suppress(OSError):
                 connection.send(None)
         for process in processes:
-            process.join(30)
+            process.join(30 if sys.exception() is None else 1)
             process.kill()
 
 
@@ -138,7 +141,7 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     from tqdm import tqdm
 
     variants = ("stock", "idle", "compressed")
-    contexts = _contexts(arguments)
+    contexts = sorted(arguments.contexts)
     rows = []
     with (
         _engines(variants, arguments) as engines,
@@ -181,11 +184,9 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"batch": arguments.batch, "rows": rows}
 
 
-def _contexts(arguments: argparse.Namespace) -> list[int]:
-    try:
-        return sorted(int(part) for part in arguments.contexts.split(","))
-    except ValueError:
-        raise KVCompressionError(f"--contexts {arguments.contexts!r} is not a list of numbers") from None
+def output_room(arguments: argparse.Namespace) -> int:
+    """Tokens that requests whose steps are measured may output."""
+    return arguments.rounds * arguments.steps + 64
 
 
 def ratios(values: Sequence[float], base: Sequence[float]) -> list[float]:

@@ -1,0 +1,189 @@
+"""What a request may ask for, through vLLM's own input processor and endpoints; no engine is started."""
+
+import asyncio
+import typing
+from types import SimpleNamespace
+
+import pytest
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    BatchChatCompletionRequest,
+    ChatCompletionRequest,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.pooling.typing import AnyPoolingRequest
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.engine.typing import AnyRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress.plugin import register
+
+STREAMING = KVCompressionConfig(method="snapkv", budget=0.25, when="streaming", recompact_every=256)
+
+
+def processor_of(smollm2, **options) -> InputProcessor:
+    config = EngineArgs(
+        str(smollm2), max_model_len=4096, block_size=32, enable_prompt_embeds=True, **options
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 1000
+    return InputProcessor(config)
+
+
+@pytest.fixture(scope="module")
+def streaming(smollm2) -> InputProcessor:
+    register()
+    return processor_of(smollm2, **STREAMING.engine_kwargs())
+
+
+@pytest.fixture(scope="module")
+def at_the_end(smollm2) -> InputProcessor:
+    register()
+    return processor_of(smollm2, **KVCompressionConfig(method="snapkv", budget=0.25).engine_kwargs())
+
+
+def asked(processor: InputProcessor, length: int, option: object = None, resumable=False, **params):
+    extra = None if option is None else {"kv_compression": option}
+    prompt = {"type": "token", "prompt_token_ids": [1 + i % 1000 for i in range(length)]}
+    given = SamplingParams(extra_args=extra, max_tokens=8, **params)
+    return processor.process_inputs("0", prompt, given, ("generate",), resumable=resumable)
+
+
+# ---------------------------------------------------------------------- log-probabilities of a prompt
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs_of_a_prompt_that_is_compacted_while_it_is_read_are_refused(streaming, count):
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs.*compacted context") as refused:
+        asked(streaming, 1000, prompt_logprobs=count)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_request_may_not_ask_for_streaming_and_prompt_logprobs(at_the_end):
+    with pytest.raises(VLLMValidationError, match="prompt_logprobs"):
+        asked(at_the_end, 1000, "snapkv:when=streaming,recompact_every=256", prompt_logprobs=1)
+
+
+@pytest.mark.parametrize("option", ["off", "snapkv:when=prompt", "snapkv:recompact_every=1024"])
+def test_prompt_logprobs_of_raw_context_are_served_by_a_streaming_server(streaming, option):
+    assert asked(streaming, 1000, option, prompt_logprobs=1).sampling_params.prompt_logprobs == 1
+
+
+@pytest.mark.parametrize(
+    ("every", "length", "compacted"),
+    # Compaction at token 256 is felt by the 257th. At 64 tokens, 32 of them recent, nothing can be freed.
+    [(256, 256, False), (256, 257, True), (32, 96, False), (32, 97, True)],
+)
+def test_prompts_up_to_the_first_compaction_have_their_logprobs(streaming, every, length, compacted):
+    option = f"snapkv:recompact_every={every}"
+    if compacted:
+        with pytest.raises(VLLMValidationError):
+            asked(streaming, length, option, prompt_logprobs=1)
+    else:
+        assert asked(streaming, length, option, prompt_logprobs=1)
+
+
+def test_prompt_logprobs_before_compaction_are_served(at_the_end):
+    assert asked(at_the_end, 1000, prompt_logprobs=1)
+    assert asked(at_the_end, 1000, "kvzip", prompt_logprobs=1)
+    assert asked(at_the_end, 1000, n=3, prompt_logprobs=1)
+
+
+def test_logprobs_of_what_is_added_to_a_compacted_session_are_refused(at_the_end):
+    assert asked(at_the_end, 1000, resumable=True)
+    with pytest.raises(VLLMValidationError, match="goes on later"):
+        asked(at_the_end, 1000, resumable=True, prompt_logprobs=1)
+    assert asked(at_the_end, 1000, "off", resumable=True, prompt_logprobs=1)
+
+
+def test_streaming_without_prompt_logprobs_is_served(streaming):
+    assert asked(streaming, 1000, logprobs=5)
+
+
+# ---------------------------------------------------------------------- profiles
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "some/profile.json", "nowhere.json"])
+def test_a_request_naming_any_file_as_its_profile_is_refused(at_the_end, path):
+    with pytest.raises(VLLMValidationError, match="server's own head profile or a packaged one") as refused:
+        asked(at_the_end, 1000, f"snapkv:allocation=profile:{path}")
+    for form in ({"allocation": f"profile:{path}"}, f'{{"allocation": "profile:{path}"}}'):
+        with pytest.raises(VLLMValidationError, match="server's own head profile or a packaged one"):
+            asked(at_the_end, 1000, form)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------- endpoints
+
+
+def check(request, serving=BaseServing) -> None:
+    """vLLM's first look at an HTTP request, of a server that knows its model."""
+    knows = SimpleNamespace(request_logger=None, _is_model_supported=lambda name: True)
+    assert asyncio.run(serving._check_model(knows, request)) is None
+
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+OPTION = {"vllm_xargs": {"kv_compression": "off"}}
+
+
+@pytest.mark.parametrize("option", ["off", "snapvk", "snapkv:budget=0.1"])
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatCompletionRequest])
+def test_beam_search_refuses_an_option_that_it_would_drop(at_the_end, kind, option):
+    prompt = {"prompt": "Hello"} if kind is CompletionRequest else {"messages": MESSAGES}
+    given = {"vllm_xargs": {"kv_compression": option}}
+    with pytest.raises(VLLMValidationError, match="beam search") as refused:
+        check(kind(model="m", use_beam_search=True, **prompt, **given))
+    assert len(str(refused.value).splitlines()) == 1
+    check(kind(model="m", use_beam_search=True, **prompt))
+    check(kind(model="m", use_beam_search=True, **prompt, vllm_xargs={"other": 1}))
+    check(kind(model="m", **prompt, **given))  # refused or honoured with its sampling parameters
+
+
+def request_kinds() -> list[type]:
+    """Every kind of request that an endpoint of vLLM first looks at."""
+
+    def leaves(annotation) -> list[type]:
+        arguments = typing.get_args(annotation)
+        if typing.get_origin(annotation) is not typing.Annotated and arguments:
+            return [leaf for argument in arguments for leaf in leaves(argument)]
+        return [annotation] if isinstance(annotation, type) else []
+
+    return list(dict.fromkeys(leaves(AnyRequest) + leaves(AnyPoolingRequest)))
+
+
+@pytest.mark.parametrize("kind", request_kinds(), ids=lambda kind: kind.__name__)
+def test_every_endpoint_honours_an_option_or_refuses_it(at_the_end, kind):
+    fields = kind.model_fields
+    request = kind.model_construct(**OPTION)
+    if "vllm_xargs" in fields:  # vLLM makes sampling parameters of it, which the input processor checks
+        check(request)
+        if kind.__name__ != "ResponsesRequest":
+            request = kind.model_construct(**OPTION, model="m", messages=MESSAGES, prompt="Hello")
+            made = request.to_sampling_params(8, {})
+            assert made.extra_args["kv_compression"] == "off"
+    elif kind is BatchChatCompletionRequest:  # passes on what it does not know
+        one = kind(messages=[MESSAGES], **OPTION).to_chat_completion_request(MESSAGES)
+        assert one.to_sampling_params(8, {}).extra_args["kv_compression"] == "off"
+    elif kind.model_config.get("extra") == "allow":
+        with pytest.raises(VLLMValidationError, match="no effect at this endpoint"):
+            check(request)
+    else:
+        # vLLM throws unknown fields away before anybody can look. One takes `SamplingParams` themselves; the
+        # others compute nothing that could be compacted.
+        idle = kind.__name__.startswith("Derender") or kind.__name__ == "CohereEmbedRequest"
+        assert idle or "sampling_params" in fields
+
+
+@pytest.mark.parametrize("serving", [BaseServing, PoolingBaseServing])
+def test_an_option_outside_vllm_xargs_is_refused(at_the_end, serving):
+    with pytest.raises(VLLMValidationError, match="option of vllm_xargs"):
+        check(CompletionRequest(model="m", prompt="Hello", kv_compression="off"), serving)
+
+
+def test_beam_search_of_llm_takes_no_options():
+    with pytest.raises(TypeError, match="extra_args"):
+        BeamSearchParams(beam_width=2, max_tokens=4, extra_args={"kv_compression": "off"})
