@@ -7,8 +7,8 @@
 
 Makes an environment whose `vllm` is that version's Python over the compiled extensions of the CPU build that
 runs this script, and which sees everything else that is installed here. Then it compares what this plugin
-touches with that version, and runs a part of the suite. The environment lies in `.try-vllm/VERSION` and is used
-again.
+touches with that version, and runs a part of the suite. The environment lies in `.try-vllm/VERSION` and is
+used again.
 
 What fails may be the older extensions' fault: a kernel that they lack or whose arguments have changed.
 """

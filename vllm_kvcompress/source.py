@@ -15,8 +15,8 @@ class Found:
 
     Attributes:
         place: where it is defined, `module:name` or `module:Class.name`.
-        signature: of functions, and of `__init__` of dataclasses: the parameters without annotations, defaults
-            as `...`; None of all else.
+        signature: of functions, and of `__init__` of dataclasses: the parameters without annotations,
+            defaults as `...`; None of all else.
     """
 
     place: str

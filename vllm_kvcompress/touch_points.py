@@ -1,4 +1,4 @@
-"""Every touch on vLLM in one table: what is subclassed, wrapped, called or read, as the known versions have it.
+"""Every touch on vLLM in one table: what is extended, wrapped, called or read, as the known versions have it.
 
 Any other vLLM is compared with the table, by its source, and refused by what has changed.
 """
@@ -152,7 +152,7 @@ TABLE: dict[str, Touched] = {
             "schedule": "(self, throttle_prefills=...)",
         },
     ),
-    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": Touched(),
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler": Touched(reads="__init__"),
     "vllm.v1.core.sched.output:SchedulerOutput": Touched(
         reads=(
             "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs "
@@ -279,6 +279,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.worker.cpu_worker:CPUWorker": Touched(
+        reads="model_runner",
         overrides={
             "compile_or_warm_up_model": "(self)",
             "determine_available_memory": "(self)",
@@ -452,6 +453,7 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionBackend": Touched(
         overrides={
+            "customize_spec": "(cls, spec)",
             "get_builder_cls": "()",
             "get_impl_cls": "()",
         },
@@ -503,6 +505,7 @@ TABLE: dict[str, Touched] = {
         serving=False,
     ),
     "vllm.v1.sample.logits_processor:AdapterLogitsProcessor": Touched(
+        reads="is_argmax_invariant",
         overrides={
             "new_req_logits_processor": "(self, params)",
         },
