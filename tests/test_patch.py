@@ -1,4 +1,4 @@
-"""The patch in `patches/` applies to the installed vLLM and can stand in for the plugin's own wrappers."""
+"""The patch for the installed vLLM applies to it and can stand in for the plugin's own wrappers."""
 
 import importlib.util
 import os
@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import vllm
 
-PATCH = Path(__file__).parents[1] / "patches" / "vllm-0.32-kv-compression-flag.patch"
+MINOR = ".".join(vllm.__version__.split(".")[:2])
+PATCH = Path(__file__).parents[1] / "patches" / f"vllm-{MINOR}-kv-compression-flag.patch"
 TOUCHED = re.findall(r"^\+\+\+ b/(\S+)$", PATCH.read_text(encoding="utf-8"), re.MULTILINE)
 
 # Run on the patched vLLM, where the plugin's wrappers are not installed.

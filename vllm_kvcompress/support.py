@@ -7,8 +7,8 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.touch_points import check_touch_points
 
-SUPPORTED_VLLM = "0.32."
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 256  # of our GPU kernels
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
@@ -20,6 +20,7 @@ def check_supported(vllm_config: VllmConfig) -> None:
     Raises:
         KVCompressionError: one line that names the feature and what to do.
     """
+    check_touch_points(vllm.__version__)
     for present, feature, remedy in _refusals(vllm_config):
         if present:
             raise KVCompressionError(f"kv-compression does not support {feature}; {remedy}")
@@ -49,6 +50,12 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
             "use --max-num-seqs 2 or more"
+        )
+    if config.repeats and vllm_config.aux_output_config.enabled:
+        # A repetition reads all of its owner's blocks, also those whose auxiliary outputs are not at hand.
+        raise KVCompressionError(
+            f"kv-compression method {config.method} does not work with auxiliary outputs; "
+            "remove --enable-return-routed-experts or use another method"
         )
     if config.repeats and model.skip_tokenizer_init:
         raise KVCompressionError(
@@ -89,11 +96,6 @@ def _refusals(config: VllmConfig):
     own_cache = f"use --kv-cache-dtype {own_dtype}"
     if model.dtype == torch.float32:  # there is no such option
         own_cache = "use --dtype bfloat16 --kv-cache-dtype bfloat16"
-    yield (
-        not vllm.__version__.startswith(SUPPORTED_VLLM),
-        f"vLLM {vllm.__version__}",
-        f"install vLLM {SUPPORTED_VLLM}*",
-    )
     on_cpu = current_platform.is_cpu()
     yield (
         not on_cpu and not current_platform.is_cuda_alike(),
@@ -146,13 +148,16 @@ def _refusals(config: VllmConfig):
     yield model.rswa_window is not None, "reference sliding-window attention", other_model
     yield envs.VLLM_BATCH_INVARIANT, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"
     yield (
-        parallel.distributed_executor_backend == "ray" and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND,
+        # From 0.33 on there is only the second one, and no such variable.
+        parallel.distributed_executor_backend == "ray"
+        and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True),
         "the first Ray executor, which passes workers by",
         "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
     )
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "remove the flag"
     yield (
-        on_cpu and cache.block_size % CPU_BLOCK_SIZE != 0,
+        # vLLM's own default on CPU is a multiple; from 0.33 on it is set after this.
+        on_cpu and cache.user_specified_block_size and cache.block_size % CPU_BLOCK_SIZE != 0,
         f"--block-size {cache.block_size} on CPU",
         f"use a multiple of {CPU_BLOCK_SIZE}",
     )

@@ -1,6 +1,7 @@
 """Stock where nothing is due, Jobs that all run, batches that do not matter, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from vllm.config import KVTransferConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
+from vllm_kvcompress import touch_points
 from vllm_kvcompress.plugin import configure
 
 
@@ -258,11 +260,20 @@ def test_what_compression_refuses_stock_accepts(tmp_path, what):
     assert "vllm_kvcompress" not in config.parallel_config.worker_cls
 
 
-def test_a_vllm_outside_the_supported_range_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.33.0")
+def test_an_unknown_vllm_is_refused_by_what_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    engine_config(tmp_path, LLAMA, CONFIG)  # nothing has
+    known = touch_points.TABLE["vllm.v1.core.sched.scheduler:Scheduler"]
+    other = replace(
+        known, overrides={**known.overrides, "schedule": "(self, throttle_prefills=..., gently=...)"}
+    )
+    monkeypatch.setitem(touch_points.TABLE, "vllm.v1.core.sched.scheduler:Scheduler", other)
     with pytest.raises(ValueError) as refused:
         engine_config(tmp_path, LLAMA, CONFIG)
-    assert "\n" not in str(refused.value) and "0.33.0" in str(refused.value)
+    message = str(refused.value)
+    assert "\n" not in message and "0.34.0" in message
+    assert "Scheduler.schedule does not take gently" in message
+    engine_config(tmp_path, LLAMA, None)  # who does not ask for compression is not looked at
 
 
 @pytest.mark.parametrize("compression", [CONFIG, "snapkv:budget=0.25"])

@@ -1,8 +1,8 @@
 """Our schedulers driven by a worker that computes nothing, but knows what every block holds.
 
 A key stands for what attention would write for a token: a hash of the token, all before it, and every
-compaction that they were computed on. Sampling is a hash too. So an answer changes with whatever would change a
-model's, and a block that holds anything but what its reader expects is found where it is read.
+compaction that they were computed on. Sampling is a hash too. So an answer changes with whatever would
+change a model's, and a block that holds anything but what its reader expects is found where it is read.
 """
 
 import functools

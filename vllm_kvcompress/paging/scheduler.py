@@ -54,6 +54,7 @@ class _Compression:
         self._repetitions = Repetitions(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
         self._ring_tokens = 0
+        self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
 
     def _memory_for_rings(self) -> float:
@@ -96,7 +97,7 @@ class _Compression:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         jobs, late = self._compact_due()
         self._end_abandoned()
-        self._ring_tokens = self._rings()
+        self._ring_tokens, self._ring_awaited = self._rings(), False
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
@@ -128,7 +129,11 @@ class _Compression:
     def _start_ring(self, tracked: _Tracked) -> bool:
         """Count in the query ring of a request that is about to start, if there is memory for it."""
         needed = ring_tokens(tracked.config)
+        # Nobody who needs a ring overtakes one that waits for one. Who needs none may go on, where vLLM looks
+        # past a request that cannot start (0.33; in 0.32 all behind it wait): it takes nothing of rings away.
         if needed and self._ring_tokens and self._ring_tokens + needed > self._ring_budget:
+            self._ring_awaited = True
+        if needed and self._ring_awaited:
             return False
         self._ring_tokens += needed
         return True
@@ -142,7 +147,9 @@ class _Compression:
             if tracked is not None and (tracked.held is None or tracked.config.interval is not None)
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args, **kwargs
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         manager = self.compacting_manager
         if (repetition := self._repetitions.of(request.request_id)) is not None:
             shared = manager.req_to_blocks[repetition.owner_id][
@@ -150,7 +157,9 @@ class _Compression:
             ]
             blocks = self.kv_cache_manager.create_kv_cache_blocks((list(shared),))
             return blocks, len(shared) * manager.block_size, 0, False
-        blocks, num_hit, shared_prefix_boundary, diverged = super()._get_local_prefix_cache_hit(request)
+        blocks, num_hit, shared_prefix_boundary, diverged = super()._get_local_prefix_cache_hit(
+            request, *args, **kwargs
+        )
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:
             # Queries behind a prefix hit are never computed. The hit gives way to the observation window,
