@@ -205,6 +205,7 @@ def test_a_repetition_cannot_return_auxiliary_outputs():
             parallel_config=None,
             scheduler_config=SimpleNamespace(max_num_seqs=8),
             aux_output_config=SimpleNamespace(enabled=enabled),
+            additional_config={},
         )
 
     check_method(KVCompressionConfig.parse("kvzip"), engine(False))

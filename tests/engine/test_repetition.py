@@ -164,17 +164,20 @@ def test_a_context_whose_repetition_has_no_room_goes_on_as_without_compression(e
     assert answer[:raw] == tokens(plain)[:raw] and tokens(alone)[1:] != tokens(plain)[1:]
 
 
-def test_a_preempted_request_does_not_come_before_a_repetition(engine, stock, long_ids):
+def test_a_neighbour_that_grows_and_a_context_without_room_for_its_repetition_both_go_on(
+    engine, stock, long_ids
+):
     plain = stock.run(long_ids(224, seed=53), sampling(120))
+    uncompressed = stock.run(long_ids(640, seed=52), sampling(200))
     with engine.squeezed(40):
         name = engine.add(long_ids(640, seed=52), sampling(200, OPTIONS))
         other = engine.add(long_ids(224, seed=53), sampling(120, "off"))
         for _ in range(500):
             engine.step()
         assert not engine.llm.llm_engine.has_unfinished_requests()
-    assert engine.compaction_of(name)
+    assert not engine.compactions, "the pool never had room for the repetition"
     assert first_difference(engine.outputs.pop(other), plain) is None
-    engine.outputs.clear()
+    assert first_difference(engine.outputs.pop(name), uncompressed) is None
 
 
 def test_an_owner_that_ends_with_its_first_token_leaves_no_repetition(engine, long_ids):
