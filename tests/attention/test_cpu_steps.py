@@ -14,7 +14,7 @@ BLOCK_SIZE = 32
 
 
 class Engine:
-    """Requests in the cache of `Layers`, their tokens beside it: `held[name][layer][head]` are (key, value)."""
+    """Requests in the cache of `Layers`, and their tokens: `held[name][layer][head]` are (key, value)."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
