@@ -138,7 +138,7 @@ class Request:
                 span.record(layer, self.queries[layer, begin:end])
 
     def job(self, config: KVCompressionConfig, num_blocks: int, raw_tail: int, reuse: str = "none") -> Job:
-        """A Job that leaves at least `raw_tail` raw tokens, whose destination shares blocks with what it reads."""
+        """A Job that leaves at least `raw_tail` raw tokens and writes to blocks of what `reuse` names."""
         size = self.grid.block_size
         boundary = (self.num_tokens - raw_tail) // size * size
         source = [self.raw[index] for index in range(self.boundary // size, boundary // size)]

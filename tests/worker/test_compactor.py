@@ -1,4 +1,4 @@
-"""A compaction keeps what an independent selection over token lists keeps, where the layout says, and no more."""
+"""A compaction keeps what an independent selection over token lists keeps, where the layout says it is."""
 
 import dataclasses
 import json
@@ -267,7 +267,7 @@ def test_policies_see_their_layers_tokens_positions_queries_and_state():
         ]
     request.observer.watch("r", config.build_policy())
     state = {layer: None for layer in range(3)}
-    for step, (tokens, blocks) in enumerate(((31, 2), (10, None), (11, 3), (14, 3))):
+    for tokens, blocks in ((31, 2), (10, None), (11, 3), (14, 3)):
         Spy.seen = {"observe": [], "score": [], "refine": [], "carry": []}
         held, boundary, first = request.held, request.boundary, request.num_tokens
         request.compute(tokens)
@@ -503,9 +503,7 @@ def repetition(request: Request, begin: int, end: int, chunks: list[int], asked:
 
 @pytest.mark.parametrize("context", [26, 28, 29])
 @pytest.mark.parametrize("chunks", [[], [1] * 8, [3, 5]], ids=str)
-def test_each_part_of_a_context_scores_by_its_own_repetition_whatever_the_block_and_the_chunks(
-    context, chunks
-):
+def test_each_part_of_a_context_scores_by_its_own_repetition_in_any_chunks(context, chunks):
     request = Request(13, block_size=BLOCK_SIZE)
     config = configure("kvzip", "adaptive", every=None)
     request.observer.watch("r", config.build_policy())
