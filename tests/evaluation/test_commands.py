@@ -83,7 +83,7 @@ def test_inspect_draws_the_kept_fraction(random_model, tmp_path):
 
 def test_bench_compares_with_stock(random_model, tmp_path):
     arguments = ["--contexts", "512", "--batch", "2", "--rounds", "2", "--steps", "3", "--requests", "8"]
-    arguments += ["--prompt", "600", "--output-tokens", "300", "--server-rounds", "1"]
+    arguments += ["--prompt", "1500", "--output-tokens", "120", "--server-rounds", "1"]
     printed = command("bench", str(random_model), *arguments, "--output", str(tmp_path)).stdout
     result = json.loads((tmp_path / "bench.json").read_text())
     pressure = result["serve"]["regimes"]["pressure"]["runs"]
