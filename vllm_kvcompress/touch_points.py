@@ -46,13 +46,42 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.engine.input_processor:InputProcessor": Touched(
-        reads="process_inputs vllm_config",
+        reads="__init__ process_inputs vllm_config",
         calls={
             "_validate_params": "(self, params, supported_tasks)",
         },
     ),
     "vllm.v1.engine:EngineCoreRequest": Touched(
-        reads="mm_features prompt_token_ids sampling_params",
+        reads="mm_features prompt_embeds prompt_token_ids resumable sampling_params",
+    ),
+    "vllm.utils": Touched(
+        calls={
+            "length_from_prompt_token_ids_or_embeds": "(prompt_token_ids, prompt_embeds)",
+        },
+    ),
+    "vllm.logger": Touched(
+        calls={
+            "init_logger": "(name)",
+        },
+    ),
+    "vllm.entrypoints.serve.engine.serving:BaseServing": Touched(),
+    "vllm.entrypoints.pooling.base.serving:PoolingBaseServing": Touched(),
+    # what the workers found reaches every front end
+    "vllm.v1.engine:EngineCoreReadyResponse": Touched(),
+    "vllm.v1.engine.core:EngineCore": Touched(
+        calls={
+            "_initialize_kv_caches": "(self, vllm_config)",
+        },
+    ),
+    "vllm.v1.engine.core:EngineCoreProc": Touched(
+        calls={
+            "_make_ready_response": "(self)",
+        },
+    ),
+    "vllm.v1.engine.core_client:MPClient": Touched(
+        calls={
+            "_apply_ready_response": "(self, payload)",
+        },
     ),
     "vllm.exceptions:VLLMValidationError": Touched(
         calls={
@@ -82,10 +111,16 @@ TABLE: dict[str, Touched] = {
     "vllm.config:VllmConfig": Touched(
         reads=(
             "additional_config aux_output_config cache_config compilation_config ec_transfer_config "
-            "kernel_config kv_transfer_config model_config parallel_config scheduler_config "
+            "kernel_config kv_transfer_config model_config parallel_config quant_config scheduler_config "
             "speculative_config"
         ),
     ),
+    "vllm.config": Touched(
+        calls={
+            "get_current_vllm_config": "()",
+        },
+    ),
+    "vllm.config.cache": Touched(reads="CacheDType", serving=False),
     "vllm.config:AuxOutputConfig": Touched(
         reads="enabled",
     ),
@@ -267,7 +302,7 @@ TABLE: dict[str, Touched] = {
     # the workers
     "vllm.v1.worker.gpu_worker:Worker": Touched(
         reads=(
-            "cache_config compilation_config model_config model_runner parallel_config scheduler_config "
+            "cache_config compilation_config lora_config model_config model_runner parallel_config scheduler_config "
             "use_v2_model_runner vllm_config"
         ),
         overrides={
@@ -339,7 +374,7 @@ TABLE: dict[str, Touched] = {
         reads="NEVER",
     ),
     "vllm.v1.attention.backend:AttentionImpl": Touched(
-        reads="__init__ head_size num_heads scale",
+        reads="__init__ head_size kv_cache_dtype num_heads scale",
         overrides={
             "forward": (
                 "(self, layer, query, key, value, kv_cache, attn_metadata, output, output_scale=..., "
@@ -497,6 +532,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.utils.torch_utils": Touched(
         reads="PIN_MEMORY",
+        calls={
+            "is_quantized_kv_cache": "(kv_cache_dtype)",
+        },
     ),
     # the measuring commands
     "vllm:LLM": Touched(serving=False),
@@ -522,6 +560,20 @@ TABLE: dict[str, Touched] = {
     "vllm.entrypoints.openai": Touched(
         reads="api_server",
         serving=False,
+    ),
+    "vllm.distributed.parallel_state": Touched(
+        calls={
+            "get_pp_group": "()",
+        },
+    ),
+    "vllm.forward_context": Touched(
+        calls={
+            "set_forward_context": (
+                "(attn_metadata, vllm_config, num_tokens=..., num_tokens_across_dp=..., "
+                "cudagraph_runtime_mode=..., batch_descriptor=..., ubatch_slices=..., slot_mapping=..., "
+                "skip_compiled=..., is_padding=...)"
+            ),
+        },
     ),
 }
 
