@@ -259,6 +259,25 @@ def _with_length_check(process_inputs):
     return wrapped
 
 
+def _has_no_room(vllm_config: VllmConfig, num_prompt: int) -> bool:
+    return longest_repetition(vllm_config, num_prompt, blocks_of_an_engine(vllm_config)) < LEAST
+
+
+def blocks_of_an_engine(vllm_config: VllmConfig) -> int:
+    """Blocks of one engine core's pool, as a front end knows them; 0 before it does.
+
+    A front end sums those of all cores that it talks to. A core's own configuration has its own number.
+    """
+    parallel = vllm_config.parallel_config
+    if parallel.data_parallel_rank_local is not None:  # one of several programs, each with a core of its own
+        engines = 1
+    elif parallel.local_engines_only:
+        engines = parallel.data_parallel_size_local
+    else:
+        engines = parallel.data_parallel_size
+    return (vllm_config.cache_config.num_gpu_blocks or 0) // engines
+
+
 def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     """Refuse a request that could not be served in this pool, or not with the method it asks for."""
     requested = _requested(vllm_config)
@@ -273,7 +292,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     num_prompt = length_from_prompt_token_ids_or_embeds(prompt, request.prompt_embeds)
     if config.enabled and config.repeats and (prompt is None or embedded or request.mm_features):
         problem = f"{config.method} repeats the prompt, which must be text; use another method"
-    elif config.enabled and config.repeats and longest_repetition(vllm_config, num_prompt) < LEAST:
+    elif config.enabled and config.repeats and _has_no_room(vllm_config, num_prompt):
         problem = (
             f"{config.method} needs {LEAST} tokens behind the prompt of {num_prompt}, more than "
             "--max-model-len and the KV cache leave; raise them or use another method"
@@ -283,7 +302,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         cache = vllm_config.cache_config
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
         needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size)
-        usable = (cache.num_gpu_blocks or 0) // vllm_config.parallel_config.data_parallel_size - 1
+        usable = blocks_of_an_engine(vllm_config) - 1
         if needed > usable > 0:
             problem = (
                 f"{num_tokens} tokens need {needed} blocks of the pool's {usable} with "

@@ -156,7 +156,8 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:ParallelConfig": Touched(
         reads=(
-            "data_parallel_size decode_context_parallel_size distributed_executor_backend "
+            "data_parallel_rank_local data_parallel_size data_parallel_size_local "
+            "decode_context_parallel_size distributed_executor_backend local_engines_only "
             "prefill_context_parallel_size use_ubatching worker_cls"
         ),
     ),
@@ -302,8 +303,8 @@ TABLE: dict[str, Touched] = {
     # the workers
     "vllm.v1.worker.gpu_worker:Worker": Touched(
         reads=(
-            "cache_config compilation_config lora_config model_config model_runner parallel_config scheduler_config "
-            "use_v2_model_runner vllm_config"
+            "cache_config compilation_config lora_config model_config model_runner parallel_config "
+            "scheduler_config use_v2_model_runner vllm_config"
         ),
         overrides={
             "compile_or_warm_up_model": "(self)",

@@ -18,17 +18,22 @@ OVERLAP = 8  # last tokens of the part before, which name where the next one sta
 LEAST = 256  # tokens behind a prompt that its repetition needs at least, the instruction included
 
 
-def longest_repetition(vllm_config: VllmConfig, num_context: int) -> int:
+def longest_repetition(vllm_config: VllmConfig, num_context: int, num_blocks: int) -> int:
     """Tokens behind a context that a repetition may have when nobody else is served.
 
     Bound by `max_model_len`, and by the blocks that its owner and the admission watermark leave.
+
+    Args:
+        vllm_config: of the engine.
+        num_context: tokens of the context.
+        num_blocks: of one engine core's pool; 0 if that is not known.
     """
     cache = vllm_config.cache_config
     longest = vllm_config.model_config.max_model_len - num_context
-    if not cache.num_gpu_blocks:
+    if not num_blocks:
         return longest
-    usable = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
-    usable -= int(vllm_config.scheduler_config.watermark * cache.num_gpu_blocks)
+    usable = num_blocks - 1
+    usable -= int(vllm_config.scheduler_config.watermark * num_blocks)
     left = usable - -(-num_context // cache.block_size)
     return min(longest, left * cache.block_size - num_context % cache.block_size)
 
@@ -69,7 +74,8 @@ class Repetitions:
             return None
         begin = progress.done
         ask = self._encode(NEXT if begin else FIRST) + context[max(0, begin - OVERLAP) : begin]
-        room = longest_repetition(self._config, len(context)) - len(ask) - 1
+        num_blocks = self._config.cache_config.num_gpu_blocks or 0
+        room = longest_repetition(self._config, len(context), num_blocks) - len(ask) - 1
         progress.end = min(len(context), begin + max(1, min(config.build_policy().chunk, room)))
         repeating = Request(
             request_id=f"{owner.request_id}:repeat-{begin}",
