@@ -60,7 +60,7 @@ def test_a_repetition_in_an_engine_core_is_as_long_as_its_own_pool_allows():
     "num_context, num_blocks, watermark, longest",
     [
         (1600, 101, 0.0, 50 * 32),
-        (1601, 101, 0.0, 50 * 32 - 1),  # into the context's last block
+        (1601, 101, 0.0, 49 * 32 - 1),  # the context's last block is copied
         (1600, 101, 0.1, 40 * 32),  # whole blocks of the watermark
         (99_000, 0, 0.0, 1000),  # the pool is not known yet
         (99_000, 10_000, 0.0, 1000),  # the model's length
