@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vllm_kvcompress.paging.job import Job, Repetition
 from vllm_kvcompress.paging.layout import PageGrid
@@ -92,6 +93,25 @@ def test_a_ring_holds_the_last_queries_whatever_the_steps(observer, steps, windo
     for layer in range(LAYERS):
         back = observer.of("r").window(layer, 90 - SPARE_QUERIES)
         assert torch.equal(back, QUERIES[layer, 90 - SPARE_QUERIES - window : 90 - SPARE_QUERIES])
+
+
+class NoPlaceTwice(TorchFunctionMode):
+    """Which of two values written to one place stays is left open by torch."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__setitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            for places in index:
+                assert not isinstance(places, torch.Tensor) or places.unique().numel() == places.numel()
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_chunk_longer_than_the_ring_writes_each_slot_once(observer):
+    observer.watch("r", Window(5))
+    with NoPlaceTwice():
+        step(observer, 0, 90)
+        with pytest.raises(AssertionError):
+            observer.ring("r")[0, torch.tensor([3, 3])] = 0.0
 
 
 def test_rejected_drafts_leave_the_window_as_if_they_had_never_been(observer):

@@ -61,6 +61,22 @@ def packing(kind: str, block_size: int, size: int) -> Packing:
     return Packing(order, block_size, size)
 
 
+class MovingCache(PackedCache):
+    """Writes page after page where it is told that no target is read, as a kernel on a GPU does."""
+
+    def rewrite(self, kept, target, overlaps):
+        if overlaps:
+            super().rewrite(kept, target, overlaps)
+            return
+        targets = iter(target.tolist())
+        for layer in kept:
+            for head, tokens in zip(layer.head.tolist(), layer.tokens, strict=True):
+                both = self.read(layer.pages[head : head + 1])
+                how = self.key_packing, self.value_packing
+                packed = [way.pack(plain[0, tokens]) for way, plain in zip(how, both, strict=True)]
+                self.pages[next(targets)] = torch.stack(packed)
+
+
 class Request:
     """Attributes:
     held: per layer and head, the positions that the head still has below `boundary`, ascending.
@@ -78,7 +94,7 @@ class Request:
         self.grid = PageGrid(layers, num_blocks, heads, block_size)
         self.packings = [packing(kind, block_size, size) for kind in packings]
         pages = torch.randn(layers * num_blocks * heads, 2, block_size * size, generator=draw)
-        self.cache = PackedCache(self.grid, pages, *self.packings)
+        self.cache = MovingCache(self.grid, pages, *self.packings)
         self.keys = torch.randn(layers, heads, most, size, generator=draw)
         # Heads whose scores and attention differ in weight, so that allocations differ.
         self.keys *= torch.rand(layers, heads, 1, 1, generator=draw) * 3 + 0.2

@@ -132,6 +132,17 @@ def test_each_head_keeps_its_best_tokens_in_its_own_pages_time_after_time(alloca
     assert ragged == (allocation != "uniform"), "else runs of different length were not tried"
 
 
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_no_head_is_given_more_pages_than_it_has_tokens_for(allocation, profile):
+    request = Request(16)
+    request.compute(51)
+    compact(request, configure("by_key", "global"), 4)
+    lengths = {len(own) for heads in request.held for own in heads}
+    assert min(lengths) < 12 < 24 < max(lengths)
+    request.compute(8)
+    compact(request, configure("by_key", allocation, profile), 5)  # of 6 that are held
+
+
 def test_one_page_per_head_and_every_page_of_every_head_are_budgets_too():
     request = Request(1)
     request.compute(30)
