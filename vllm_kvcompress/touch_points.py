@@ -269,9 +269,11 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.kv_cache_interface": Touched(
         calls={
+            "get_kv_quant_mode": "(kv_cache_dtype)",
             "replace_as": "(spec, target_cls, *, drop=..., **changes)",
         },
     ),
+    "vllm.v1.kv_cache_interface:KVQuantMode": Touched(reads="NONE"),
     "vllm.v1.kv_cache_interface:KVCacheSpec": Touched(),
     "vllm.v1.kv_cache_interface:AttentionSpec": Touched(),
     "vllm.v1.kv_cache_interface:FullAttentionSpec": Touched(
@@ -533,9 +535,6 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.utils.torch_utils": Touched(
         reads="PIN_MEMORY",
-        calls={
-            "is_quantized_kv_cache": "(kv_cache_dtype)",
-        },
     ),
     # the measuring commands
     "vllm:LLM": Touched(serving=False),

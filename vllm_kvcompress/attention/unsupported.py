@@ -1,8 +1,8 @@
 """Attention layers that cannot be served compacted."""
 
 from vllm.config import get_current_vllm_config
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 
 from vllm_kvcompress.config import KVCompressionError
 
@@ -23,7 +23,8 @@ def refuse_layer(impl: AttentionImpl, window: int | None) -> None:
         "ALiBi": impl.alibi_slopes is not None,
         "sliding-window attention": window is not None
         and window < get_current_vllm_config().model_config.max_model_len,
-        f"the quantized cache {impl.kv_cache_dtype}": is_quantized_kv_cache(impl.kv_cache_dtype),
+        f"the quantized cache {impl.kv_cache_dtype}": get_kv_quant_mode(impl.kv_cache_dtype)
+        != KVQuantMode.NONE,
         "cross-layer KV sharing": impl.kv_sharing_target_layer_name is not None,
         f"{impl.attn_type} attention": impl.attn_type != AttentionType.DECODER,
     }
