@@ -30,8 +30,9 @@ PLACEHOLDERS = ("MODEL", "qwen2.5-coder-0.5b")
 ELSEWHERE = {
     "./quickstart": "is the set-up itself, which CI runs first, and minutes of a real model",
     ".venv/bin/python -m pytest": "is what runs this test",
-    "pip install 'vllm==0.32.*'": "needs a GPU, and would replace the build that is here",
+    "pip install 'vllm>=0.32,<0.34'": "needs a GPU, and would replace the build that is here",
     "python vllm_kvcompress/kernels/benchmark.py": "needs a GPU",
+    ".venv/bin/python tools/try_vllm.py 0.33.0": "downloads another vLLM and runs part of the suite over it",
     "vllm-kvcompress bench": "takes two minutes, and does what `bench MODEL` with its defaults does",
 }
 # Blocks that are not commands.
