@@ -89,6 +89,15 @@ def serve(engine: Engine, members: dict[str, Member], pool: int, random_: random
     return result
 
 
+def in_time(compactions: dict[str, list], engine) -> dict[str, list]:
+    """Those of requests none of which went on raw: only their answers are what they are alone."""
+    return {
+        name: own
+        for name, own in compactions.items()
+        if not any(compaction.job.request_id in engine.late for compaction in own)
+    }
+
+
 def compacted(run: Run) -> dict[str, list]:
     """Compactions of the requests that ended, by request."""
     by_request: dict[str, list] = {}

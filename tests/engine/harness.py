@@ -89,6 +89,7 @@ class Engine:
 
     Attributes:
         sent: Jobs in the order in which the scheduler attached them to steps.
+        late: internal ids of the requests that went on raw past a point, for want of room.
         compactions: what the worker did, in order.
         preemptions: how often the scheduler preempted a request.
     """
@@ -102,6 +103,7 @@ class Engine:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.outputs: dict[str, RequestOutput] = {}
         self.sent: list = []
+        self.late: set[str] = set()
         self.compactions: list[Compaction] = []
         self.preemptions = 0
         self._count = 0
@@ -126,6 +128,7 @@ class Engine:
             output = schedule(*args, **kwargs)
             self._computed = computed
             self.sent += output.kv_compression.jobs
+            self.late |= set(output.kv_compression.late)
             return output
 
         def listen(job, counts, kept):

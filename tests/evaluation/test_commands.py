@@ -100,7 +100,6 @@ def test_bench_compares_with_stock(random_model, tmp_path):
 MISTAKES = [
     ["eval", "--methods", "snapkw"],
     ["eval", "--tasks", "needel"],
-    ["eval", "--lengths", "many"],
     ["eval", "--tasks", "ruler"],
     ["eval", "nowhere/to/be/found"],
     ["bench", "--parts", "stepps"],

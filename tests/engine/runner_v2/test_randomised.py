@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from crowd import Member, compacted, compare_with_alone, finished, serve, tolerate
+from crowd import Member, compacted, compare_with_alone, finished, in_time, serve, tolerate
 
 OPTIONS = [
     None,
@@ -51,10 +51,11 @@ def test_a_crowd_in_a_small_pool(engine):
     assert run.free_after == run.free_before
     engine.check_nothing_left()
     assert run.sent == [compaction.job for compaction in run.compactions]
-    assert run.preemptions > 0 and run.most_running > 1
+    assert run.preemptions or engine.late, "the pool was large enough"
+    assert run.most_running > 1
     ended = [name for name in members if finished(run, name)]
     assert 8 <= len(ended) < len(members)
-    chosen = list(compacted(run))
+    chosen = list(in_time(compacted(run), engine))
     assert len(chosen) >= 5
     differences: list = []
     compare_with_alone(run, engine, chosen[:4], differences)
