@@ -4,7 +4,9 @@ import pytest
 import torch
 from test_cpu_attention import Layers, batch
 from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
+from vllm_kvcompress.attention.cpu import _no_rows
 from vllm_kvcompress.kernels.reference import attend
 from vllm_kvcompress.requests.observer import LayerAttention, Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows
@@ -183,6 +185,30 @@ def test_a_dummy_batch_is_the_stock_one_while_requests_are_tracked():
     assert engine.state.tables["a"].num_tail == 0, "what it shows is no request's"
     engine.state.live = True
     engine.step({"a": 1})
+
+
+def test_vllm_is_handed_the_rows_that_are_not_compacted_as_a_batch_of_their_own(monkeypatch):
+    engine, handed = Engine(), []
+    engine.start("a", 2 * BLOCK_SIZE + 3)
+    engine.compact("a", 2 * BLOCK_SIZE, [[1, 1], [1, 1]])
+    engine.start("b", 40)
+    engine.start("c", 90)
+    engine.req_ids[:] = ["b", "a", "c"]
+    common = engine.metadata({"b": 5, "a": 2, "c": 3})
+    monkeypatch.setattr(
+        CPUAttentionMetadataBuilder,
+        "build",
+        lambda self, prefix, batch, fast=False: handed.append((prefix, batch)) or _no_rows(batch),
+    )
+    metadata = engine.builder.build(7, common)
+    (prefix, rest), wanted = *handed, engine.metadata({"b": 5, "c": 3})
+    assert prefix == 7 and metadata.rest_tokens.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    assert rest.slot_mapping.tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
+    for name in ("query_start_loc", "query_start_loc_cpu", "seq_lens", "block_table_tensor"):
+        assert torch.equal(getattr(rest, name), getattr(wanted, name)), name
+    for name in ("num_reqs", "num_actual_tokens", "max_query_len"):
+        assert getattr(rest, name) == getattr(wanted, name), name
+    assert metadata.num_actual_tokens == 10
 
 
 class Span:

@@ -1,5 +1,8 @@
 """What a request's table shows of its pages is what its runs and its raw tail are, page by page."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -143,14 +146,17 @@ def test_a_batch_shows_its_rows_as_they_are_whatever_changed_since():
     check(batch, [again, b])
 
 
-def test_a_batch_of_new_tables_is_shown_even_where_the_old_ones_lay():
-    # Python gives a new object the place of one that is gone; what the batch shows must not be taken for it.
-    batch = BatchTables()
-    for boundary in range(16, 16 + 50 * BLOCK_SIZE, BLOCK_SIZE):
-        table = make([[1, 1]], boundary, boundary)
-        batch.update([table])
-        check(batch, [table])
-        del table
+def test_the_tables_that_a_batch_shows_live_as_long_as_it_shows_them():
+    # Python gives a new object the place of one that is gone, and by its place a table is known.
+    batch, table = BatchTables(), make([[1, 1]], 16, 16)
+    shown = weakref.ref(table)
+    batch.update([table])
+    del table
+    gc.collect()
+    assert shown() is not None
+    batch.update([make([[1, 1]], 20, 20)])
+    gc.collect()
+    assert shown() is None
 
 
 def test_a_batch_is_not_rebuilt_while_nothing_changes():
