@@ -539,22 +539,26 @@ def test_each_part_of_a_context_scores_by_its_own_repetition_in_any_chunks(conte
 
 
 def test_drafts_accepted_before_a_compaction_are_observed_with_it():
-    sums = []
+    left = []
     for speculated in (False, True):
         request = Request(14)
         config = configure("h2o", "global")
         request.observer.watch("r", config.build_policy())
-        request.compute(33)
-        if speculated:
-            request.compute(6, num_drafts=4)
-            request.num_tokens -= 2  # two drafts are rejected
-        else:
-            request.compute(4)
-        job = request.job(config, 3, 3)
-        request.observer.settle(job)
-        table = request.compactor.run(job, None, request.observer.of("r"))
-        sums.append((table.positions, *request.observer.of("r").states))
-    for alone, drafted in zip(*sums, strict=True):
+        left.append([])
+        for tokens, blocks in ((33, 3), (20, 4), (13, 4)):
+            request.compute(tokens)
+            if speculated:
+                request.compute(6, num_drafts=4)
+                request.num_tokens -= 2  # two drafts are rejected
+            else:
+                request.compute(4)
+            job = request.job(config, blocks, 3)
+            request.observer.settle(job)
+            table = request.compactor.run(job, request.observer.tables.get("r"), request.observer.of("r"))
+            request.observer.tables["r"] = table
+            request.boundary, request.destination = job.boundary, list(job.destination)
+            left[-1] += [table.positions, *(state.clone() for state in request.observer.of("r").states)]
+    for alone, drafted in zip(*left, strict=True):
         torch.testing.assert_close(alone, drafted, atol=1e-5, rtol=1e-5)
 
 
