@@ -238,6 +238,26 @@ def test_keys_of_a_compacted_request_are_its_runs_and_then_its_raw_blocks(observ
 # ---------------------------------------------------------------------- which rows are noted
 
 
+@pytest.mark.parametrize("policy", [Window(5), Diary(3)], ids=["window", "diary"])
+def test_a_paused_record_stays_as_it_is_until_it_goes_on(observer, policy):
+    for name in ("r", "s"):
+        observer.watch(name, policy)
+        step(observer, 0, 20, name=name)
+    before = observer.ring("r").clone(), [list(state or []) for state in observer.of("r").states]
+    observer.pause("r")
+    observer.pause("nobody")
+    assert observer.ring("r") is None and observer.ring("s") is not None, "no kernel writes it either"
+    for name in ("r", "s"):
+        step(observer, 20, 40, name=name)
+    held = observer.of("r")
+    assert torch.equal(held.ring, before[0]) and [list(state or []) for state in held.states] == before[1]
+    assert torch.equal(held.window(1, 20), QUERIES[1, 20 - policy.window : 20])
+    assert torch.equal(observer.of("s").window(1, 40), QUERIES[1, 40 - policy.window : 40])
+    held.paused = False
+    step(observer, 40, 50)
+    assert torch.equal(observer.of("r").window(1, 50), QUERIES[1, 50 - policy.window : 50])
+
+
 def test_rows_without_a_record_are_passed_over(observer):
     observer.watch("r", Window(5))
     observer.watch("s", Diary())

@@ -17,13 +17,19 @@ AGAIN = KVCompressionConfig.parse("snapkv:window=4,recompact_every=8")
 STREAMING = KVCompressionConfig.parse("streaming_llm")
 
 
+class Record(str):
+    """Stands in for what is kept of a request's queries."""
+
+    paused = False
+
+
 class Log:
     """Stands in for the state, its observer and the compactor, and notes what they are asked to do."""
 
     def __init__(self) -> None:
         self.done: list[tuple] = []
         self.tables: dict[str, str] = {}
-        self.records: dict[str, str] = {}
+        self.records: dict[str, Record] = {}
         self.num_drafts: dict[str, int] = {}
         self.live = False
         self.observer = self
@@ -42,9 +48,12 @@ class Log:
         self.done.append(("put", request_id, table))
         self.tables[request_id] = table
 
+    def pause(self, request_id):
+        self.done.append(("pause", request_id))
+
     def watch(self, request_id, policy):
         self.done.append(("watch", request_id, policy))
-        self.records[request_id] = f"record of {request_id}"
+        self.records[request_id] = Record(f"record of {request_id}")
 
     def watch_repetition(self, repetition):
         self.done.append(("repeat", repetition.request_id))
@@ -103,12 +112,13 @@ def step(compression: CompressionStep | None, finished=(), drafts=None) -> Simpl
 
 def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_watched(worker):
     state = worker.compression
-    state.observer.records = {"a": "record of a", "b": "record of b", "old": "record of old"}
+    state.observer.records = {name: Record(f"record of {name}") for name in ("a", "b", "old")}
     state.tables = {"old": "old's", "gone": "gone's"}
     # `a` is preempted, and starts again in this step; `b` is compacted and ends its record with it.
     started = CompressionStep(
         released=["old"],
         jobs=[job("b"), job("c", STREAMING)],
+        late=["d", "e"],
         observations=[Observation("a", SNAPKV), Observation("b", AGAIN)],
         repetitions=[Repetition("r", "a", 0, 4, 8)],
     )
@@ -124,6 +134,8 @@ def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_
         ("run", "c", 40, None, None),
         ("put", "c", "c at 40"),
         ("forget record", "c"),
+        ("pause", "d"),
+        ("pause", "e"),
         ("watch", "a", SNAPKV.build_policy()),
         ("watch", "b", AGAIN.build_policy()),
         ("repeat", "r"),
@@ -133,7 +145,7 @@ def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_
 
 def test_a_request_that_is_compacted_again_keeps_its_record_and_hands_over_its_table(worker):
     state = worker.compression
-    state.observer.records = {"a": "record of a"}
+    state.observer.records = {"a": Record("record of a")}
     for num_tokens in (40, 48):
         jobs = [replace(job("a", AGAIN), num_tokens=num_tokens)]
         worker.execute_model(step(CompressionStep(jobs=jobs)))
@@ -144,10 +156,29 @@ def test_a_request_that_is_compacted_again_keeps_its_record_and_hands_over_its_t
     assert state.observer.records == {"a": "record of a"}
 
 
+def test_the_record_of_a_late_request_goes_on_with_its_compaction(worker):
+    state = worker.compression
+    state.observer.records = {"a": Record("record of a"), "b": Record("record of b")}
+    for record in state.observer.records.values():
+        record.paused = True
+    worker.execute_model(step(CompressionStep(jobs=[job("a", AGAIN)])))
+    assert not state.observer.records["a"].paused and state.observer.records["b"].paused
+
+
+def test_after_a_step_that_failed_every_other_is_refused_and_names_it(worker):
+    worker.fails = True
+    with pytest.raises(RuntimeError, match="^the model's own$"):
+        worker.execute_model(step(CompressionStep()))
+    worker.fails = False
+    with pytest.raises(RuntimeError, match="an earlier step failed .the model.s own.; start"):
+        worker.execute_model(step(CompressionStep()))
+    assert len(worker.seen) == 1
+
+
 @pytest.mark.parametrize("config", [SNAPKV, STREAMING])
 def test_a_job_without_the_record_it_needs_or_with_one_it_does_not_is_an_error(worker, config):
     if config is STREAMING:
-        worker.compression.observer.records = {"a": "record of a"}
+        worker.compression.observer.records = {"a": Record("record of a")}
     with pytest.raises(AssertionError):
         worker.execute_model(step(CompressionStep(jobs=[job("a", config)])))
 
