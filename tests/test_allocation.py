@@ -351,6 +351,16 @@ def test_a_head_without_numbers_breaks_neither_the_budget_nor_the_other_heads(na
     assert runs[2].flatten().tolist() == sorted(best.tolist())
 
 
+@pytest.mark.parametrize("name", ALLOCATIONS)
+def test_what_is_no_number_ranks_below_every_number(name):
+    scores = torch.rand(2, 2, 32, generator=torch.Generator().manual_seed(0)) - 1
+    scores[..., ::3] = torch.nan
+    lowest = scores.nan_to_num(nan=-torch.inf)
+    counts = made(name, scores).allocate(scores, 12, 4)
+    assert torch.equal(counts, made(name, scores).allocate(lowest, 12, 4))
+    assert torch.equal(select(scores, counts, 4), select(lowest, counts, 4))
+
+
 def test_allocating_and_selecting_leave_the_scores_alone():
     scores = torch.rand(2, 2, 32)
     before = scores.clone()
