@@ -271,7 +271,7 @@ def start(tmp_path, monkeypatch):
                 enforce_eager=True,
                 max_model_len=LONGEST,
                 block_size=BLOCK_SIZE,
-                num_gpu_blocks_override=64,
+                num_gpu_blocks_override=160,  # room for all requests and a repetition
                 max_num_seqs=32,
                 kv_cache_memory_bytes=1 << 24,
             ),
