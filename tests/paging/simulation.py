@@ -462,7 +462,7 @@ class Simulation:
 
     def close(self, name: str) -> None:
         """The last part of a streaming session, which is not resumable, as vLLM's front end sends it."""
-        self.scheduler.add_request(Request(name, [2], SamplingParams(max_tokens=1), None))
+        self.scheduler.add_request(Request(name, prompt_of(300, 3), SamplingParams(max_tokens=9), None))
 
     def step(self) -> SchedulerOutput:
         """One schedule, and the output of the oldest step in flight once enough are."""
