@@ -24,7 +24,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
-from vllm_kvcompress.plan import Plan, next_point, peak_blocks
+from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
 from vllm_kvcompress.support import LACKS, check_method, check_supported, check_watched
 
 KEY = "kv_compression"
@@ -259,10 +259,6 @@ def _with_length_check(process_inputs):
     return wrapped
 
 
-def _has_no_room(vllm_config: VllmConfig, num_prompt: int) -> bool:
-    return longest_repetition(vllm_config, num_prompt, blocks_of_an_engine(vllm_config)) < LEAST
-
-
 def blocks_of_an_engine(vllm_config: VllmConfig) -> int:
     """Blocks of one engine core's pool, as a front end knows them; 0 before it does.
 
@@ -290,9 +286,12 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     problem = None
     embedded = request.prompt_embeds is not None  # whole or in part, where the ids are placeholders
     num_prompt = length_from_prompt_token_ids_or_embeds(prompt, request.prompt_embeds)
+    num_blocks = blocks_of_an_engine(vllm_config)
     if config.enabled and config.repeats and (prompt is None or embedded or request.mm_features):
         problem = f"{config.method} repeats the prompt, which must be text; use another method"
-    elif config.enabled and config.repeats and _has_no_room(vllm_config, num_prompt):
+    elif (
+        config.enabled and config.repeats and longest_repetition(vllm_config, num_prompt, num_blocks) < LEAST
+    ):
         problem = (
             f"{config.method} needs {LEAST} tokens behind the prompt of {num_prompt}, more than "
             "--max-model-len and the KV cache leave; raise them or use another method"
@@ -302,7 +301,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         cache = vllm_config.cache_config
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
         needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size)
-        usable = blocks_of_an_engine(vllm_config) - 1
+        usable = num_blocks - 1
         if needed > usable > 0:
             problem = (
                 f"{num_tokens} tokens need {needed} blocks of the pool's {usable} with "
@@ -319,10 +318,8 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
         return
     config = KVCompressionConfig.parse(requested).for_request((params.extra_args or {}).get(KEY))
     length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
-    point, last = next_point(config, length), None
-    while point is not None and point < length:
-        point, last = next_point(config, length, point), point
-    compacted = last and Plan.of(config, last, vllm_config.cache_config.block_size)
+    # With one token of output only its prompt may be compacted, while it is computed.
+    compacted = is_ever_compacted(config, length, length + 1, vllm_config.cache_config.block_size)
     if config.enabled and (compacted or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"
         raise VLLMValidationError(

@@ -36,7 +36,7 @@ class LayerObservation:
         output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32; None if none was
             found whose input is what the layer puts out.
         layer: the layer's number in the model, counted from 0.
-        kept_positions: `[H, W]` int64, see `positions`; None where column i is token i.
+        kept_positions: makes what `positions` returns; None where column i is token i.
     """
 
     keys: Tensor
@@ -51,12 +51,12 @@ class LayerObservation:
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
     layer: int = 0
-    kept_positions: Tensor | None = None
+    kept_positions: Callable[[], Tensor] | None = None
 
     def positions(self) -> Tensor:
         """Position in the sequence of each column's token, `[H, W]` int64; arbitrary in padding."""
         if self.kept_positions is not None:
-            return self.kept_positions
+            return self.kept_positions()
         heads, width = self.keys.shape[:2]
         return torch.arange(width, device=self.keys.device).expand(heads, -1)
 

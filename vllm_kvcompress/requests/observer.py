@@ -1,5 +1,6 @@
 """Keeps what policies need of queries, whatever chunks they are computed in."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -153,7 +154,7 @@ class RepeatedSpan:
             replace(
                 seen,
                 keys=seen.keys[:, columns],
-                kept_positions=columns.expand(len(seen.keys), -1),
+                kept_positions=lambda: columns.expand(len(seen.keys), -1),
                 state=None,
             )
         )
@@ -200,7 +201,9 @@ class RowContext:
             padding=padding if bool(padding.any()) else None,
             rotary=attention.rotary,
             layer=attention.index,
-            kept_positions=None if self.table is None else self.table.column_positions(layer, num_tokens),
+            kept_positions=None
+            if self.table is None
+            else functools.partial(self.table.column_positions, layer, num_tokens),
         )
 
 
@@ -303,14 +306,10 @@ class Observer:
                 continue
             repetition = self._repetitions.get(request_id)
             observed = self._observed.get(repetition.owner_id if repetition else request_id)
-            if (
-                observed is None
-                or observed.paused
-                and not repetition
-                or self.kernel_writes_rings
-                and not repetition
-                and not observed.policy.accumulates
-            ):
+            if observed is None:
+                continue
+            by_kernel = self.kernel_writes_rings and not observed.policy.accumulates
+            if repetition is None and (observed.paused or by_kernel):
                 continue
             begin, end = query_start_loc[row : row + 2].tolist()
             seq_len = int(seq_lens[row])

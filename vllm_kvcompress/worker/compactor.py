@@ -158,7 +158,7 @@ class Compactor:
             rotary=attention.rotary,
             output_projection=attention.output_projection,
             layer=attention.index,
-            kept_positions=None if job.previous_boundary == 0 else layer.positions,
+            kept_positions=lambda: layer.positions,
         )
 
     def _kept(self, layers: list[_Candidates], counts: Tensor, selected: Tensor) -> list[Kept]:
