@@ -331,9 +331,7 @@ def test_calibrate_leaves_a_profile_that_an_engine_can_use(checkpoint, tmp_path)
         (["--policy", "snapkw"], "did you mean 'snapkv'"),
         (["--fractions", "0.1,1.5"], "must lie between 0 and 1"),
         (["--budgets", "few"], "not a comma-separated list"),
-        (["--documents", "0"], "--documents must be at least 1"),
         (["--tokens", "100"], "has no room for its facts"),
-        (["--data", "/nowhere/to/be/found.txt"], "cannot read"),
     ],
 )
 def test_mistakes_are_one_line(checkpoint, options, says):

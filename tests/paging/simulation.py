@@ -46,8 +46,8 @@ Key = int
 
 
 @functools.cache
-def _model_folder() -> str:
-    folder = Path(tempfile.mkdtemp(prefix="simulated-model-"))
+def _model_folder() -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory(prefix="simulated-model-")
     config = dict(
         architectures=["LlamaForCausalLM"],
         model_type="llama",
@@ -59,15 +59,15 @@ def _model_folder() -> str:
         vocab_size=VOCABULARY,
         max_position_embeddings=1 << 16,
     )
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
+    (Path(folder.name) / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @functools.cache
 def _model_config(max_model_len: int) -> ModelConfig:
     init_none_hash(sha256)
     return ModelConfig(
-        model=_model_folder(), skip_tokenizer_init=True, max_model_len=max_model_len, dtype="float32"
+        model=_model_folder().name, skip_tokenizer_init=True, max_model_len=max_model_len, dtype="float32"
     )
 
 
