@@ -69,6 +69,7 @@ REFUSED = {
     "(chunked_attention)": {
         "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"]
     },
+    "attention heads of 16 channels on a CPU": {"model_config__get_head_size": lambda: 16},
     "ALiBi": {"model_config__uses_alibi": True},
     "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
     "cross-layer KV sharing": {
@@ -191,8 +192,8 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         check_method(compression, engine(30, 3))
 
 
-def test_a_repetition_cannot_return_auxiliary_outputs():
-    def engine(enabled):
+def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
+    def engine(enabled=False, most=8, active=None):
         model = SimpleNamespace(
             uses_mrope=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
@@ -203,7 +204,7 @@ def test_a_repetition_cannot_return_auxiliary_outputs():
         return SimpleNamespace(
             model_config=model,
             parallel_config=None,
-            scheduler_config=SimpleNamespace(max_num_seqs=8),
+            scheduler_config=SimpleNamespace(max_num_seqs=most, max_num_active_seqs=active),
             aux_output_config=SimpleNamespace(enabled=enabled),
             additional_config={},
         )
@@ -212,3 +213,9 @@ def test_a_repetition_cannot_return_auxiliary_outputs():
     check_method(KVCompressionConfig.parse("snapkv"), engine(True))
     with pytest.raises(KVCompressionError, match="kvzip does not work with auxiliary outputs; remove"):
         check_method(KVCompressionConfig.parse("kvzip"), engine(True))
+    for places in ({"most": 1}, {"active": 1}):
+        check_method(KVCompressionConfig.parse("snapkv"), engine(**places))
+        with pytest.raises(
+            KVCompressionError, match="use --max-num-seqs and --max-num-active-seqs 2 or more"
+        ):
+            check_method(KVCompressionConfig.parse("kvzip"), engine(**places))

@@ -5,6 +5,7 @@ import vllm
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.touch_points import check_touch_points
@@ -46,10 +47,10 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             raise KVCompressionError(
                 f"kv-compression method {config.method} cannot serve this model: {reason}; use another method"
             )
-    if config.repeats and vllm_config.scheduler_config.max_num_seqs < 2:
+    if config.repeats and 1 in _most_at_once(vllm_config):
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
-            "use --max-num-seqs 2 or more"
+            "use --max-num-seqs and --max-num-active-seqs 2 or more"
         )
     if config.repeats and vllm_config.aux_output_config.enabled:
         # A repetition reads all of its owner's blocks, also those whose auxiliary outputs are not at hand.
@@ -107,6 +108,12 @@ def _refusals(config: VllmConfig):
         not on_cpu and model.get_head_size() > MAX_HEAD_SIZE,
         f"attention heads of {model.get_head_size()} channels on a GPU",
         other_model,
+    )
+    yield (
+        # Its kernel finds out at the first request.
+        on_cpu and model.get_head_size() not in CPUAttentionBackend.get_supported_head_sizes(),
+        f"attention heads of {model.get_head_size()} channels on a CPU, nor does vLLM's kernel",
+        "serve another model",
     )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
@@ -166,6 +173,11 @@ def _refusals(config: VllmConfig):
         "speculative decoding with a draft model",
         "use ngram speculation or none",
     )
+
+
+def _most_at_once(config: VllmConfig) -> tuple[int, int | None]:
+    """Bounds on the requests that run at a time: how many have a place, how many are admitted to one."""
+    return config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_active_seqs
 
 
 def _has_sinks(text) -> bool:

@@ -206,6 +206,8 @@ class FakeWorker:
         for repetition in step.repetitions:
             self.repeating[repetition.request_id] = repetition
         self._update_rows(output)
+        running = {request.request_id for request in self.scheduler.running}
+        assert self.records.keys() <= running, "queries are kept whose memory the scheduler does not count"
         self._check_owners()
         sampled = {name: self._forward(name, n, output) for name, n in output.num_scheduled_tokens.items()}
         names = list(sampled)

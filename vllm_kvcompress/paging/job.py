@@ -64,7 +64,8 @@ class CompressionStep:
     """Everything a worker has to do before the forward pass of one step, in this order.
 
     Attributes:
-        released: requests whose compacted pages were returned (preempted or finished) before this step runs.
+        released: requests that were preempted, or ended compacted, before this step runs. Their compacted
+            pages were returned; what is kept of their queries begins again when they do.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
         late: requests that are due, but go on raw while there is no room for their compacted pages. What is
             kept of their queries stays as it is, so that later they keep what they would have kept now.

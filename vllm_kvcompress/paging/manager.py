@@ -21,7 +21,7 @@ class CompactingManager(FullAttentionManager):
         self.compacted: dict[str, list[KVCacheBlock]] = {}
         self.peak_blocks: dict[str, int] = {}  # of the requests that are compacted while they are prefilled
         self.borrowers: set[str] = set()  # requests that read another one's blocks and leave nothing behind
-        self._released: list[str] = []
+        self._released: set[str] = set()
 
     def compact(
         self, request_id: str, begin: int, end: int, num_kept: int
@@ -93,9 +93,13 @@ class CompactingManager(FullAttentionManager):
         raw = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
         return raw + len(self.compacted.get(request_id, ()))
 
+    def release(self, request_id: str) -> None:
+        """Have the workers forget what a request was compacted to and what they kept of its queries."""
+        self._released.add(request_id)
+
     def take_released(self) -> list[str]:
-        """Drain the ids of requests whose compacted blocks were returned since the last call."""
-        released, self._released = self._released, []
+        """Drain the ids of requests that were released since the last call."""
+        released, self._released = sorted(self._released), set()
         return released
 
     def cache_blocks(
@@ -116,5 +120,5 @@ class CompactingManager(FullAttentionManager):
         destination = self.compacted.pop(request_id, None)
         if destination is None:
             return blocks
-        self._released.append(request_id)
+        self.release(request_id)
         return destination + blocks

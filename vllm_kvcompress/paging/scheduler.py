@@ -191,6 +191,7 @@ class _Compression:
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late = None, False
+            self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
             self._abandoned += self._repetitions.abandon(request.request_id)
