@@ -85,19 +85,21 @@ def test_right_aligned_runs_end_in_the_last_column(counts):
     positions = torch.arange(sum(map(sum, counts)) * BLOCK_SIZE, dtype=torch.int32).view(-1, BLOCK_SIZE) * 3
     table = make(counts, boundary=48, positions=positions)
     owned = runs(table.grid, table.destination.tolist(), counts)
-    begin = 0
-    for layer in range(layers):
-        width = max(counts[layer])
-        pages, where = table.right_aligned(layer), table.right_aligned_positions(layer)
-        columns = table.column_positions(layer, 48 + 5)
-        assert pages.dtype == where.dtype == columns.dtype == torch.int64
-        assert columns.shape == (heads, width * BLOCK_SIZE + 5)
-        for head, count in enumerate(counts[layer]):
-            assert pages[head].tolist() == [-1] * (width - count) + owned[layer][head]
-            own = positions[begin : begin + count].flatten().tolist()
-            begin += count
-            assert where[head].tolist() == [0] * (width - count) * BLOCK_SIZE + own
-            assert columns[head].tolist() == where[head].tolist() + list(range(48, 53))
+    ends = torch.tensor(counts).flatten().cumsum(0).tolist()
+    for first in range(layers):
+        for last in range(first + 1, layers + 1):
+            width = max(max(row) for row in counts[first:last])
+            pages = table.right_aligned(slice(first, last))
+            columns = table.column_positions(slice(first, last), 48 + 5)
+            assert pages.dtype == columns.dtype == torch.int64
+            assert columns.shape == ((last - first) * heads, width * BLOCK_SIZE + 5)
+            for row in range((last - first) * heads):
+                layer, head = first + row // heads, row % heads
+                count, end = counts[layer][head], ends[layer * heads + head]
+                assert pages[row].tolist() == [-1] * (width - count) + owned[layer][head]
+                own = positions[end - count : end].flatten().tolist()
+                nothing = [0] * (width - count) * BLOCK_SIZE
+                assert columns[row].tolist() == nothing + own + list(range(48, 53))
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,12 @@ class MovingCache(PackedCache):
         if overlaps:
             super().rewrite(kept, target, overlaps)
             return
-        targets = iter(target.tolist())
-        for layer in kept:
-            for head, tokens in zip(layer.head.tolist(), layer.tokens, strict=True):
-                both = self.read(layer.pages[head : head + 1])
-                how = self.key_packing, self.value_packing
-                packed = [way.pack(plain[0, tokens]) for way, plain in zip(how, both, strict=True)]
-                self.pages[next(targets)] = torch.stack(packed)
+        for row, columns, page in zip(kept.row.tolist(), kept.columns, target.tolist(), strict=True):
+            own = kept.pages[row : row + 1]
+            both = self.read_keys(own), self.read_values(own)
+            how = self.key_packing, self.value_packing
+            packed = [way.pack(plain[0, columns]) for way, plain in zip(how, both, strict=True)]
+            self.pages[page] = torch.stack(packed)
 
 
 class Request:

@@ -27,19 +27,21 @@ class PageGrid:
         """Pages that one block holds: one per layer and head."""
         return self.num_layers * self.num_heads
 
-    def linear_pages(self, block_ids: Tensor, begin: int = 0, end: int | None = None) -> Tensor:
-        """Physical page of linear pages of a compacted request.
+    def linear_pages(self, block_ids: Tensor) -> Tensor:
+        """Physical pages of all linear pages of a compacted request, `[n·L·H]` int64; see `pages_at`."""
+        linear = torch.arange(len(block_ids) * self.pages_per_block, device=block_ids.device)
+        return self.pages_at(block_ids, linear)
+
+    def pages_at(self, block_ids: Tensor, linear: Tensor) -> Tensor:
+        """Physical pages of some linear pages of a compacted request.
 
         Args:
             block_ids: `[n]` int64, the request's destination blocks in order.
-            begin: first linear page wanted.
-            end: one past the last; None for n·L·H.
+            linear: int64 of any shape, which of its pages.
 
         Returns:
-            `[end - begin]` int64: the page (layer slot, block, head slot) that each linear page occupies.
+            Of the same shape: the page (layer slot, block, head slot) that each linear page occupies.
         """
-        end = len(block_ids) * self.pages_per_block if end is None else end
-        linear = torch.arange(begin, end, device=block_ids.device)
         block, slot = block_ids[linear // self.pages_per_block], linear % self.pages_per_block
         return self._index(slot // self.num_heads, block, slot % self.num_heads)
 
@@ -55,9 +57,10 @@ class PageGrid:
         layer = torch.arange(self.num_layers, device=block_ids.device)[:, None, None]
         return self._index(layer, block_ids, self._heads(block_ids))
 
-    def layer_pages(self, layer: int, block_ids: Tensor) -> Tensor:
-        """`positional_pages` of one layer alone, `[H, n]` int64."""
-        return self._index(layer, block_ids, self._heads(block_ids))
+    def layer_pages(self, layers: slice, block_ids: Tensor) -> Tensor:
+        """`positional_pages` of some layers alone, their heads one after the other, `[l·H, n]` int64."""
+        layer = torch.arange(*layers.indices(self.num_layers), device=block_ids.device)[:, None, None]
+        return self._index(layer, block_ids, self._heads(block_ids)).flatten(0, 1)
 
     def _heads(self, block_ids: Tensor) -> Tensor:
         return torch.arange(self.num_heads, device=block_ids.device)[:, None]

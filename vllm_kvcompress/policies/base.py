@@ -37,6 +37,8 @@ class LayerObservation:
             found whose input is what the layer puts out.
         layer: the layer's number in the model, counted from 0.
         kept_positions: makes what `positions` returns; None where column i is token i.
+        num_layers: layers whose heads these are, one layer after the other; more than 1 only for policies
+            that say `stacks_layers`. Then `layer` is the first.
     """
 
     keys: Tensor
@@ -52,6 +54,7 @@ class LayerObservation:
     output_projection: Callable[[], Tensor] | None = None
     layer: int = 0
     kept_positions: Callable[[], Tensor] | None = None
+    num_layers: int = 1
 
     def positions(self) -> Tensor:
         """Position in the sequence of each column's token, `[H, W]` int64; arbitrary in padding."""
@@ -77,7 +80,11 @@ class Policy(ABC):
         name: what users write.
         paper: title and arXiv id.
         cost: one line on what scoring a prompt takes.
-        reads_keys: False if keys, values and queries may be empty (`[H, W, 0]`).
+        reads_keys: False if the keys that it scores, and their queries, may be empty (`[H, W, 0]`).
+        reads_values: False if their values may.
+        stacks_layers: True if it scores several layers at once as if they were one with more heads: a head's
+            scores depend on nothing but its keys, values and queries, the scale and the soft cap. Such a
+            policy has no state.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
         repeats: True if it must `observe` the queries with which the model repeats the context.
@@ -93,6 +100,8 @@ class Policy(ABC):
     paper: ClassVar[str]
     cost: ClassVar[str]
     reads_keys: ClassVar[bool] = True
+    reads_values: ClassVar[bool] = True
+    stacks_layers: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
@@ -194,6 +203,8 @@ class AttentionSum(Policy):
     """
 
     accumulates: ClassVar[bool] = True
+    reads_keys: ClassVar[bool] = False  # but for `observe`
+    reads_values: ClassVar[bool] = False
 
     @abstractmethod
     def paid(self, attention: Tensor) -> Tensor:

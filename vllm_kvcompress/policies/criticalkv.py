@@ -52,6 +52,10 @@ class CriticalKV(Policy):
         return self.base.window
 
     @property
+    def reads_keys(self) -> bool:  # type: ignore[override]
+        return self.base.reads_keys
+
+    @property
     def accumulates(self) -> bool:  # type: ignore[override]
         return self.base.accumulates
 

@@ -24,6 +24,8 @@ class KeyDiff(Policy):
     name: ClassVar[str] = "keydiff"
     paper: ClassVar[str] = "KeyDiff: Key Similarity-Based KV Cache Eviction (arXiv 2504.15364)"
     cost: ClassVar[str] = "one cosine per key"
+    reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
 
     def score(self, observation: LayerObservation) -> Tensor:
         directions = F.normalize(observation.keys.float(), dim=-1)

@@ -22,6 +22,8 @@ class Knorm(Policy):
     name: ClassVar[str] = "knorm"
     paper: ClassVar[str] = "A Simple and Effective L2 Norm-Based Strategy (arXiv 2406.11430)"
     cost: ClassVar[str] = "one norm per key"
+    reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
 
     def score(self, observation: LayerObservation) -> Tensor:
         return -observation.keys[:, : observation.num_scored].float().norm(dim=-1)

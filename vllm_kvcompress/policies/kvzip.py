@@ -34,6 +34,8 @@ class KVzip(Policy):
     paper: ClassVar[str] = "KVzip: Query-Agnostic KV Cache Compression (arXiv 2505.23416)"
     cost: ClassVar[str] = "the prompt computed a second time, and its attention within each part"
     repeats: ClassVar[bool] = True
+    reads_keys: ClassVar[bool] = False  # but for `observe`
+    reads_values: ClassVar[bool] = False
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
 

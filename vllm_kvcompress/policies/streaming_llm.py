@@ -25,6 +25,8 @@ class StreamingLLM(Policy):
     paper: ClassVar[str] = "Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453)"
     cost: ClassVar[str] = "none: reads neither queries nor keys"
     reads_keys: ClassVar[bool] = False
+    reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
 
     def score(self, observation: LayerObservation) -> Tensor:
         heads = observation.keys.shape[0]

@@ -26,6 +26,8 @@ class TOVA(Policy):
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "Transformers are Multi-State RNNs (arXiv 2401.06104)"
     cost: ClassVar[str] = "attention of the last query over the prompt, once"
+    reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
 
     @property
     def window(self) -> int:
@@ -33,4 +35,5 @@ class TOVA(Policy):
 
     def score(self, observation: LayerObservation) -> Tensor:
         attention = window_attention(observation)[:, :, -1, : observation.num_scored]  # [H, G, T]
-        return attention.mean((0, 1)).expand(attention.shape[0], -1).contiguous()
+        layers = attention.unflatten(0, (observation.num_layers, -1))
+        return layers.mean((1, 2), keepdim=True).squeeze(2).expand(-1, layers.shape[1], -1).flatten(0, 1)

@@ -29,6 +29,8 @@ class WindowPolicy(Policy):
 
     squared: ClassVar[bool]
     reduction: ClassVar[Literal["mean", "sum"]]
+    reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
     window: int
     kernel_size: int
     pooling: Literal["max", "avg"]

@@ -1,8 +1,8 @@
 """The paged cache as plain keys and values, whatever the kernel's packing."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,17 +15,17 @@ from vllm_kvcompress.requests.tables import RequestTable
 
 @dataclass(frozen=True)
 class Kept:
-    """Tokens of one layer that a compaction keeps, page by page in run order.
+    """Tokens that a compaction keeps, page by page in run order.
 
     Attributes:
-        pages: `[H, n]` int64, the pages of each head's tokens in order.
-        head: `[M]` int64, the head that each new page belongs to.
-        tokens: `[M, N]` int64, which of that head's tokens fill it.
+        pages: `[L·H, n]` int64, the pages of each head's columns; -1 for columns that hold nothing.
+        row: `[M]` int64, the row of `pages` that each new page belongs to.
+        columns: `[M, N]` int64, which of that row's columns fill it.
     """
 
     pages: Tensor
-    head: Tensor
-    tokens: Tensor
+    row: Tensor
+    columns: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,30 +34,37 @@ class PagedCache(ABC):
 
     Attributes:
         grid: the cache's geometry.
+        slice_bytes: of what is as long as a context, how much to make at a time.
     """
 
     grid: PageGrid
+    slice_bytes: ClassVar[int] = 8 * 2**20  # more would not stay in a core's own cache
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
         """Where the pages are."""
 
+    @property
     @abstractmethod
-    def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values `[H, W·N, D]` of pages `[H, W]`; those of absent pages (-1) are arbitrary."""
+    def head_size(self) -> int:
+        """D."""
 
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:
-        """Keys `[H, W·N, D]` of pages `[H, W]`, as in `read`."""
+        """Keys `[X, W·N, D]` of pages `[X, W]`; those of absent pages (-1) are arbitrary."""
 
     @abstractmethod
-    def rewrite(self, kept: Sequence[Kept], target: Tensor, overlaps: bool) -> None:
-        """Write the kept tokens of all layers to their new pages.
+    def read_values(self, pages: Tensor) -> Tensor:
+        """Values `[X, W·N, D]` of pages `[X, W]`, as in `read_keys`."""
+
+    @abstractmethod
+    def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
+        """Write the kept tokens to their new pages.
 
         Args:
-            kept: one per layer.
-            target: `[pages]` int64, the new pages in the order of `kept`.
+            kept: of all layers.
+            target: `[M]` int64, the new pages.
             overlaps: whether a target may be one of the pages that are read.
         """
 
@@ -70,27 +77,27 @@ class PagedCache(ABC):
 
         Args:
             policy: one that looks at its window's attention alone.
-            pages: `[H, W / N]` int64, of the layer; -1 for padding.
-            observation: of the layer, whose keys and values are empty.
+            pages: `[H, W / N]` int64, of the layers shown; -1 for padding.
+            observation: of these layers, whose keys and values are empty.
         """
         raise NotImplementedError
 
-    def context(self, layer: int, table: RequestTable | None, raw: Tensor) -> Tensor:
-        """Pages of one layer's context: a request's runs, if it has any, then its raw blocks.
+    def context(self, layers: slice, table: RequestTable | None, raw: Tensor) -> Tensor:
+        """Pages of some layers' context: a request's runs, if it has any, then its raw blocks.
 
         Heads keep different numbers of pages, so runs are aligned at their ends: column for column, all heads
         share the raw tokens behind them.
 
         Args:
-            layer: index.
+            layers: which.
             table: what the request is compacted to; None if it is not.
             raw: `[n]` int64, block ids of the raw tokens.
 
         Returns:
-            `[H, W]` int64, -1 where a head has no page.
+            `[l·H, W]` int64, -1 where a head has no page.
         """
-        positional = self.grid.layer_pages(layer, raw)
-        return positional if table is None else torch.cat([table.right_aligned(layer), positional], 1)
+        positional = self.grid.layer_pages(layers, raw)
+        return positional if table is None else torch.cat([table.right_aligned(layers), positional], 1)
 
 
 @dataclass(frozen=True)
@@ -111,21 +118,35 @@ class PackedCache(PagedCache):
     def device(self) -> torch.device:
         return self.pages.device
 
-    def read(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        packed = self.pages[pages.clamp(min=0)]
-        keys = self.key_packing.unpack(packed[:, :, 0])
-        values = self.value_packing.unpack(packed[:, :, 1])
-        return keys.flatten(1, 2), values.flatten(1, 2)
+    @property
+    def head_size(self) -> int:
+        return self.key_packing.head_size
 
     def read_keys(self, pages: Tensor) -> Tensor:
-        return self.key_packing.unpack(self.pages[pages.clamp(min=0), 0]).flatten(1, 2)
+        return self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
 
-    def rewrite(self, kept: Sequence[Kept], target: Tensor, overlaps: bool) -> None:
-        packed = []
-        for layer in kept:
-            keys, values = self.read(layer.pages)
-            chosen = layer.head[:, None], layer.tokens
-            packed.append(
-                torch.stack([self.key_packing.pack(keys[chosen]), self.value_packing.pack(values[chosen])], 1)
-            )
-        self.pages[target] = torch.cat(packed)
+    def read_values(self, pages: Tensor) -> Tensor:
+        return self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
+
+    def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
+        if overlaps:  # all is gathered before anything is written
+            self.pages[target] = self._new_pages(kept.pages, kept.row, kept.columns)
+            return
+        at_once = max(1, self.slice_bytes // (self.pages[0].numel() * self.pages.element_size()))
+        parts = (part.split(at_once) for part in (kept.row, kept.columns, target))
+        for row, columns, own in zip(*parts, strict=True):
+            self.pages[own] = self._new_pages(kept.pages, row, columns)
+
+    def _rows(self, pages: Tensor, part: int) -> Tensor:
+        """Keys (0) or values (1) of pages `[X, W]` as stored, `[X, W, N·D]`."""
+        rows = self.pages.flatten(0, 1).index_select(0, pages.clamp(min=0).flatten() * 2 + part)
+        return rows.view(*pages.shape, -1)
+
+    def _new_pages(self, pages: Tensor, row: Tensor, columns: Tensor) -> Tensor:
+        """The kept tokens as stored, `[M, 2, N·D]`."""
+        elements, block_size = self.pages.view(-1), self.grid.block_size
+        page, token = pages[row[:, None], columns // block_size], columns % block_size
+        first = page * self.pages[0].numel()
+        keys = self.key_packing.gather(elements, first, token)
+        values = self.value_packing.gather(elements, first + self.pages.shape[2], token)
+        return torch.stack([keys, values], 1)

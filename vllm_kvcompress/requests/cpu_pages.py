@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
+Digits = list[tuple[int, int]]  # (size, stride)
+
 
 @dataclass(frozen=True)
 class Packing:
     """A permutation of the `N·D` elements of one page.
 
     `packed[i] = plain[order[i]]`, with both flattened and plain being `[N, D]`.
+
+    Kernels store pages tile by tile, so that token and channel each decide a part of an element's place. Such
+    pages are unpacked as strided views are copied, and tokens are moved without being unpacked. Both parts
+    are numbers of a few digits: a token's tile, its place in the tile, and so on.
     """
 
     order: Tensor
@@ -19,24 +25,81 @@ class Packing:
     head_size: int
 
     def __post_init__(self) -> None:
-        plain = torch.arange(self.block_size * self.head_size)
-        transposed = plain.view(self.block_size, self.head_size).T.reshape(-1)
-        object.__setattr__(self, "_identity", torch.equal(self.order, plain))
-        object.__setattr__(self, "_transposed", torch.equal(self.order, transposed))
-        object.__setattr__(self, "_inverse", torch.argsort(self.order))
+        place = torch.argsort(self.order).view(self.block_size, self.head_size)
+        tokens, channels = _digits(place[:, 0] - place[0, 0]), _digits(place[0])
+        regular = torch.equal(place, place[:, :1] + place[:1] - place[0, 0])
+        object.__setattr__(self, "_place", place)
+        object.__setattr__(self, "_digits", (tokens, channels) if regular and tokens and channels else None)
 
     def unpack(self, packed: Tensor) -> Tensor:
         """`[..., N·D]` as stored to `[..., N, D]`; a view where the packing allows one."""
-        if self._transposed:
-            return packed.unflatten(-1, (self.head_size, self.block_size)).transpose(-1, -2)
-        plain = packed if self._identity else packed[..., self._inverse]
-        return plain.unflatten(-1, (self.block_size, self.head_size))
+        shape = *packed.shape[:-1], self.block_size, self.head_size
+        if self._digits is None:
+            return packed[..., self._place.flatten()].view(shape)
+        stored, tokens, channels, unit = self._in_units(packed)
+        digits = tokens + channels
+        sizes, strides = [size for size, _ in digits], [stride for _, stride in digits]
+        plain = stored.as_strided((*shape[:-2], *sizes), (*stored.stride()[:-1], *strides))
+        return plain.reshape(*shape[:-1], -1).view(packed.dtype)
 
     def pack(self, plain: Tensor) -> Tensor:
         """`[..., N, D]` to `[..., N·D]` as stored."""
-        if self._transposed:
-            return plain.transpose(-1, -2).flatten(-2)
-        return plain.flatten(-2) if self._identity else plain.flatten(-2)[..., self.order]
+        return plain.flatten(-2)[..., self.order]
+
+    def gather(self, elements: Tensor, first: Tensor, token: Tensor) -> Tensor:
+        """New pages of tokens from other ones.
+
+        Args:
+            elements: one-dimensional, what is stored.
+            first: `[M, N]` int64, where the page begins that each of a new page's tokens is in.
+            token: `[M, N]` int64, which token of that page it is.
+
+        Returns:
+            `[M, N·D]` as stored.
+        """
+        if self._digits is None:
+            own, channel = self.order // self.head_size, self.order % self.head_size
+            return elements.take(first[:, own] + self._place[token[:, own], channel])
+        stored, tokens, channels, unit = self._in_units(elements)
+        digits = tokens + channels
+        # Where each element of a new page is: one dimension per digit, in the order in which they are stored.
+        row = (first + self._place[:, 0][token]) // unit
+        row = row.view(-1, *[size for size, _ in tokens], *[1] * len(channels))
+        channel = (self._place[0, ::unit] - self._place[0, 0]) // unit
+        channel = channel.view(1, *[1] * len(tokens), *[size for size, _ in channels])
+        order = sorted(range(len(digits)), key=lambda digit: -digits[digit][1])
+        order = [0, *[1 + digit for digit in order]]
+        return stored.take(row.permute(order) + channel.permute(order)).flatten(1).view(elements.dtype)
+
+    def _in_units(self, stored: Tensor) -> tuple[Tensor, Digits, Digits, int]:
+        """The stored elements, their digits, and how many that lie together are moved as one number."""
+        assert self._digits is not None
+        tokens, channels = self._digits
+        size, stride = channels[-1]
+        for unit, dtype in ((8, torch.int64), (4, torch.int32)):
+            unit //= stored.element_size()
+            if unit > 1 and stride == 1 and size % unit == 0 and stored.stride(-1) == 1:
+                tokens = [(size, stride // unit) for size, stride in tokens]
+                channels = [(size, stride // unit) for size, stride in channels[:-1]]
+                return stored.view(dtype), tokens, [*channels, (size // unit, 1)], unit
+        return stored, tokens, channels, 1
+
+
+def _digits(offsets: Tensor) -> Digits | None:
+    """Sizes and strides that give these offsets, the last digit counting fastest; None if there are none."""
+    digits: Digits = []
+    rest = offsets
+    while len(rest) > 1:
+        stride = int(rest[1])
+        size = next((i for i in range(2, len(rest)) if rest[i] != i * stride), len(rest))
+        if len(rest) % size:
+            return None
+        digits.insert(0, (size, stride))
+        rest = rest[::size]
+    value = torch.zeros(1, dtype=torch.int64)
+    for size, stride in digits:
+        value = (value[:, None] + torch.arange(size) * stride).flatten()
+    return digits if torch.equal(value, offsets) else None
 
 
 def learn_packing(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> tuple[Packing, Packing]:

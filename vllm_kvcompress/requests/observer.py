@@ -55,10 +55,11 @@ class Observed:
     drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     paused: bool = False
 
-    def window(self, layer: int, num_tokens: int) -> Tensor:
-        """Queries `[w, Hq, D]` of the last w of `num_tokens` tokens."""
+    def window(self, layers: slice, num_tokens: int) -> Tensor:
+        """Some layers' queries `[w, l, Hq, D]` of the last w of `num_tokens` tokens."""
         assert self.ring is not None
-        return self.ring[layer, self._slots(num_tokens - self.policy.window, num_tokens)]
+        last = self._slots(num_tokens - self.policy.window, num_tokens)
+        return self.ring[layers].transpose(0, 1)[last]
 
     def record(self, layer: int, first: int, queries: Tensor) -> None:
         """Put queries `[n, Hq, D]` of positions from `first` on into the ring."""
@@ -182,7 +183,7 @@ class RowContext:
 
     def observe(self, layer: int, queries: Tensor, num_tokens: int) -> LayerObservation:
         """A layer as its newest queries `[n, Hq, D]` see it."""
-        pages = self.cache.context(layer, self.table, self.blocks)
+        pages = self.cache.context(slice(layer, layer + 1), self.table, self.blocks)
         block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
         boundary = 0 if self.table is None else self.table.boundary
         raw = num_tokens - boundary
@@ -203,7 +204,7 @@ class RowContext:
             layer=attention.index,
             kept_positions=None
             if self.table is None
-            else functools.partial(self.table.column_positions, layer, num_tokens),
+            else functools.partial(self.table.column_positions, slice(layer, layer + 1), num_tokens),
         )
 
 

@@ -33,7 +33,16 @@ class RequestTable:
         self.boundary = boundary
         self.positions = positions
         self.num_tail = 0
-        self._ends = [0, *counts.sum(1).cumsum(0).tolist()]  # linear pages, layer by layer
+
+    @functools.cached_property
+    def _longest(self) -> list[int]:
+        """Pages of the longest run of each layer."""
+        return self.counts.amax(1).tolist()
+
+    @functools.cached_property
+    def _ends(self) -> Tensor:
+        """`[L, H]` int64, one past each run's last linear page."""
+        return self.counts.flatten().cumsum(0).view_as(self.counts)
 
     @functools.cached_property
     def run_tokens(self) -> Tensor:
@@ -46,36 +55,52 @@ class RequestTable:
 
         Entries past a head's length are 0.
         """
-        width = int(self.counts.max()) + SPARE_COLUMNS
+        width = max(self._longest) + SPARE_COLUMNS
         pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
         in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
         pages[in_run] = self.grid.linear_pages(self.destination).to(torch.int32)
         return pages
 
-    def right_aligned(self, layer: int) -> Tensor:
-        """Pages of a layer's runs, every head's last page in the last column, `[H, W]` int64; -1 before."""
-        own = self.grid.linear_pages(self.destination, *self._ends[layer : layer + 2])
-        return self._align(layer, own, -1)
+    def longest(self, layers: slice) -> int:
+        """Pages of the longest run of some layers."""
+        return max(self._longest[layers])
 
-    def right_aligned_positions(self, layer: int) -> Tensor:
-        """Token positions of `right_aligned`'s columns, `[H, W·N]` int64; 0 before a head's first."""
+    def right_aligned(self, layers: slice) -> Tensor:
+        """Pages of some layers' runs, every head's last page in the last column.
+
+        Returns:
+            `[l·H, W]` int64, -1 before a head's first page; W is the longest run's.
+        """
+        linear, present = self._aligned(layers)
+        return self.grid.pages_at(self.destination, linear).masked_fill_(~present, -1)
+
+    def align(self, layers: slice, of_pages: Tensor, nothing: int) -> Tensor:
+        """What is known of each page's tokens, `[n·L·H, N]`, in `right_aligned`'s columns.
+
+        Returns:
+            `[l·H, W·N]`, `nothing` before a head's first token.
+        """
+        linear, present = self._aligned(layers)
+        return of_pages[linear].masked_fill_(~present[..., None], nothing).flatten(1)
+
+    def column_positions(self, layers: slice, num_tokens: int) -> Tensor:
+        """Token positions of `right_aligned`'s columns, then of the raw tail.
+
+        Returns:
+            `[l·H, W]` int64, 0 before a head's first token.
+        """
         assert self.positions is not None
-        own = self.positions[slice(*self._ends[layer : layer + 2])].long()
-        return self._align(layer, own, 0).flatten(1)
+        own = self.align(layers, self.positions, 0).long()
+        tail = torch.arange(self.boundary, num_tokens, device=own.device)
+        return torch.cat([own, tail.expand(len(own), -1)], 1)
 
-    def column_positions(self, layer: int, num_tokens: int) -> Tensor:
-        """Token positions of a layer's runs, aligned at their ends, then of the raw tail, `[H, W]` int64."""
-        tail = torch.arange(self.boundary, num_tokens, device=self.counts.device)
-        return torch.cat([self.right_aligned_positions(layer), tail.expand(self.counts.shape[1], -1)], 1)
-
-    def _align(self, layer: int, own: Tensor, nothing: int) -> Tensor:
-        """A layer's pages `[pages, ...]`, in run order, as `[H, W, ...]`."""
-        counts = self.counts[layer]
-        width = int(counts.max())
-        out = own.new_full((len(counts), width, *own.shape[1:]), nothing)
-        out[torch.arange(width, device=own.device) >= width - counts[:, None]] = own
-        return out
+    def _aligned(self, layers: slice) -> tuple[Tensor, Tensor]:
+        """Linear pages `[l·H, W]` int64 of some layers' runs aligned at their ends, and which there are."""
+        counts, ends = self.counts[layers].reshape(-1, 1), self._ends[layers].reshape(-1, 1)
+        from_end = torch.arange(-self.longest(layers), 0, device=counts.device)
+        present = from_end >= -counts
+        return (ends + from_end).masked_fill_(~present, 0), present
 
     def num_tail_blocks(self, seq_len: int) -> int:
         """Blocks that the raw tail of a sequence of `seq_len` tokens spans."""

@@ -1,6 +1,6 @@
 """Runs Jobs: scores a request's tokens, decides each head's pages, and writes the kept tokens into them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +18,28 @@ Listener = Callable[[Job, Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What a request holds of one layer, below and above the new boundary.
+    """What a request holds of some layers, their heads one after the other: X = l·H.
 
     Attributes:
-        pages: `[H, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
-        num_scored: columns below the boundary.
-        padding: `[H]` int64, leading columns that hold nothing.
-        positions: `[H, num_scored + tail]` int64, token positions of the columns.
+        layers: which.
+        pages: `[X, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
+        num_scored: columns below the new boundary.
+        padding: `[X]` int64, leading columns that hold nothing; None for none.
+        positions: makes `[X, W]` int64, token positions of the columns; None where column i is token i.
     """
 
+    layers: slice
     pages: Tensor
     num_scored: int
-    padding: Tensor
-    positions: Tensor
+    padding: Tensor | None
+    positions: Callable[[], Tensor] | None
 
 
 class Compactor:
     """Compacts requests inside a paged cache.
+
+    All layers go through few operations together: what is as long as a request's context is made for as many
+    layers at a time as fit `PagedCache.slice_bytes`.
 
     Attributes:
         listeners: called after each Job with the Job, the page counts `[L, H]` and the kept token positions
@@ -67,160 +72,177 @@ class Compactor:
             The request's new table.
         """
         assert (table is None) == (not job.previous)
-        policy = job.config.build_policy()
-        layers = [self._candidates(job, table, index) for index in range(self.grid.num_layers)]
-
-        def observe(index: int) -> LayerObservation:  # one layer at a time: it is a copy of the layer's cache
-            return self._observe(job, policy, observed, index, layers[index])
-
-        width = max(layer.num_scored for layer in layers)
-        shape = self.grid.num_layers, self.grid.num_heads, width
-        scores = torch.full(shape, -torch.inf, device=self.cache.device)
-        for index, layer in enumerate(layers):
-            if self.cache.scores_windows(policy):
-                seen = self._observe(job, policy, observed, index, layer, read=False)
-                own = self.cache.window_scores(policy, layer.pages, seen)
-            else:
-                own = policy.score(observe(index))
-            scores[index, :, width - layer.num_scored :] = _ranked(own, layer, finite=True)
-        _protect(scores, layers, job.config.sink_tokens)
-        counts = job.config.build_allocation().allocate(
-            scores,
-            len(job.destination) * self.grid.pages_per_block,
-            self.grid.block_size,
-            torch.stack([(layer.num_scored - layer.padding) // self.grid.block_size for layer in layers]),
-        )
+        policy, block_size, device = job.config.build_policy(), self.grid.block_size, self.cache.device
+        whole = self._candidates(job, table, slice(0, self.grid.num_layers))
+        scores = self._scores(job, policy, table, observed, whole)
+        num_pages = len(job.destination) * self.grid.pages_per_block
+        capacity = None
+        if whole.padding is not None:
+            capacity = ((whole.num_scored - whole.padding) // block_size).view(scores.shape[:2])
+        counts = job.config.build_allocation().allocate(scores, num_pages, block_size, capacity)
         if type(policy).refine is not Policy.refine:
-            for index, layer in enumerate(layers):
-                own = scores[index, :, width - layer.num_scored :]
-                num_kept = counts[index] * self.grid.block_size
-                own[:] = _ranked(policy.refine(own.clone(), num_kept, observe(index)), layer)
-            _protect(scores, layers, job.config.sink_tokens)
-        kept = self._kept(layers, counts, select(scores, counts, self.grid.block_size))
-        positions = torch.cat(
-            [layer.positions[own.head[:, None], own.tokens] for layer, own in zip(layers, kept, strict=True)]
-        )
-        destination = torch.tensor(job.destination, device=self.cache.device)
+            self._refine(job, policy, table, observed, whole, scores, counts)
+        columns = select(scores, counts, block_size)
+        rows = torch.arange(len(whole.pages), device=device)
+        row = rows.repeat_interleave(counts.flatten(), output_size=num_pages)
+        positions = columns if whole.positions is None else whole.positions()[row[:, None], columns]
+        destination = torch.tensor(job.destination, device=device)
         overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
-        self.cache.rewrite(kept, self.grid.linear_pages(destination), overlaps)
+        self.cache.rewrite(Kept(whole.pages, row, columns), self.grid.linear_pages(destination), overlaps)
         for listener in self.listeners:
             listener(job, counts, positions)
         again = job.config.interval is not None
+        new = RequestTable(
+            self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
+        )
         if observed is not None and again:
-            self._carry(job, policy, observed, layers, counts, kept)
-        lasting = positions.to(torch.int32) if again else None
-        return RequestTable(self.grid, destination, counts, job.boundary, lasting)
+            self._carry(job, policy, table, observed, new, columns - whole.num_scored)
+        return new
 
-    def _candidates(self, job: Job, table: RequestTable | None, index: int) -> _Candidates:
-        block_size = self.grid.block_size
-        device = self.cache.device
-        raw_blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=device)
-        pages = self.cache.context(index, table, raw_blocks)
-        if table is None:
-            positions = torch.arange(job.num_tokens, device=device).expand(self.grid.num_heads, -1)
-        else:
-            positions = table.column_positions(index, job.num_tokens)
+    def _candidates(self, job: Job, table: RequestTable | None, layers: slice) -> _Candidates:
+        raw_blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=self.cache.device)
+        pages = self.cache.context(layers, table, raw_blocks)
         return _Candidates(
+            layers=layers,
             pages=pages,
-            num_scored=(pages.shape[1] - len(job.tail)) * block_size,
-            padding=(pages < 0).sum(1) * block_size,
-            positions=positions,
+            num_scored=(pages.shape[1] - len(job.tail)) * self.grid.block_size,
+            padding=None if table is None else (pages < 0).sum(1) * self.grid.block_size,
+            positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
-    def _observe(
+    def _slices(
         self,
         job: Job,
         policy: Policy,
+        table: RequestTable | None,
         observed: Observed | None,
-        index: int,
-        layer: _Candidates,
-        read: bool = True,
+        whole: _Candidates,
+    ) -> Iterator[_Candidates]:
+        """The layers, as many at a time as the policy scores at once and memory is meant for."""
+        at_once, heads = 1, self.grid.num_heads
+        if policy.stacks_layers:
+            columns = whole.pages.shape[1] * self.grid.block_size
+            group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
+            # Keys and attention in float32.
+            per_layer = 4 * heads * columns * (self.cache.head_size + group * policy.window)
+            at_once = max(1, self.cache.slice_bytes // per_layer)
+        begin = 0
+        while begin < len(self.layers):
+            end = begin + 1
+            while end < min(begin + at_once, len(self.layers)) and self._alike(begin, end):
+                end += 1
+            yield self._candidates(job, table, slice(begin, end))
+            begin = end
+
+    def _alike(self, one: int, other: int) -> bool:
+        """Whether two layers may be scored as one with more heads."""
+        a, b = self.layers[one], self.layers[other]
+        return (a.scale, a.logits_soft_cap) == (b.scale, b.logits_soft_cap)
+
+    def _scores(
+        self,
+        job: Job,
+        policy: Policy,
+        table: RequestTable | None,
+        observed: Observed | None,
+        whole: _Candidates,
+    ) -> Tensor:
+        """The policy's scores `[L, H, T]`, ready to be compared: padding lowest, then what is no number."""
+        scores = torch.full((len(whole.pages), whole.num_scored), -torch.inf, device=self.cache.device)
+        heads = self.grid.num_heads
+        for part in self._slices(job, policy, table, observed, whole):
+            if self.cache.scores_windows(policy):
+                seen = self._observe(job, policy, observed, part, read=False)
+                own = self.cache.window_scores(policy, part.pages, seen)
+            else:
+                own = policy.score(self._observe(job, policy, observed, part))
+            rows = slice(part.layers.start * heads, part.layers.stop * heads)
+            scores[rows, whole.num_scored - part.num_scored :] = own
+        # One broken score must not rank a token below what does not exist, nor above what is protected.
+        limits = torch.finfo(torch.float32)
+        scores.nan_to_num_(nan=limits.min, neginf=limits.min, posinf=limits.max)
+        return self._protected(job, whole, scores)
+
+    def _refine(
+        self,
+        job: Job,
+        policy: Policy,
+        table: RequestTable | None,
+        observed: Observed | None,
+        whole: _Candidates,
+        scores: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """Have the policy change its scores `[L, H, T]` by how many tokens each head keeps."""
+        for layer in range(self.grid.num_layers):
+            part = self._candidates(job, table, slice(layer, layer + 1))
+            own = scores[layer, :, whole.num_scored - part.num_scored :]
+            num_kept = counts[layer] * self.grid.block_size
+            own[:] = policy.refine(own.clone(), num_kept, self._observe(job, policy, observed, part))
+        least = torch.finfo(torch.float32).min
+        scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
+        self._protected(job, whole, scores)
+
+    def _protected(self, job: Job, whole: _Candidates, scores: Tensor) -> Tensor:
+        """As `[L, H, T]`, changed in place: padding at -inf; the sinks, which head every run, at +inf."""
+        sinks, padding = job.config.sink_tokens, whole.padding
+        flat = scores.view(len(whole.pages), -1)
+        if padding is None:
+            flat[:, :sinks] = torch.inf
+        else:
+            behind = torch.arange(whole.num_scored, device=scores.device) - padding[:, None]
+            flat.masked_fill_(behind < 0, -torch.inf)
+            flat.masked_fill_((behind >= 0) & (behind < sinks), torch.inf)
+        return flat.view(self.grid.num_layers, self.grid.num_heads, -1)
+
+    def _observe(
+        self, job: Job, policy: Policy, observed: Observed | None, part: _Candidates, read: bool = True
     ) -> LayerObservation:
-        heads, device = self.grid.num_heads, self.cache.device
-        width = layer.num_scored + job.num_tokens - job.boundary
-        keys = values = torch.empty(heads, width, 0, device=device)
+        rows, device = len(part.pages), self.cache.device
+        width = part.num_scored + job.num_tokens - job.boundary
+        keys = values = torch.empty(rows, width, 0, device=device)
         if policy.reads_keys and read:
-            keys, values = (plain[:, :width] for plain in self.cache.read(layer.pages))
-        queries = torch.empty(0, heads, 1, 0, device=device)
+            keys = self.cache.read_keys(part.pages)[:, :width]
+        if policy.reads_values and read:
+            values = self.cache.read_values(part.pages)[:, :width]
+        queries = torch.empty(0, rows, 1, 0, device=device)
         if observed is not None and policy.window:
-            queries = observed.window(index, job.num_tokens).unflatten(1, (heads, -1))
-        attention = self.layers[index]
+            queries = observed.window(part.layers, job.num_tokens).flatten(1, 2).unflatten(1, (rows, -1))
+        first = part.layers.start
+        attention = self.layers[first]
         return LayerObservation(
             keys=keys,
             values=values,
             queries=queries,
             scale=attention.scale,
-            num_scored=layer.num_scored,
+            num_scored=part.num_scored,
             num_tokens=job.num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
-            padding=layer.padding if bool(layer.padding.any()) else None,
-            state=None if observed is None else observed.states[index],
+            padding=part.padding,
+            state=None if observed is None else observed.states[first],
             rotary=attention.rotary,
             output_projection=attention.output_projection,
             layer=attention.index,
-            kept_positions=lambda: layer.positions,
+            kept_positions=part.positions,
+            num_layers=part.layers.stop - first,
         )
-
-    def _kept(self, layers: list[_Candidates], counts: Tensor, selected: Tensor) -> list[Kept]:
-        """The selected columns `[pages, N]`, layer by layer: `select` counts all from the same last one."""
-        width = max(layer.num_scored for layer in layers)
-        heads = torch.arange(self.grid.num_heads, device=counts.device)
-        return [
-            Kept(
-                pages=layer.pages[:, : layer.num_scored // self.grid.block_size],
-                head=heads.repeat_interleave(of_layer),
-                tokens=tokens - (width - layer.num_scored),
-            )
-            for layer, of_layer, tokens in zip(
-                layers, counts, selected.split(counts.sum(1).tolist()), strict=True
-            )
-        ]
 
     def _carry(
         self,
         job: Job,
         policy: Policy,
+        table: RequestTable | None,
         observed: Observed,
-        layers: list[_Candidates],
-        counts: Tensor,
-        kept: list[Kept],
+        new: RequestTable,
+        from_end: Tensor,
     ) -> None:
-        """Give the policy's states the columns that the new table has."""
-        block_size = self.grid.block_size
-        for index, (layer, own) in enumerate(zip(layers, kept, strict=True)):
-            if observed.states[index] is None:
+        """Give the policy's states the columns of the new table; `from_end`, below 0, are its old ones."""
+        raw = torch.arange(job.num_tokens - job.boundary, device=from_end.device)
+        raw = raw.expand(self.grid.num_heads, -1)
+        for layer, state in enumerate(observed.states):
+            if state is None:
                 continue
-            width = int(counts[index].max()) * block_size
-            runs = own.tokens.flatten().split((counts[index] * block_size).tolist())
-            last = layer.num_scored + job.num_tokens - job.boundary
-            tail = torch.arange(layer.num_scored, last, device=counts.device)
-            old = torch.full((self.grid.num_heads, width + len(tail)), -1, device=counts.device)
-            for head, run in enumerate(runs):
-                old[head, width - len(run) : width] = run
-            old[:, width:] = tail
-            observed.states[index] = policy.carry(observed.states[index], old)
-
-
-def _protect(scores: Tensor, layers: list[_Candidates], sink_tokens: int) -> None:
-    """Set the scores of the attention sinks, which head every run, to +inf."""
-    width = scores.shape[-1]
-    column = torch.arange(width, device=scores.device)
-    for index, layer in enumerate(layers):
-        first = layer.padding[:, None] + width - layer.num_scored
-        scores[index][(column >= first) & (column < first + sink_tokens)] = torch.inf
-
-
-def _ranked(scores: Tensor, layer: _Candidates, finite: bool = False) -> Tensor:
-    """Scores that leave -inf to padding: one broken score must not rank a token below what does not exist.
-
-    Where they are `finite`, +inf is left to what is protected.
-    """
-    # (The sum is NaN or infinite if any score is.)
-    if not bool(scores.sum().isfinite()):
-        limits = torch.finfo(torch.float32)
-        high = limits.max if finite else torch.inf
-        scores = scores.nan_to_num(nan=limits.min, neginf=limits.min, posinf=high)
-    if bool(layer.padding.any()):
-        column = torch.arange(scores.shape[1], device=scores.device)
-        scores = scores.masked_fill(column < layer.padding[:, None], -torch.inf)
-    return scores
+            own = slice(layer, layer + 1)
+            width = (len(job.source) + (table.longest(own) if table else 0)) * self.grid.block_size
+            old = new.align(own, from_end, -width - 1) + width
+            observed.states[layer] = policy.carry(state, torch.cat([old, raw + width], 1))
