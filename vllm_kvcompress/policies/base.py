@@ -193,33 +193,3 @@ def window_attention(observation: LayerObservation) -> Tensor:
         `[H, G, w, W]` float32.
     """
     return torch.cat(list(attention_blocks(observation)), 2)
-
-
-class AttentionSum(Policy):
-    """Scores by what all queries so far have paid to each token: a running `[H, W]` float32 sum per layer.
-
-    A is computed blockwise a second time beside the attention kernel, which does not return it. Once a
-    request is compacted, A is over what the heads kept, and the sums of dropped tokens are gone.
-    """
-
-    accumulates: ClassVar[bool] = True
-    reads_keys: ClassVar[bool] = False  # but for `observe`
-    reads_values: ClassVar[bool] = False
-
-    @abstractmethod
-    def paid(self, attention: Tensor) -> Tensor:
-        """What attention `[H, G, q, W]` adds to each token, before it is summed over group and queries."""
-
-    def observe(self, observation: LayerObservation) -> Tensor:
-        sums = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
-        if observation.state is not None:  # the step's own columns are new
-            sums[:, : observation.state.shape[1]] = observation.state
-        for attention in attention_blocks(observation):
-            sums += self.paid(attention).sum((1, 2))
-        return sums
-
-    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
-        return state.gather(1, kept.clamp(min=0)).masked_fill_(kept < 0, 0.0)
-
-    def score(self, observation: LayerObservation) -> Tensor:
-        return observation.state[:, : observation.num_scored]

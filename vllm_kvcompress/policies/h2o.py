@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import AttentionSum, LayerObservation
+from vllm_kvcompress.policies.base import LayerObservation
+from vllm_kvcompress.policies.watching import AttentionSum
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,12 @@ class H2O(AttentionSum):
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "H2O: Heavy-Hitter Oracle (arXiv 2306.14048)"
     cost: ClassVar[str] = "the attention weights of every query, computed a second time"
+    squared: ClassVar[bool] = False
     recent: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent <= 1:
             raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
-
-    def paid(self, attention: Tensor) -> Tensor:
-        return attention
 
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
         others = kept - scores.isposinf().sum(1)  # but for the attention sinks

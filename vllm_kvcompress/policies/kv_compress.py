@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from vllm_kvcompress.policies.base import AttentionSum
+from vllm_kvcompress.policies.watching import AttentionSum
 from vllm_kvcompress.policies.window import WindowPolicy
 
 
@@ -51,6 +49,4 @@ class KVCompressFull(AttentionSum):
     name: ClassVar[str] = "kv_compress_full"
     paper: ClassVar[str] = KVCompress.paper
     cost: ClassVar[str] = "the attention weights of every query, computed a second time"
-
-    def paid(self, attention: Tensor) -> Tensor:
-        return attention.square_()
+    squared: ClassVar[bool] = True

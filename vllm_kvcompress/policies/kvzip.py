@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import LayerObservation, Policy, attention_blocks
+from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.watching import column_attention
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ class KVzip(Policy):
             raise ValueError(f"sinks must be at least 0, got {self.sinks}")
 
     def observe(self, observation: LayerObservation) -> Tensor:
-        most = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
-        for attention in attention_blocks(observation):
-            torch.maximum(most, attention.amax((1, 2)), out=most)
-        return most
+        return column_attention(observation, "max")
 
     def score(self, observation: LayerObservation) -> Tensor:
         return observation.state[:, : observation.num_scored]

@@ -1,0 +1,122 @@
+"""What all queries of a step attend to, reduced to one number per token."""
+
+import functools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.policies.base import QUERY_BLOCK, LayerObservation, Policy
+
+BLOCK_BYTES = 2 << 20  # of logits held at once on a CPU, or one head's: they should stay in its caches
+
+Reduction = Literal["sum", "sum of squares", "max"]
+
+
+def column_attention(observation: LayerObservation, reduction: Reduction) -> Tensor:
+    """What the newest queries pay to each of the W columns: the reduction of A over them and their group.
+
+        A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap, causal
+
+    A is computed a second time beside the attention kernel, which does not return it: some queries of some
+    heads at a time, over the columns that the last of them sees. Logits and softmax are float32 whatever the
+    model's dtype: in bf16 most scores of a long prompt tie.
+
+    Returns:
+        `[H, W]` float32; 0 where a head holds nothing.
+    """
+    keys, group, scale = observation.keys, observation.queries.shape[2], observation.scale
+    num_queries, (heads, width) = len(observation.queries), keys.shape[:2]
+    plain = torch.contiguous_format  # as in memory: read many times
+    transposed = keys.transpose(1, 2).to(torch.float32, memory_format=plain)
+    queries = observation.queries.permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
+    size = min(QUERY_BLOCK, num_queries)
+    future = torch.full((size, size), -torch.inf, device=keys.device).triu_(1)
+    result = torch.zeros(heads, width, device=keys.device)
+    per_head = group * size * width
+    at_once = max(1, BLOCK_BYTES // 4 // per_head) if keys.device.type == "cpu" else heads
+    memory = torch.empty(min(at_once, heads) * per_head, device=keys.device)  # new memory costs page faults
+    padding = None if observation.padding is None else observation.padding.tolist()
+    cap = observation.logits_soft_cap
+    with exact_products(keys, observation.queries):
+        for begin in range(0, num_queries, QUERY_BLOCK):
+            end = min(begin + QUERY_BLOCK, num_queries)
+            seen = width - num_queries + end
+            for some, first in _heads(heads, len(memory) // (group * (end - begin) * seen), padding):
+                block = queries[some, :, begin:end].flatten(1, 2)
+                shape = *block.shape[:2], seen - first
+                logits = memory[: math.prod(shape)].view(shape)
+                alpha = scale / cap if cap else scale
+                torch.baddbmm(logits, block, transposed[some, :, first:seen], beta=0, alpha=alpha, out=logits)
+                if cap:
+                    logits.tanh_().mul_(cap)
+                newest = logits.unflatten(1, (group, -1))[..., begin - end :]
+                newest += future[: end - begin, : end - begin]
+                attention = torch.softmax(logits, -1, out=logits)
+                own = result[some, first:seen]
+                if reduction == "max":
+                    torch.maximum(own, attention.amax(1), out=own)
+                else:
+                    own += (attention.square_() if reduction == "sum of squares" else attention).sum(1)
+    return result
+
+
+def _heads(heads: int, at_once: int, padding: list[int] | None) -> Iterator[tuple[slice, int]]:
+    """Which heads to take together, and the first column that they hold."""
+    if padding is None:
+        yield from ((slice(head, head + at_once), 0) for head in range(0, heads, at_once))
+    else:
+        yield from ((slice(head, head + 1), first) for head, first in enumerate(padding))
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@contextmanager
+def exact_products(*factors: Tensor) -> Iterator[None]:
+    """Have float32 products of what was bfloat16 computed as such, on CPUs that can.
+
+    Products are exact either way and are added up in float32: only the order differs. The setting is the
+    process's own, in which one thread computes.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    exact = all(factor.dtype == torch.bfloat16 and factor.device.type == "cpu" for factor in factors)
+    if exact and _multiplies_bfloat16():
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+class AttentionSum(Policy):
+    """Scores by what all queries so far have paid to each token: a running `[H, W]` float32 sum per layer.
+
+    Once a request is compacted, A is over what the heads kept, and the sums of dropped tokens are gone.
+
+    Attributes:
+        squared: whether A² is summed.
+    """
+
+    accumulates: ClassVar[bool] = True
+    reads_keys: ClassVar[bool] = False  # but for `observe`
+    reads_values: ClassVar[bool] = False
+    squared: ClassVar[bool]
+
+    def observe(self, observation: LayerObservation) -> Tensor:
+        sums = column_attention(observation, "sum of squares" if self.squared else "sum")
+        if (before := observation.state) is not None:  # the step's own columns are new
+            sums[:, : before.shape[1]] += before
+        return sums
+
+    def carry(self, state: Tensor, kept: Tensor) -> Tensor:
+        return state.gather(1, kept.clamp(min=0)).masked_fill_(kept < 0, 0.0)
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        return observation.state[:, : observation.num_scored]
