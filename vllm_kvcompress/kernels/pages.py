@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TOKENS = 32  # copied at once
+TOKENS = 32  # copied by a program, of whichever pages
 
 
 def gather_pages(
@@ -18,7 +18,8 @@ def gather_pages(
     Args:
         keys: `[P, N, D]`, every page of every layer: a view of the cache.
         values: `[P, N, D]`, likewise, with the same strides.
-        pages: `[X, n]` int64, the pages of each (layer, head)'s tokens in order.
+        pages: `[X, n]` int64, the pages of each (Job, layer, head)'s tokens in order; those without
+            a kept token may be -1.
         head: `[M]` int64, the row of `pages` that fills each new page.
         tokens: `[M, N]` int64, which of that row's tokens, in order.
 
@@ -63,14 +64,14 @@ def _copy(
     source: tuple[Tensor, Tensor, Tensor] | None,
     target: Tensor | None,
 ) -> None:
-    num_pages = len(target) if source is None else len(source[2])
-    if num_pages == 0:
+    num_tokens = keys.shape[1] * (len(target) if target is not None else len(to_keys))
+    if num_tokens == 0:
         return
     assert keys.stride() == values.stride() and to_keys.stride() == to_values.stride()
     assert keys.stride(2) == to_keys.stride(2) == 1
     pages, head, tokens = (None, None, None) if source is None else source
     assert source is None or (pages.stride(1) == 1 and tokens.is_contiguous())
-    _copy_kernel[num_pages, triton.cdiv(keys.shape[1], TOKENS)](
+    _copy_kernel[(triton.cdiv(num_tokens, TOKENS),)](
         keys,
         values,
         to_keys,
@@ -79,6 +80,7 @@ def _copy(
         head,
         tokens,
         target,
+        num_tokens,
         *keys.stride()[:2],
         *to_keys.stride()[:2],
         0 if source is None else pages.stride(0),
@@ -91,7 +93,7 @@ def _copy(
     )
 
 
-@triton.jit(do_not_specialize=["pages_row"])
+@triton.jit(do_not_specialize=["num_tokens", "pages_row"])
 def _copy_kernel(
     keys,
     values,
@@ -101,6 +103,7 @@ def _copy_kernel(
     head,
     tokens,
     target,
+    num_tokens,
     page_stride,
     token_stride,
     to_page_stride,
@@ -113,20 +116,21 @@ def _copy_kernel(
     CHANNELS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    new_page = tl.program_id(0).to(tl.int64)
-    place = tl.program_id(1) * AT_ONCE + tl.arange(0, AT_ONCE)
-    inside = place < BLOCK_SIZE
+    number = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)  # over all new pages
+    inside = number < num_tokens
+    new_page, place = number // BLOCK_SIZE, number % BLOCK_SIZE
     if GATHER:
-        token = tl.load(tokens + new_page * BLOCK_SIZE + place, mask=inside, other=0)
-        row = pages + tl.load(head + new_page).to(tl.int64) * pages_row
-        page = tl.load(row + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
+        token = tl.load(tokens + number, mask=inside, other=0)
+        row = tl.load(head + new_page, mask=inside, other=0).to(tl.int64) * pages_row
+        page = tl.load(pages + row + token // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         read = page * page_stride + (token % BLOCK_SIZE) * token_stride
     else:
         read = new_page * page_stride + place * token_stride
     if SCATTER:
-        write = tl.load(target + new_page).to(tl.int64) * to_page_stride + place * to_token_stride
+        to_page = tl.load(target + new_page, mask=inside, other=0).to(tl.int64)
     else:
-        write = new_page * to_page_stride + place * to_token_stride
+        to_page = new_page
+    write = to_page * to_page_stride + place * to_token_stride
 
     channel = tl.arange(0, CHANNELS)
     mask = inside[:, None] & (channel < HEAD_SIZE)[None, :]

@@ -1,0 +1,148 @@
+"""Pages per head and kept tokens are those that `allocation` decides on, ties included."""
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from vllm_kvcompress import allocation
+from vllm_kvcompress.kernels import selection
+from vllm_kvcompress.kernels.selection import adaptive_counts, global_counts, select_columns, whole_pages
+
+LOWEST = torch.finfo(torch.float32).min
+SCORES = {
+    "distinct": lambda shape: torch.randn(shape),
+    "tiny": lambda shape: torch.rand(shape) * 1e-40,  # denormal numbers
+    "tied": lambda shape: torch.randint(-1, 3, shape).float(),
+    "equal": lambda shape: torch.full(shape, -2.5),
+    "zeros": lambda shape: torch.randint(-1, 2, shape) * torch.tensor(0.0),  # -0 equals 0
+    "extreme": lambda shape: torch.tensor([LOWEST, -LOWEST, 1.0, -torch.inf, torch.nan])[
+        torch.randint(0, 5, shape)
+    ],
+}
+jobs = st.builds(
+    dict,
+    kind=st.sampled_from(list(SCORES)),
+    jobs=st.integers(1, 2),
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    page_size=st.sampled_from([1, 2, 16, 48]),
+    pages=st.integers(1, 7),
+    sinks=st.integers(0, 5),
+    ragged=st.booleans(),
+    spread=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+)
+
+
+def random_jobs(kind, jobs, layers, heads, page_size, pages, sinks, ragged, spread, seed):
+    """Scores `[J, L, H, T]`, pages `[J]`, bounds `[J, L, H]` as `allocate` makes them; sinks protected."""
+    torch.manual_seed(seed)
+    scores = SCORES[kind]((jobs, layers, heads, pages * page_size))
+    largest = torch.full(scores.shape[:3], pages)
+    if ragged:
+        largest = torch.randint(1, pages + 1, scores.shape[:3])
+    column = torch.arange(scores.shape[3])
+    first = ((pages - largest) * page_size)[..., None]
+    scores[column < first] = -torch.inf
+    scores[(column >= first) & (column < first + sinks)] = torch.inf
+    protected = scores.isposinf().sum(-1)
+    smallest = ((protected + page_size - 1) // page_size).clamp(min=1)
+    least, most = smallest.sum((1, 2)), largest.sum((1, 2))
+    num_pages = least + (spread * (most - least)).long()
+    return scores, num_pages, page_size, smallest, largest
+
+
+def expected_counts(allocate, scores, num_pages, page_size, largest):
+    own = zip(scores, num_pages.tolist(), largest, strict=True)
+    return torch.stack([allocate.allocate(each, pages, page_size, most) for each, pages, most in own])
+
+
+@pytest.fixture(autouse=True)
+def short_tiles(monkeypatch):
+    """So that rows need several, as long ones do."""
+    monkeypatch.setattr(selection, "AT_ONCE", 256)
+
+
+@settings(max_examples=10)
+@given(jobs)
+def test_global_counts_are_those_of_the_allocation(case):
+    scores, num_pages, page_size, smallest, largest = random_jobs(**case)
+    found = global_counts(scores, num_pages, page_size, smallest, largest)
+    assert torch.equal(found, expected_counts(allocation.Global(), scores, num_pages, page_size, largest))
+
+
+@settings(max_examples=10)
+@given(jobs, st.sampled_from([0.0, 0.2, 0.37, 1.0]))
+def test_adaptive_counts_are_those_of_the_allocation(case, alpha):
+    scores, num_pages, page_size, smallest, largest = random_jobs(**case)
+    found = adaptive_counts(scores, num_pages, page_size, smallest, largest, alpha)
+    wanted = expected_counts(allocation.Adaptive(alpha), scores, num_pages, page_size, largest)
+    assert torch.equal(found, wanted)
+
+
+@settings(max_examples=10)
+@given(jobs)
+def test_an_even_split_is_that_of_the_uniform_allocation(case):
+    scores, num_pages, page_size, smallest, largest = random_jobs(**case)
+    found = whole_pages(None, num_pages, smallest.flatten(1), largest.flatten(1))
+    wanted = expected_counts(allocation.Uniform(), scores, num_pages, page_size, largest)
+    assert torch.equal(found.view_as(wanted), wanted)
+
+
+@settings(max_examples=10)
+@given(jobs)
+def test_columns_are_those_that_the_allocation_selects(case):
+    scores, num_pages, page_size, smallest, largest = random_jobs(**case)
+    counts = whole_pages(None, num_pages, smallest.flatten(1), largest.flatten(1)).flatten()
+    columns, rows = select_columns(scores.flatten(0, 2), counts, page_size, int(counts.sum()))
+    assert torch.equal(columns, allocation.select(scores.flatten(0, 1), counts, page_size))
+    assert torch.equal(rows, torch.arange(len(counts)).repeat_interleave(counts))
+
+
+@pytest.mark.parametrize("tile", [1024, selection.AT_ONCE])
+def test_long_rows_are_counted_and_selected_whole(tile, monkeypatch):
+    monkeypatch.setattr(selection, "AT_ONCE", tile)
+    scores, num_pages, page_size, smallest, largest = random_jobs(
+        "tied", 1, 1, 2, 16, 300, 4, ragged=True, spread=0.3, seed=1
+    )
+    found = global_counts(scores, num_pages, page_size, smallest, largest)
+    wanted = expected_counts(allocation.Global(), scores, num_pages, page_size, largest)
+    assert torch.equal(found, wanted)
+    columns, _ = select_columns(scores.flatten(0, 2), found.flatten(), page_size, int(num_pages))
+    assert torch.equal(columns, allocation.select(scores[0], found[0], page_size))
+
+
+def test_a_row_without_pages_is_passed_over():
+    columns, rows = select_columns(torch.ones(3, 8), torch.tensor([1, 0, 2]), 4, 3)
+    assert columns.flatten().tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert rows.tolist() == [0, 2, 2]
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(st.sampled_from(range(0, 6 * 48)), st.integers(0, 40), st.integers(0, 9)),
+            min_size=1,
+            max_size=9,
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    st.floats(0, 1),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+@example([[(0, 40, 9), (144, 0, 0), (287, 0, 9)]], 1.0, torch.float32)
+def test_pages_are_rounded_as_the_allocation_does(rows, spread, dtype):
+    """Wanted are 48ths of pages, so that there are ties, beside bounds that need not be near them."""
+    width = max(map(len, rows))
+    padded = torch.tensor([row + [(0, 0, 0)] * (width - len(row)) for row in rows])
+    wanted, smallest, room = (part.contiguous() for part in padded.unbind(2))
+    wanted, largest = wanted.to(dtype) / 48, smallest + room
+    least, most = smallest.sum(1), largest.sum(1)
+    num_pages = least + (spread * (most - least)).long()
+    found = whole_pages(wanted, num_pages, smallest, largest)
+    for index, own in enumerate(found):
+        args = wanted[index], int(num_pages[index]), smallest[index], largest[index]
+        assert torch.equal(own, allocation.whole_pages(*args))
