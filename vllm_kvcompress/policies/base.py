@@ -1,7 +1,9 @@
 """What a token policy sees of a layer, and what it must answer."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -168,22 +170,28 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         `[H, G, q, W]` float32 with q <= QUERY_BLOCK, in position order.
     """
     num_queries = observation.queries.shape[0]
-    keys = observation.keys.float().transpose(1, 2)
+    keys, scale, cap = (
+        observation.keys.float().transpose(1, 2),
+        observation.scale,
+        observation.logits_soft_cap,
+    )
     absent = None if observation.padding is None else ~observation.holds()[:, None, None]
     for begin in range(0, num_queries, QUERY_BLOCK):
         queries = observation.queries[begin : begin + QUERY_BLOCK]
         size, heads, group, _ = queries.shape
         flat = queries.permute(1, 2, 0, 3).reshape(heads, group * size, -1).float()
-        logits = (flat @ keys).mul_(observation.scale)
-        if cap := observation.logits_soft_cap:
-            logits.div_(cap).tanh_().mul_(cap)
+        logits = torch.empty(*flat.shape[:2], keys.shape[2], device=keys.device)
+        with exact_products(observation.keys, observation.queries):
+            torch.baddbmm(logits, flat, keys, beta=0, alpha=observation.scale / (cap or 1), out=logits)
+        if cap:
+            logits.tanh_().mul_(cap)
         logits = logits.view(heads, group, size, -1)
         newer = num_queries - begin  # columns from the block's first query on
         future = torch.ones(size, newer, dtype=torch.bool, device=logits.device).triu(1)
         logits[..., -newer:].masked_fill_(future, -torch.inf)
         if absent is not None:
             logits.masked_fill_(absent, -torch.inf)
-        yield logits.softmax(-1)
+        yield torch.softmax(logits, -1, out=logits)
 
 
 def window_attention(observation: LayerObservation) -> Tensor:
@@ -192,4 +200,28 @@ def window_attention(observation: LayerObservation) -> Tensor:
     Returns:
         `[H, G, w, W]` float32.
     """
-    return torch.cat(list(attention_blocks(observation)), 2)
+    blocks = list(attention_blocks(observation))
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+@contextmanager
+def exact_products(*factors: Tensor) -> Iterator[None]:
+    """Have float32 products of what was bfloat16 computed as such, on CPUs that can.
+
+    Products are exact either way and are added up in float32: only the order differs. The setting is the
+    process's own, in which one thread computes.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    exact = all(factor.dtype == torch.bfloat16 and factor.device.type == "cpu" for factor in factors)
+    if exact and _multiplies_bfloat16():
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -1,15 +1,13 @@
 """What all queries of a step attend to, reduced to one number per token."""
 
-import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import QUERY_BLOCK, LayerObservation, Policy
+from vllm_kvcompress.policies.base import QUERY_BLOCK, LayerObservation, Policy, exact_products
 
 BLOCK_BYTES = 2 << 20  # of logits held at once on a CPU, or one head's: they should stay in its caches
 
@@ -70,29 +68,6 @@ def _heads(heads: int, at_once: int, padding: list[int] | None) -> Iterator[tupl
         yield from ((slice(head, head + at_once), 0) for head in range(0, heads, at_once))
     else:
         yield from ((slice(head, head + 1), first) for head, first in enumerate(padding))
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-@contextmanager
-def exact_products(*factors: Tensor) -> Iterator[None]:
-    """Have float32 products of what was bfloat16 computed as such, on CPUs that can.
-
-    Products are exact either way and are added up in float32: only the order differs. The setting is the
-    process's own, in which one thread computes.
-    """
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    exact = all(factor.dtype == torch.bfloat16 and factor.device.type == "cpu" for factor in factors)
-    if exact and _multiplies_bfloat16():
-        matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
 
 
 class AttentionSum(Policy):
