@@ -170,11 +170,8 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         `[H, G, q, W]` float32 with q <= QUERY_BLOCK, in position order.
     """
     num_queries = observation.queries.shape[0]
-    keys, scale, cap = (
-        observation.keys.float().transpose(1, 2),
-        observation.scale,
-        observation.logits_soft_cap,
-    )
+    keys, cap = observation.keys.float().transpose(1, 2), observation.logits_soft_cap
+    alpha = observation.scale / cap if cap else observation.scale
     absent = None if observation.padding is None else ~observation.holds()[:, None, None]
     for begin in range(0, num_queries, QUERY_BLOCK):
         queries = observation.queries[begin : begin + QUERY_BLOCK]
@@ -182,7 +179,7 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         flat = queries.permute(1, 2, 0, 3).reshape(heads, group * size, -1).float()
         logits = torch.empty(*flat.shape[:2], keys.shape[2], device=keys.device)
         with exact_products(observation.keys, observation.queries):
-            torch.baddbmm(logits, flat, keys, beta=0, alpha=observation.scale / (cap or 1), out=logits)
+            torch.baddbmm(logits, flat, keys, beta=0, alpha=alpha, out=logits)
         if cap:
             logits.tanh_().mul_(cap)
         logits = logits.view(heads, group, size, -1)
