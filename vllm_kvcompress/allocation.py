@@ -203,17 +203,21 @@ class Pyramid(Allocation):
         self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
     ) -> Tensor:
         layers, heads, num_tokens = scores.shape
+        wanted = self.wanted(layers, heads, num_tokens, num_pages, page_size).to(scores.device)
+        counts = whole_pages(wanted, num_pages, smallest.flatten(), largest.flatten())
+        return counts.view_as(smallest)
+
+    def wanted(self, layers: int, heads: int, num_tokens: int, num_pages: int, page_size: int) -> Tensor:
+        """Pages that each head should have, `[L·H]` float64, before they are made whole."""
         mean = num_pages * page_size / (layers * heads)
         last = float(mean // self.beta)
         first = 2 * mean - last
         if first >= num_tokens:
             first, last = float(num_tokens), 2 * mean - num_tokens
-        line = torch.linspace(first, last, layers, dtype=torch.float64, device=scores.device)
+        line = torch.linspace(first, last, layers, dtype=torch.float64)
         if layers == 1:
             line = torch.full_like(line, mean)
-        wanted = (line / page_size).repeat_interleave(heads)
-        counts = whole_pages(wanted, num_pages, smallest.flatten(), largest.flatten())
-        return counts.view_as(smallest)
+        return (line / page_size).repeat_interleave(heads)
 
 
 @dataclass(frozen=True)

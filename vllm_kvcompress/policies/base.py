@@ -213,7 +213,7 @@ def exact_products(*factors: Tensor) -> Iterator[None]:
     Products are exact either way and are added up in float32: only the order differs. The setting is the
     process's own, in which one thread computes.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     exact = all(factor.dtype == torch.bfloat16 and factor.device.type == "cpu" for factor in factors)
     if exact and _multiplies_bfloat16():

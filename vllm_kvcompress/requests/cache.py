@@ -1,12 +1,14 @@
 """The paged cache as plain keys and values, whatever the kernel's packing."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cpu_pages import Packing
@@ -50,6 +52,10 @@ class PagedCache(ABC):
     def head_size(self) -> int:
         """D."""
 
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers as int64 where the pages are."""
+        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:
         """Keys `[X, W·N, D]` of pages `[X, W]`; those of absent pages (-1) are arbitrary."""
@@ -81,6 +87,38 @@ class PagedCache(ABC):
             observation: of these layers, whose keys and values are empty.
         """
         raise NotImplementedError
+
+    def allocate(
+        self, allocation: Allocation, scores: Tensor, num_pages: int, sinks: int, capacity: Tensor | None
+    ) -> Tensor:
+        """What the allocation decides.
+
+        Args:
+            allocation: one of all.
+            scores: `[L, H, T]` as `Allocation.allocate` takes them, without NaN.
+            num_pages: pages to spend.
+            sinks: tokens of each head that are protected.
+            capacity: `[L, H]` int64, or None, likewise.
+
+        Returns:
+            `[L, H]` int64.
+        """
+        return allocation.allocate(scores, num_pages, self.grid.block_size, capacity)
+
+    def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
+        """The columns that fill each head's pages, and the row of each page.
+
+        Args:
+            scores: `[L, H, T]`, as in `allocate`.
+            counts: `[L, H]` int64, pages of each head.
+            num_pages: M, their sum.
+
+        Returns:
+            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its head among all L·H.
+        """
+        rows = torch.arange(counts.numel(), device=counts.device)
+        row = rows.repeat_interleave(counts.flatten(), output_size=num_pages)
+        return select(scores, counts, self.grid.block_size), row
 
     def context(self, layers: slice, table: RequestTable | None, raw: Tensor) -> Tensor:
         """Pages of some layers' context: a request's runs, if it has any, then its raw blocks.

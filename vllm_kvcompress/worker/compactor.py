@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.allocation import select
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
@@ -72,21 +71,20 @@ class Compactor:
             The request's new table.
         """
         assert (table is None) == (not job.previous)
-        policy, block_size, device = job.config.build_policy(), self.grid.block_size, self.cache.device
+        policy, block_size = job.config.build_policy(), self.grid.block_size
         whole = self._candidates(job, table, slice(0, self.grid.num_layers))
         scores = self._scores(job, policy, table, observed, whole)
         num_pages = len(job.destination) * self.grid.pages_per_block
         capacity = None
         if whole.padding is not None:
             capacity = ((whole.num_scored - whole.padding) // block_size).view(scores.shape[:2])
-        counts = job.config.build_allocation().allocate(scores, num_pages, block_size, capacity)
+        allocation, sinks = job.config.build_allocation(), job.config.sink_tokens
+        counts = self.cache.allocate(allocation, scores, num_pages, sinks, capacity)
         if type(policy).refine is not Policy.refine:
             self._refine(job, policy, table, observed, whole, scores, counts)
-        columns = select(scores, counts, block_size)
-        rows = torch.arange(len(whole.pages), device=device)
-        row = rows.repeat_interleave(counts.flatten(), output_size=num_pages)
+        columns, row = self.cache.select(scores, counts, num_pages)
         positions = columns if whole.positions is None else whole.positions()[row[:, None], columns]
-        destination = torch.tensor(job.destination, device=device)
+        destination = self.cache.on_device(job.destination)
         overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
         self.cache.rewrite(Kept(whole.pages, row, columns), self.grid.linear_pages(destination), overlaps)
         for listener in self.listeners:
@@ -100,7 +98,7 @@ class Compactor:
         return new
 
     def _candidates(self, job: Job, table: RequestTable | None, layers: slice) -> _Candidates:
-        raw_blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=self.cache.device)
+        raw_blocks = self.cache.on_device(job.source + job.tail)
         pages = self.cache.context(layers, table, raw_blocks)
         return _Candidates(
             layers=layers,
@@ -120,7 +118,9 @@ class Compactor:
     ) -> Iterator[_Candidates]:
         """The layers, as many at a time as the policy scores at once and memory is meant for."""
         at_once, heads = 1, self.grid.num_heads
-        if policy.stacks_layers:
+        if self.cache.scores_windows(policy):  # in memory of bounds of its own
+            at_once = len(self.layers)
+        elif policy.stacks_layers:
             columns = whole.pages.shape[1] * self.grid.block_size
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
             # Keys and attention in float32.

@@ -1,0 +1,59 @@
+"""A compaction on the kernels keeps and writes what the lists of `worker/test_compactor.py` say."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from vllm_kvcompress.worker.gpu_cache import PlainCache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "worker"))
+
+import compaction
+from test_compactor import (  # noqa: F401 (fixtures, and a test that pytest finds here)
+    ALLOCATIONS,
+    compact,
+    configure,
+    policies,
+    profile,
+    test_scores_that_are_no_numbers_rank_last_and_infinite_ones_behind_what_is_protected,
+    window_scores,
+)
+
+
+@dataclass(frozen=True)
+class Plain(PlainCache):
+    """Attributes: pages: the same, `[L·B·H, 2, N·D]`."""
+
+    pages: Tensor
+
+
+@pytest.fixture(autouse=True)
+def on_kernels(monkeypatch):
+    def make(grid, pages, key_packing, value_packing):
+        shape = grid.block_size, key_packing.head_size
+        keys, values = (part.unflatten(1, shape) for part in pages.unbind(1))
+        return Plain(grid, keys, values, pages)
+
+    monkeypatch.setattr(compaction, "MovingCache", make)
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
+def test_each_head_keeps_its_best_tokens_in_its_own_pages_time_after_time(allocation, profile):  # noqa: F811
+    request = compaction.Request(1)
+    config = configure("by_key", allocation, profile)
+    for tokens, blocks, reuse in ((43, 4, "none"), (17, 5, "none"), (12, 3, "both")):
+        request.compute(tokens)
+        counts = compact(request, config, blocks, reuse=reuse)
+    assert (len({count for row in counts for count in row}) > 1) == (allocation != "uniform")
+
+
+def test_all_layers_windows_are_scored_on_the_pages():
+    request = compaction.Request(12)
+    config = configure("kv_compress:window=5,kernel_size=3", "global")
+    request.observer.watch("r", config.build_policy())
+    for tokens, blocks in ((41, 4), (23, 4)):
+        request.compute(tokens)
+        compact(request, config, blocks, window_scores(request, 5, 3, squared=True), raw_tail=5)
