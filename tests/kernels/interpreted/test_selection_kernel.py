@@ -24,8 +24,8 @@ KINDS = pytest.mark.parametrize("kind", SCORES)
 jobs = st.builds(
     dict,
     jobs=st.integers(1, 2),
-    layers=st.integers(1, 3),
-    heads=st.integers(1, 4),
+    layers=st.integers(1, 2),
+    heads=st.integers(1, 3),
     page_size=st.sampled_from([1, 2, 16, 48]),
     pages=st.integers(1, 7),
     sinks=st.integers(0, 5),
@@ -65,7 +65,7 @@ def short_tiles(monkeypatch):
 
 
 @KINDS
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(jobs)
 def test_global_counts_are_those_of_the_allocation(kind, case):
     scores, num_pages, page_size, smallest, largest = random_jobs(kind, **case)
@@ -74,7 +74,7 @@ def test_global_counts_are_those_of_the_allocation(kind, case):
 
 
 @KINDS
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(jobs, st.sampled_from([0.0, 0.2, 0.37, 1.0]))
 def test_adaptive_counts_are_those_of_the_allocation(kind, case, alpha):
     scores, num_pages, page_size, smallest, largest = random_jobs(kind, **case)
@@ -93,7 +93,7 @@ def test_an_even_split_is_that_of_the_uniform_allocation(case):
 
 
 @KINDS
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(jobs)
 def test_columns_are_those_that_the_allocation_selects(kind, case):
     scores, num_pages, page_size, smallest, largest = random_jobs(kind, **case)
@@ -141,7 +141,7 @@ heads = st.tuples(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.lists(st.lists(heads, min_size=1, max_size=9), min_size=1, max_size=2),
     st.floats(0, 1),
