@@ -31,6 +31,7 @@ from vllm_kvcompress.kernels.pages import gather_pages, scatter_pages
 from vllm_kvcompress.kernels.reference import attend_paged, causal_logits
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.scores import pool_columns, window_columns
+from vllm_kvcompress.kernels.selection import global_counts, select_columns, whole_pages
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 8, 4, 128, 16  # a layer of Llama 3 8B, vLLM's block size
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -169,6 +170,7 @@ def check(device: str) -> dict[str, float]:
                     for part, ours, theirs in zip(("out", "lse"), found, wanted, strict=True):
                         _note(errors, f"attend.{part}.{name}", ours[row : row + 1], theirs, tolerance)
         _check_compaction(layer, name, errors)
+    _check_selection(device, errors)
     return errors
 
 
@@ -214,6 +216,27 @@ def _check_compaction(layer: Layer, name: str, errors: dict[str, float]) -> None
     write_rings(address, capacity, 1, queries, seq_lens, bounds, window, 40)
     places = torch.arange(50 - window, 50, device=device) % 40
     _note(errors, f"ring.{name}", ring[1, places], queries, 0)
+
+
+def _check_selection(device: str, errors: dict[str, float]) -> None:
+    """Pages per head and kept tokens of scores with many ties, by sorting."""
+    shape = 3, HEADS, 640 * BLOCK_SIZE
+    scores = torch.randint(-20, 20, shape, device=device).float()
+    smallest = torch.ones(1, *shape[:2], dtype=torch.int64, device=device)
+    num_pages = torch.tensor([1000], device=device)
+    found = global_counts(scores[None], num_pages, BLOCK_SIZE, smallest, 640 * smallest)
+    cost = scores.flatten(0, 1).sort().values[:, BLOCK_SIZE - 1 : -1 : BLOCK_SIZE]  # but for the last page's
+    dearest = cost.flatten().sort(stable=True, descending=True).indices[: 1000 - len(cost)]
+    counts = 1 + torch.bincount(dearest // cost.shape[1], minlength=len(cost))
+    _note(errors, "pages.global", found.flatten(), counts, 0)
+    even = whole_pages(None, num_pages, smallest.flatten(1), 640 * smallest.flatten(1))
+    _note(errors, "pages.even", even[0], 41 + (torch.arange(len(cost), device=device) < 16).long(), 0)
+    columns, _ = select_columns(scores.flatten(0, 1), counts, BLOCK_SIZE, 1000)
+    order = scores.flatten(0, 1).sort(stable=True, descending=True).indices
+    kept = [
+        own[: BLOCK_SIZE * count].sort().values for own, count in zip(order, counts.tolist(), strict=True)
+    ]
+    _note(errors, "columns", columns.flatten(), torch.cat(kept), 0)
 
 
 def _note(errors: dict[str, float], name: str, found: Tensor, wanted: Tensor, tolerance: float) -> None:

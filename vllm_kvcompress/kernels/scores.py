@@ -122,7 +122,9 @@ def window_columns(
     assert 0 < window <= num_columns <= pages.shape[1] * block_size and 0 < num_scored <= num_columns
     soft_cap = isinstance(logits_soft_cap, Tensor) or bool(logits_soft_cap)
     scales = _by_layer(scale, layers, keys.device)
-    caps = scales if logits_soft_cap is None else _by_layer(logits_soft_cap, layers, keys.device)
+    caps = scales
+    if soft_cap and logits_soft_cap is not None:
+        caps = _by_layer(logits_soft_cap, layers, keys.device)
     assert len(scales) == len(caps) == layers and (ends is None or len(ends) == layers)
     columns = _tile_columns(keys)
 

@@ -56,7 +56,13 @@ def global_counts(
     search.run(smallest, largest)
     counts = torch.empty_like(largest)
     _end_global_kernel[(jobs,)](
-        *search.buffers, smallest, largest, counts, **search.sizes, ALL=search.all_heads
+        *search.buffers,
+        smallest,
+        largest,
+        counts,
+        **search.sizes,
+        ALL=search.all_heads,
+        num_warps=_warps(search.heads),
     )
     return counts
 
@@ -88,6 +94,7 @@ def adaptive_counts(
         BLOCK_SIZE=page_size,
         ALL_LAYERS=triton.next_power_of_2(layers),
         ALL_HEADS=search.all_heads,
+        num_warps=_warps(layers * heads),
         enable_fp_fusion=False,
     )
     search.run(None, None)
@@ -103,6 +110,7 @@ def adaptive_counts(
         **search.sizes,
         PAGE_SIZE=page_size,
         ALL=search.all_heads,
+        num_warps=_warps(heads),
         enable_fp_fusion=False,
     )
     return counts
@@ -136,7 +144,7 @@ def whole_pages(wanted: Tensor | None, num_pages: Tensor, smallest: Tensor, larg
         HEADS=heads,
         ALL=triton.next_power_of_2(heads),
         EVEN=wanted is None,
-        num_warps=1 if heads <= 1024 else 8,
+        num_warps=_warps(heads),
         enable_fp_fusion=False,
     )
     return counts
@@ -170,6 +178,11 @@ def select_columns(scores: Tensor, counts: Tensor, page_size: int, total_pages: 
         num_warps=8,
     )
     return columns, rows
+
+
+def _warps(heads: int) -> int:
+    """Of a program that holds one number of each head in several registers."""
+    return max(1, min(8, triton.next_power_of_2(heads) // 256))
 
 
 class _Search:
