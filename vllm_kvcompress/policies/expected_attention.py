@@ -70,8 +70,9 @@ class ExpectedAttention(Policy):
         if not len(queries):
             return old
         mean = queries.mean(0)
-        centred = queries - mean
-        new = QueryStatistics(len(queries), mean, torch.einsum("nhgi,nhgj->hgij", centred, centred))
+        centred = (queries - mean).flatten(1, 2).transpose(0, 1)  # [H·G, n, D]
+        scatter = (centred.transpose(1, 2) @ centred).unflatten(0, mean.shape[:2])
+        new = QueryStatistics(len(queries), mean, scatter)
         return new if old is None else _merged(old, new)
 
     def score(self, observation: LayerObservation) -> Tensor:

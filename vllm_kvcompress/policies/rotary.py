@@ -48,12 +48,14 @@ class Rotary:
         """
         table = self.cos_sin[first_position : first_position + rotated.shape[0]].float()
         cos, sin = table.view(len(table), *[1] * (rotated.ndim - 2), -1).chunk(2, -1)
-        left, right = self.pairs()
-        out = rotated.float().clone()
-        a, b = out[..., left], out[..., right]
         length = cos.square() + sin.square()  # not 1 where the embedding also scales (YaRN)
-        out[..., left] = (a * cos + b * sin) / length
-        out[..., right] = (b * cos - a * sin) / length
+        cos, sin = cos / length, sin / length
+        out = rotated.to(torch.float32, copy=True)
+        pair = out.narrow(-1, self.first, self.cos_sin.shape[-1])  # views: nothing is indexed
+        a, b = pair.chunk(2, -1) if self.is_neox else (pair[..., 0::2], pair[..., 1::2])
+        left = (a * cos).addcmul_(b, sin)
+        b.mul_(cos).addcmul_(a, sin, value=-1)
+        a.copy_(left)
         return out
 
     def mean_matrix(self, first_position: int, count: int, size: int) -> Tensor:
