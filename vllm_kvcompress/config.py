@@ -80,6 +80,9 @@ class KVCompressionConfig:
             when streaming).
         max_tokens_kept: mean number of tokens that a head keeps below the boundary, at most; None for no
             limit but the budget.
+        min_freed_tokens: a prompt whose first compaction would free fewer tokens than that is left alone, for
+            compacting it costs more than it gains. With `recompact_every` it is looked at again at its next
+            point; once it was compacted, and with `when="streaming"`, compactions just follow their interval.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -95,6 +98,7 @@ class KVCompressionConfig:
     when: Literal["prompt", "streaming"] = "prompt"
     recompact_every: int | None = None
     max_tokens_kept: int | None = None
+    min_freed_tokens: int = 256
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
@@ -119,6 +123,8 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"max_tokens_kept must be at least 1 and sink_tokens, got {self.max_tokens_kept}"
             )
+        if self.min_freed_tokens < 1:
+            raise KVCompressionError(f"min_freed_tokens must be at least 1, got {self.min_freed_tokens}")
         types = self._option_types()
         options = {}
         for name, value in self.options.items():

@@ -28,7 +28,10 @@ class Plan:
     def of(
         cls, config: KVCompressionConfig, num_tokens: int, block_size: int, held: "Plan | None" = None
     ) -> "Plan | None":
-        """What compacting a request would do; None if nothing would be freed or it is disabled.
+        """What compacting a request would do; None if it is left alone.
+
+        That is: if it is disabled, if nothing would be freed, or if a first compaction would free less than
+        `min_freed_tokens`, unless the request is streaming.
 
         Args:
             config: its options.
@@ -41,7 +44,8 @@ class Plan:
         source = max(0, num_tokens - config.recent_tokens) // block_size
         kept = _kept_blocks(config, source, block_size)
         now = held.kept_blocks + source - held.source_blocks if held else source
-        if kept >= now:
+        least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
+        if (now - kept) * block_size < least:
             return None
         return cls(source * block_size, source, kept)
 
@@ -96,10 +100,12 @@ def peak_blocks(config: KVCompressionConfig, num_prompt_tokens: int, num_tokens:
     if not config.enabled or config.interval is None:
         return whole
     raw = -(-(config.interval + config.recent_tokens) // block_size) + 2  # the edges of two boundaries
-    bounded = min(whole, _kept_blocks(config, whole, block_size) + raw)
-    if config.when == "prompt":
-        return max(-(-num_prompt_tokens // block_size), bounded)
-    return bounded
+    bounded = _kept_blocks(config, whole, block_size) + raw
+    if config.when == "streaming":
+        return min(whole, bounded)
+    # It stays whole for as long as a first compaction would free too little.
+    bounded += -(-config.min_freed_tokens // block_size) - 1
+    return max(-(-num_prompt_tokens // block_size), min(whole, bounded))
 
 
 def ring_tokens(config: KVCompressionConfig) -> int:

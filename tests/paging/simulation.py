@@ -40,6 +40,7 @@ from vllm_kvcompress.plan import SPARE_QUERIES
 
 BLOCK = 16
 VOCABULARY = 1000
+SHORT_PROMPTS = KVCompressionConfig(min_freed_tokens=1)  # are compacted, unless a test says something else
 MOST_STEPS = 5000
 
 Key = int
@@ -112,7 +113,7 @@ def configured(
         parallel_config=parallel,
         speculative_config=speculative,
         device_config=DeviceConfig("cpu"),
-        additional_config={"kv_compression": KVCompressionConfig.parse(compression).to_dict()},
+        additional_config={"kv_compression": SHORT_PROMPTS.for_request(compression).to_dict()},
     )
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     return vllm_config
