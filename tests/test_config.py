@@ -320,6 +320,15 @@ def blocks_held(config, num_prompt: int, num_tokens: int, block: int) -> int:
     return most
 
 
+@pytest.mark.parametrize("tokens", [1, 100, 1000, None])
+def test_what_bounds_a_step_is_the_engines_and_no_request_may_give_it(tokens):
+    engine = KVCompressionConfig.parse("snapkv:budget=0.5,max_compaction_tokens=100")
+    assert engine.for_request("kv_compress:budget=0.1").max_compaction_tokens == 100
+    for given in ({"max_compaction_tokens": tokens}, f"snapkv:max_compaction_tokens={tokens}"):
+        with pytest.raises(KVCompressionError, match="^max_compaction_tokens is the engine's; [^\n]*$"):
+            engine.for_request(given)
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.9, 1.0])
 @pytest.mark.parametrize("options", ["", ",recompact_every=100", ",when=streaming,recompact_every=64"])
 @pytest.mark.parametrize("bound", ["", ",max_tokens_kept=130"])
@@ -343,6 +352,7 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
     [
         ("snapkv:recompact_every=0", "recompact_every must be at least 1"),
         ("snapkv:max_tokens_kept=3", "max_tokens_kept must be at least 1 and sink_tokens"),
+        ("snapkv:max_compaction_tokens=0", "max_compaction_tokens must be at least 1, got 0"),
         ("snapkv:min_freed_tokens=0", "min_freed_tokens must be at least 1, got 0"),
         ("snapkv:when=never", "when must be"),
         ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),

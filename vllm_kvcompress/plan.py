@@ -50,6 +50,17 @@ class Plan:
         return cls(source * block_size, source, kept)
 
 
+def tokens_read(num_tokens: int, block_size: int, held: Plan | None = None) -> int:
+    """Tokens that compacting a request reads of each head, on average.
+
+    Args:
+        num_tokens: tokens computed so far.
+        block_size: tokens per block.
+        held: its last compaction.
+    """
+    return held.kept_blocks * block_size + num_tokens - held.boundary if held else num_tokens
+
+
 def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int | None = None) -> int | None:
     """The number of computed tokens at which a request is compacted first, or next after `point`.
 

@@ -23,7 +23,7 @@ def start(model: Path, **overrides) -> LLM:
     """An engine in float32, so that greedy tokens do not hang on what else is in the batch.
 
     Prompts longer than 512 tokens are computed in chunks. Where compression is configured, the short prompts
-    of tests are compacted unless it says something else.
+    of tests are compacted unless it says something else, and all that are due at once.
     """
     options = dict(
         model=str(model),
@@ -38,7 +38,8 @@ def start(model: Path, **overrides) -> LLM:
     options |= overrides
     if compression := (options.get("additional_config") or {}).get("kv_compression"):
         ours = KVCompressionConfig(min_freed_tokens=1).for_request(compression)
-        options["additional_config"] = options["additional_config"] | {"kv_compression": ours.to_dict()}
+        ours = ours.to_dict() | {"max_compaction_tokens": 1 << 20}
+        options["additional_config"] = options["additional_config"] | {"kv_compression": ours}
     return LLM(**options)
 
 

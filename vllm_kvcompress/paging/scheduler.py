@@ -15,7 +15,15 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
-from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point, peak_blocks, ring_budget, ring_tokens
+from vllm_kvcompress.plan import (
+    Plan,
+    is_ever_compacted,
+    next_point,
+    peak_blocks,
+    ring_budget,
+    ring_tokens,
+    tokens_read,
+)
 
 
 @dataclass
@@ -26,13 +34,15 @@ class _Tracked:
         config: its own resolved options.
         point: computed tokens at which it is compacted next; None if it is not again.
         held: its last compaction.
-        late: whether it goes on raw, past its point, until there is room to compact it.
+        late: whether it goes on raw, past its point, until it can be compacted.
+        due_since: number of the step in which it was found due; None while it is not.
     """
 
     config: KVCompressionConfig
     point: int | None
     held: Plan | None = None
     late: bool = False
+    due_since: int | None = None
 
 
 class _Compression:
@@ -43,6 +53,11 @@ class _Compression:
 
     Compression is never worse than none: while there is no room for its compacted pages, a due request goes
     on raw. Once there is, it keeps what it would have kept at its point.
+
+    Nor does a burst of prompts stall those who decode: the compactions of a step read no more than
+    `max_compaction_tokens`, unless it is one alone. Who has been due for longest comes first. The others go on
+    raw, too, or wait if their prompts are still being computed: a whole chunk on top of what should be compacted
+    would take more blocks than a streaming prompt was admitted for.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -53,6 +68,10 @@ class _Compression:
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
+        most = self.compression.max_compaction_tokens
+        self._most_read = most or self.scheduler_config.max_num_batched_tokens
+        self._read = 0  # tokens, by the compactions of this step
+        self._deferred: set[str] = set()  # due requests that this step's compactions leave no time for
         self._ring_tokens = 0
         self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
@@ -190,7 +209,7 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
-            tracked.held, tracked.late = None, False
+            tracked.held, tracked.late, tracked.due_since = None, False, None
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
@@ -229,17 +248,36 @@ class _Compression:
 
     def _compact_due(self) -> tuple[list[Job], list[str]]:
         """Compact what is due; the Jobs, and the requests that go on raw from this step on."""
-        due = [request for request in self.running if self._due(request)]
+        due = self._due_for_longest()
+        self._read, self._deferred = 0, set()
         jobs = [job for job in map(self._compact, due) if job is not None]
         if jobs:  # which have made room for others
             jobs += [job for job in map(self._compact, filter(self._due, due)) if job is not None]
         late = []
-        for request in due:
+        for request in filter(self._due, due):
             tracked = self._tracked[request.request_id]
-            if not tracked.late and self._due(request) and not self._is_being_repeated(request):
-                tracked.late = True
-                late.append(request.request_id)
+            if tracked.late or self._is_being_repeated(request) or self._waits(request):
+                continue
+            tracked.late = True
+            late.append(request.request_id)
         return jobs, late
+
+    def _due_for_longest(self) -> list[Request]:
+        """The requests that are due, the longest first."""
+        due = [request for request in self.running if self._due(request)]
+        tracked = {request: self._tracked[request.request_id] for request in due}
+        for each in tracked.values():
+            if each.due_since is None:
+                each.due_since = self.current_step
+        return sorted(due, key=lambda request: tracked[request].due_since)
+
+    def _waits(self, request: Request) -> bool:
+        """Whether a due request waits for its turn rather than go on raw: where that takes many blocks."""
+        manager, name = self.compacting_manager, request.request_id
+        if name not in self._deferred:
+            return False
+        full = name in manager.peak_blocks and manager.held_blocks(name) >= manager.peak_blocks[name]
+        return request.is_prefill_chunk or full
 
     def _is_being_repeated(self, owner: Request) -> bool:
         """Whether a due request waits for its repetition, which runs or will after another one."""
@@ -273,6 +311,10 @@ class _Compression:
             return None
         if config.repeats and not self._repeated(request, config):
             return None
+        reads = tokens_read(point, manager.block_size, held)
+        if self._read and self._read + reads > self._most_read:
+            self._deferred.add(request.request_id)
+            return None
         begin = held.source_blocks if held else 0
         row = manager.req_to_blocks[request.request_id]
         tail = tuple(block.block_id for block in row[plan.source_blocks : -(-point // manager.block_size)])
@@ -280,6 +322,7 @@ class _Compression:
         if swapped is None:  # it is tried again at the next step
             return None
         previous, source, destination = swapped
+        self._read += reads
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
         self._pass_point(request, tracked)
@@ -303,7 +346,7 @@ class _Compression:
         since = request.num_computed_tokens + config.observed_window if tracked.late else 0
         while tracked.point is not None and tracked.point < since:
             tracked.point = next_point(config, num_prompt, tracked.point)
-        tracked.late = False
+        tracked.late, tracked.due_since = False, None
 
     def _observations(self, started: list[str]) -> list[Observation]:
         return [
