@@ -15,6 +15,7 @@ def test_methods_lists_options_paper_and_cost(capsys):
     for name in (*METHODS, *ALLOCATIONS):
         assert name in text
     assert "arXiv 2404.14469" in text and "kernel_size=7" in text and "cost" in text
+    assert "min_freed_tokens=256" in text and "fewer than min_freed_tokens is left alone" in text
 
 
 def test_methods_as_json_can_be_parsed(capsys):

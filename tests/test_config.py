@@ -227,7 +227,7 @@ def test_a_request_can_opt_in_where_the_engine_leaves_requests_alone():
     ],
 )
 def test_the_plan_is_known_before_the_scores(form, prompt, block, wanted):
-    plan = Plan.of(KVCompressionConfig.parse(form), prompt, block)
+    plan = Plan.of(KVCompressionConfig(min_freed_tokens=1).for_request(form), prompt, block)
     assert (plan and (plan.boundary, plan.source_blocks, plan.kept_blocks)) == wanted
 
 
@@ -303,7 +303,8 @@ def test_a_later_plan_frees_blocks_or_is_none():
 def test_a_number_of_tokens_bounds_what_is_kept():
     config = KVCompressionConfig.parse("snapkv:budget=0.5,max_tokens_kept=100")
     assert Plan.of(config, 4096, 32).kept_blocks == 3
-    assert Plan.of(config, 128, 32).kept_blocks == 2  # half of the 3 below the boundary
+    short = KVCompressionConfig.parse("snapkv:budget=0.5,max_tokens_kept=100,min_freed_tokens=1")
+    assert Plan.of(short, 128, 32).kept_blocks == 2  # half of the 3 below the boundary
     assert Plan.of(KVCompressionConfig.parse("snapkv:max_tokens_kept=10"), 4096, 32).kept_blocks == 1
 
 
@@ -319,12 +320,22 @@ def blocks_held(config, num_prompt: int, num_tokens: int, block: int) -> int:
     return most
 
 
+@pytest.mark.parametrize("tokens", [1, 100, 1000, None])
+def test_what_bounds_a_step_is_the_engines_and_no_request_may_give_it(tokens):
+    engine = KVCompressionConfig.parse("snapkv:budget=0.5,max_compaction_tokens=100")
+    assert engine.for_request("kv_compress:budget=0.1").max_compaction_tokens == 100
+    for given in ({"max_compaction_tokens": tokens}, f"snapkv:max_compaction_tokens={tokens}"):
+        with pytest.raises(KVCompressionError, match="^max_compaction_tokens is the engine's; [^\n]*$"):
+            engine.for_request(given)
+
+
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.9, 1.0])
 @pytest.mark.parametrize("options", ["", ",recompact_every=100", ",when=streaming,recompact_every=64"])
 @pytest.mark.parametrize("bound", ["", ",max_tokens_kept=130"])
 @pytest.mark.parametrize("num_prompt", [10, 300, 1000])
-def test_no_request_holds_more_than_its_peak(budget, options, bound, num_prompt):
-    config = KVCompressionConfig.parse(f"snapkv:budget={budget}{options}{bound}")
+@pytest.mark.parametrize("min_freed", [1, 256, 300])
+def test_no_request_holds_more_than_its_peak(budget, options, bound, num_prompt, min_freed):
+    config = KVCompressionConfig.parse(f"snapkv:budget={budget}{options}{bound},min_freed_tokens={min_freed}")
     for num_tokens in (num_prompt, num_prompt + 7, num_prompt + 500):
         most = blocks_held(config, num_prompt, num_tokens, 16)
         assert most <= peak_blocks(config, num_prompt, num_tokens, 16)
@@ -341,6 +352,8 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
     [
         ("snapkv:recompact_every=0", "recompact_every must be at least 1"),
         ("snapkv:max_tokens_kept=3", "max_tokens_kept must be at least 1 and sink_tokens"),
+        ("snapkv:max_compaction_tokens=0", "max_compaction_tokens must be at least 1, got 0"),
+        ("snapkv:min_freed_tokens=0", "min_freed_tokens must be at least 1, got 0"),
         ("snapkv:when=never", "when must be"),
         ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),
         ("kvzip:when=streaming", "remove when=streaming and recompact_every"),

@@ -3,11 +3,18 @@
 import pytest
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.plan import Plan, next_point, peak_blocks, ring_budget, ring_tokens
+from vllm_kvcompress.plan import (
+    Plan,
+    is_ever_compacted,
+    next_point,
+    peak_blocks,
+    ring_budget,
+    ring_tokens,
+)
 
 
 def parse(text: str) -> KVCompressionConfig:
-    return KVCompressionConfig.parse(text)
+    return KVCompressionConfig(min_freed_tokens=1).for_request(text)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +42,50 @@ def test_nothing_is_planned_that_frees_nothing():
     assert Plan.of(parse("snapkv:budget=0.25"), 32 + 256, 16, held) is None
     assert Plan.of(parse("snapkv:budget=0.25"), 32 + 288, 16, held) == Plan(288, 18, 5)
     assert Plan.of(parse("snapkv:budget=0.25"), 32 + 272, 16, held) is None  # 5 of 5 blocks
+
+
+# Of 384 tokens 22 blocks lie below the window, 6 of which are kept: 256 tokens are freed.
+LEAST = "snapkv:budget=0.25,min_freed_tokens=256"
+
+
+@pytest.mark.parametrize("least, freeing", [(256, True), (257, False), (240, True), (1, True)])
+def test_a_prompt_that_would_free_too_little_is_left_alone(least, freeing):
+    config = parse(f"snapkv:budget=0.25,min_freed_tokens={least}")
+    assert (Plan.of(config, 384, 16) == Plan(352, 22, 6)) == freeing
+    assert (Plan.of(config, 384, 16) is None) != freeing
+    assert Plan.of(config, 383, 16) is None or least <= 240
+
+
+def test_by_default_a_prompt_frees_256_tokens_or_is_left_alone():
+    assert KVCompressionConfig.parse("snapkv").min_freed_tokens == 256
+    assert Plan.of(KVCompressionConfig.parse("snapkv:budget=0.25"), 383, 16) is None
+    assert Plan.of(KVCompressionConfig.parse("snapkv:budget=0.25"), 384, 16)
+
+
+def test_what_follows_an_interval_may_free_less():
+    again = parse(f"{LEAST},recompact_every=32")
+    assert Plan.of(again, 383, 16) is None
+    held = Plan.of(again, 384, 16)
+    assert Plan.of(again, 416, 16, held) == Plan(384, 24, 6), "of 6 + 2 blocks two are freed"
+    assert Plan.of(parse(f"{LEAST},when=streaming"), 80, 16) == Plan(48, 3, 1)
+
+
+@pytest.mark.parametrize("least", [1, 100, 256, 1000])
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("options", ["", ",recompact_every=40", ",when=streaming,recompact_every=100"])
+def test_a_request_is_ever_compacted_if_it_is_at_one_of_its_points(budget, options, least):
+    config = parse(f"snapkv:budget={budget},min_freed_tokens={least}{options}")
+    seen = set()
+    for num_prompt in range(1, 3000, 71):
+        for num_tokens in (num_prompt + 1, num_prompt + 90, num_prompt + 800):
+            # Points that are computed before its last step; the last token is never computed.
+            point, points = None, []
+            while (point := next_point(config, num_prompt, point)) is not None and point <= num_tokens - 2:
+                points.append(point)
+            compacted = any(Plan.of(config, point, 16) for point in points)
+            assert is_ever_compacted(config, num_prompt, num_tokens, 16) == compacted
+            seen.add(compacted)
+    assert seen == {False, True}
 
 
 def test_sinks_and_the_limit_of_tokens_bound_what_is_kept():
@@ -71,6 +122,9 @@ def test_what_a_request_holds_at_most():
     again = parse("snapkv:budget=0.125,recompact_every=128")
     assert peak_blocks(again, 1000, 2000, 16) == 63, "the whole prompt is held before it is compacted"
     assert peak_blocks(again, 100, 2000, 16) == 28
+    patient = parse("snapkv:budget=0.125,recompact_every=128,min_freed_tokens=256")
+    assert peak_blocks(patient, 100, 2000, 16) == 28 + 15, "it grows until 16 blocks are freed, not one"
+    assert peak_blocks(parse(f"{LEAST},when=streaming"), 1000, 2000, 16) == 32 + 66 + 2
 
 
 def test_a_ring_holds_the_window_and_what_drafts_may_overwrite():

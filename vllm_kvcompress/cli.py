@@ -97,6 +97,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         if allocation["options"]:
             print(f"    {'':<14}options {_assignments(allocation['options'])}")
     print(f"\noptions of every method: {_assignments(listing['common_options'])}")
+    print("    a prompt whose first compaction would free fewer than min_freed_tokens is left alone")
 
 
 def describe_methods() -> dict[str, Any]:

@@ -18,6 +18,7 @@ MOST_WINDOW = 1024
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
+ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -80,6 +81,11 @@ class KVCompressionConfig:
             when streaming).
         max_tokens_kept: mean number of tokens that a head keeps below the boundary, at most; None for no
             limit but the budget.
+        min_freed_tokens: a prompt whose first compaction would free fewer tokens than that is left alone, for
+            compacting it costs more than it gains. With `recompact_every` it is looked at again at its next
+            point; once it was compacted, and with `when="streaming"`, compactions just follow their interval.
+        max_compaction_tokens: tokens that the compactions of one step read, at most, though one is made
+            whatever it reads; None for `max_num_batched_tokens`. The engine's: a request may not give it.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -95,6 +101,8 @@ class KVCompressionConfig:
     when: Literal["prompt", "streaming"] = "prompt"
     recompact_every: int | None = None
     max_tokens_kept: int | None = None
+    min_freed_tokens: int = 256
+    max_compaction_tokens: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
@@ -119,6 +127,9 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"max_tokens_kept must be at least 1 and sink_tokens, got {self.max_tokens_kept}"
             )
+        for name in ("min_freed_tokens", ENGINES_OWN):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise KVCompressionError(f"{name} must be at least 1, got {number}")
         types = self._option_types()
         options = {}
         for name, value in self.options.items():
@@ -295,6 +306,10 @@ _OWN_TYPES: dict[str, Any] = {
 @functools.lru_cache(maxsize=1024)
 def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConfig:
     override = json.loads(request)
+    if ENGINES_OWN in override:
+        raise KVCompressionError(
+            f"{ENGINES_OWN} is the engine's; leave it out of requests and start the server with it"
+        )
     flat = engine.to_dict() | {"enabled": True}
     if override.get("method", engine.method) != engine.method:
         flat.pop("allocation", None)

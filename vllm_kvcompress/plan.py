@@ -6,6 +6,9 @@ from fractions import Fraction
 
 from vllm_kvcompress.config import DEFAULT_WINDOW, KVCompressionConfig
 
+# Bytes of compacted pages that a compaction on a GPU may write in place of pages that it reads. All that is
+# kept is staged then, for which so much memory is set aside; what is larger waits for free blocks.
+STAGED_BYTES = 256 * 2**20
 SPARE_QUERIES = 32  # kept beyond a window: rejected drafts overwrite the oldest
 PROMPTS_AT_ONCE = 32  # for whose queries there is memory on a GPU
 
@@ -28,7 +31,10 @@ class Plan:
     def of(
         cls, config: KVCompressionConfig, num_tokens: int, block_size: int, held: "Plan | None" = None
     ) -> "Plan | None":
-        """What compacting a request would do; None if nothing would be freed or it is disabled.
+        """What compacting a request would do; None if it is left alone.
+
+        That is: if it is disabled, if nothing would be freed, or if a first compaction would free less than
+        `min_freed_tokens`, unless the request is streaming.
 
         Args:
             config: its options.
@@ -41,9 +47,21 @@ class Plan:
         source = max(0, num_tokens - config.recent_tokens) // block_size
         kept = _kept_blocks(config, source, block_size)
         now = held.kept_blocks + source - held.source_blocks if held else source
-        if kept >= now:
+        least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
+        if (now - kept) * block_size < least:
             return None
         return cls(source * block_size, source, kept)
+
+
+def tokens_read(num_tokens: int, block_size: int, held: Plan | None = None) -> int:
+    """Tokens that compacting a request reads of each head, on average.
+
+    Args:
+        num_tokens: tokens computed so far.
+        block_size: tokens per block.
+        held: its last compaction.
+    """
+    return held.kept_blocks * block_size + num_tokens - held.boundary if held else num_tokens
 
 
 def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int | None = None) -> int | None:
@@ -83,7 +101,13 @@ def is_ever_compacted(
     return Plan.of(config, point, block_size) is not None
 
 
-def peak_blocks(config: KVCompressionConfig, num_prompt_tokens: int, num_tokens: int, block_size: int) -> int:
+def peak_blocks(
+    config: KVCompressionConfig,
+    num_prompt_tokens: int,
+    num_tokens: int,
+    block_size: int,
+    beside: bool = False,
+) -> int:
     """Blocks that a request holds at most.
 
     Args:
@@ -91,15 +115,21 @@ def peak_blocks(config: KVCompressionConfig, num_prompt_tokens: int, num_tokens:
         num_prompt_tokens: its prompt's length.
         num_tokens: its length at its end.
         block_size: tokens per block.
+        beside: whether compacted pages are written beside what they are made of, which is freed afterwards;
+            a request that could stay whole may still be served so.
     """
     whole = -(-num_tokens // block_size)
     if not config.enabled or config.interval is None:
         return whole
     raw = -(-(config.interval + config.recent_tokens) // block_size) + 2  # the edges of two boundaries
-    bounded = min(whole, _kept_blocks(config, whole, block_size) + raw)
-    if config.when == "prompt":
-        return max(-(-num_prompt_tokens // block_size), bounded)
-    return bounded
+    bounded = _kept_blocks(config, whole, block_size) * (2 if beside else 1) + raw
+    if config.when == "streaming":
+        return min(whole, bounded)
+    # It stays whole for as long as a first compaction would free too little.
+    bounded += -(-config.min_freed_tokens // block_size) - 1
+    prompt = -(-num_prompt_tokens // block_size)
+    prompt += _kept_blocks(config, prompt, block_size) if beside else 0
+    return min(whole, max(prompt, bounded))
 
 
 def ring_tokens(config: KVCompressionConfig) -> int:

@@ -14,6 +14,7 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreReadyResponse, EngineCoreRequest
@@ -300,7 +301,8 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         # The pool may be smaller than a request that keeps everything.
         cache = vllm_config.cache_config
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
-        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size)
+        beside = not current_platform.is_cpu()
+        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size, beside)
         usable = num_blocks - 1
         if needed > usable > 0:
             problem = (

@@ -162,7 +162,7 @@ TABLE: dict[str, Touched] = {
         ),
     ),
     "vllm.config:SchedulerConfig": Touched(
-        reads="async_scheduling max_num_seqs scheduler_cls watermark",
+        reads="async_scheduling max_num_batched_tokens max_num_seqs scheduler_cls watermark",
     ),
     "vllm.config:SpeculativeConfig": Touched(
         reads="method",
@@ -170,9 +170,9 @@ TABLE: dict[str, Touched] = {
     # the scheduler's side
     "vllm.v1.core.sched.scheduler:Scheduler": Touched(
         reads=(
-            "__init__ kv_cache_config kv_cache_manager kv_holding_waiting max_model_len max_num_active_reqs "
-            "max_num_running_reqs num_spec_tokens num_waiting_for_streaming_input requests running "
-            "vllm_config waiting"
+            "__init__ current_step kv_cache_config kv_cache_manager kv_holding_waiting max_model_len "
+            "max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens num_spec_tokens "
+            "num_waiting_for_streaming_input requests running scheduler_config vllm_config waiting"
         ),
         overrides={
             "_free_blocks": "(self, request)",
@@ -180,6 +180,7 @@ TABLE: dict[str, Touched] = {
                 "0.32": "(self, request)",
                 "0.33": "(self, request, max_cache_hit_length=...)",
             },
+            "_handle_blocked_waiting_request": "(self, request)",
             "_holds_kv_blocks": "(request)",
             "_preempt_request": "(self, request, timestamp, drop_stale_output=...)",
             "_reserve_prefill_lookahead": "(self, request, num_computed_tokens, num_new_tokens)",
@@ -250,9 +251,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.request:Request": Touched(
         reads=(
-            "arrival_time client_index lora_request max_tokens num_computed_tokens num_output_placeholders "
-            "num_prompt_tokens num_tokens priority prompt_token_ids request_id resumable sampling_params "
-            "status"
+            "arrival_time client_index is_prefill_chunk lora_request max_tokens num_computed_tokens "
+            "num_output_placeholders num_prompt_tokens num_tokens priority prompt_token_ids request_id "
+            "resumable sampling_params status"
         ),
         calls={
             "__init__": (

@@ -33,14 +33,12 @@ def engines(nothing_compiled, models_looked_at_here) -> Callable:
     """
     from harness import Engine, start
 
-    from vllm_kvcompress import KVCompressionConfig
-
     started: dict[str, Engine] = {}
 
     def get(model: Path, compression: str | None = None, **options) -> Engine:
         key = repr((model, compression, sorted(options.items())))
         if key not in started:
-            ours = {} if compression is None else KVCompressionConfig.parse(compression).engine_kwargs()
+            ours = {} if compression is None else {"additional_config": {"kv_compression": compression}}
             started[key] = Engine(start(model, **options, **ours))
         return started[key]
 

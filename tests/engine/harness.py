@@ -11,6 +11,8 @@ from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from vllm_kvcompress import KVCompressionConfig
+
 BLOCK_SIZE = 32
 WINDOW = 32  # last prompt tokens that stay raw, and whose queries score the others
 SINKS = 4
@@ -20,7 +22,8 @@ NUM_BLOCKS = 320
 def start(model: Path, **overrides) -> LLM:
     """An engine in float32, so that greedy tokens do not hang on what else is in the batch.
 
-    Prompts longer than 512 tokens are computed in chunks.
+    Prompts longer than 512 tokens are computed in chunks. Where compression is configured, the short prompts
+    of tests are compacted unless it says something else, and all that are due at once.
     """
     options = dict(
         model=str(model),
@@ -32,7 +35,12 @@ def start(model: Path, **overrides) -> LLM:
         num_gpu_blocks_override=NUM_BLOCKS,
         seed=0,
     )
-    return LLM(**{**options, **overrides})
+    options |= overrides
+    if compression := (options.get("additional_config") or {}).get("kv_compression"):
+        ours = KVCompressionConfig(min_freed_tokens=1).for_request(compression)
+        ours = ours.to_dict() | {"max_compaction_tokens": 1 << 20}
+        options["additional_config"] = options["additional_config"] | {"kv_compression": ours}
+    return LLM(**options)
 
 
 def sampling(max_tokens: int = 12, compression: str | dict | None = None, **options) -> SamplingParams:

@@ -280,7 +280,7 @@ def start(tmp_path, monkeypatch):
         }
         return LLM(
             str(write(tmp_path, family.config)),
-            **KVCompressionConfig.parse(compression).engine_kwargs(),
+            **KVCompressionConfig(min_freed_tokens=1).for_request(compression).engine_kwargs(),
             **options,
         )
 

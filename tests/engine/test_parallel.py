@@ -12,8 +12,6 @@ import pytest
 import torch
 from harness import NUM_BLOCKS, Compaction, Engine, external_id, first_difference, sampling, start, tokens
 
-from vllm_kvcompress import KVCompressionConfig
-
 NUM_TOKENS = 8
 SIZES = {"tensor": 3, "pipeline": 2}
 
@@ -124,7 +122,7 @@ def serve(folder: Path, model: str, kind: str) -> None:
     """All requests in one batch on several workers."""
     prompts = pickle.loads((folder / "prompts").read_bytes())
     size = {f"{kind}_parallel_size": SIZES[kind]}
-    llm = start(Path(model), **size, **KVCompressionConfig(method="snapkv", budget=0.25).engine_kwargs())
+    llm = start(Path(model), **size, additional_config={"kv_compression": "snapkv:budget=0.25"})
     core = llm.llm_engine.engine_core.engine_core
     scheduler, sent, outputs = core.scheduler, [], {}
     schedule = scheduler.schedule

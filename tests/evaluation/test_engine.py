@@ -60,15 +60,14 @@ def test_teacher_forcing_equals_transformers(engine, tokens, oracle):
 
 
 def test_variants_side_by_side_hold_what_their_plans_say(engine, tokens):
-    from vllm_kvcompress.config import KVCompressionConfig
     from vllm_kvcompress.evaluation.engine import Ask
-    from vllm_kvcompress.evaluation.variants import FULL
+    from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, FULL
 
     specs = [FULL, SNAPKV, "kv_compress:budget=0.5", "streaming_llm:budget=0.125"]
     outcomes = engine.run([Ask(tokens[:LENGTH], spec, max_tokens=4, ignore_eos=True) for spec in specs])
     raw = -(-(LENGTH + 1) // engine.block_size)
     for spec, outcome in zip(specs, outcomes, strict=True):
-        plan = None if spec == FULL else Plan.of(KVCompressionConfig.parse(spec), LENGTH, engine.block_size)
+        plan = None if spec == FULL else Plan.of(EVERY_PROMPT.for_request(spec), LENGTH, engine.block_size)
         held = raw if plan is None else raw - plan.source_blocks + plan.kept_blocks
         assert outcome.kept_fraction == held / raw, spec
         assert (outcome.compaction_seconds > 0) == (plan is not None), spec

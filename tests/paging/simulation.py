@@ -40,6 +40,8 @@ from vllm_kvcompress.plan import SPARE_QUERIES
 
 BLOCK = 16
 VOCABULARY = 1000
+SHORT_PROMPTS = KVCompressionConfig(min_freed_tokens=1)  # are compacted, unless a test says something else
+ALL_AT_ONCE = 1 << 20  # tokens: whoever is due is compacted in that step
 MOST_STEPS = 5000
 
 Key = int
@@ -84,8 +86,10 @@ def configured(
     asynchronous: bool = False,
     data_parallel_size: int = 1,
     prefix_caching: bool = True,
+    max_compaction_tokens: int | None = ALL_AT_ONCE,
 ) -> VllmConfig:
     """What an engine core's configuration is once its cache is made."""
+    ours = SHORT_PROMPTS.for_request(compression).to_dict() | {"max_compaction_tokens": max_compaction_tokens}
     model = _model_config(max_model_len)
     parallel = ParallelConfig(data_parallel_size=data_parallel_size)
     speculative = None
@@ -112,7 +116,7 @@ def configured(
         parallel_config=parallel,
         speculative_config=speculative,
         device_config=DeviceConfig("cpu"),
-        additional_config={"kv_compression": KVCompressionConfig.parse(compression).to_dict()},
+        additional_config={"kv_compression": ours},
     )
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     return vllm_config
@@ -159,6 +163,11 @@ class Record:
     ring: dict[int, int] = field(default_factory=dict)
     seen: int = 0
     paused: bool = False
+
+    def resume(self, num_tokens: int) -> None:
+        """Go on, behind the queries of tokens that were computed meanwhile, which nobody kept."""
+        if self.paused:
+            self.paused, self.seen = False, num_tokens
 
     def note(self, position: int) -> None:
         if self.paused:
@@ -335,7 +344,7 @@ class FakeWorker:
         if job.config.interval is None:
             self.records.pop(job.request_id, None)
         elif job.request_id in self.records:
-            self.records[job.request_id].paused = False
+            self.records[job.request_id].resume(len(row.keys))
         self.jobs.append(job)
 
     def _check_queries(self, job: Job, row: Row) -> None:

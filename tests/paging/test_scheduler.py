@@ -6,7 +6,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from simulation import BLOCK, Simulation, configured, prompt_of
+from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, prompt_of
 
 from vllm_kvcompress.paging import repetition, scheduler
 from vllm_kvcompress.paging.repetition import longest_repetition
@@ -532,6 +532,7 @@ def test_in_any_crowd_a_request_is_what_it_is_alone_or_goes_on_raw_and_nothing_i
     random_ = random.Random(seed)
     num_blocks, policy = random_.choice([50, 60, 80]), random_.choice(["fcfs", "priority"])
     options = dict(policy=policy, watermark=random_.choice([0.0, 0.05]), max_num_batched_tokens=128, **mode)
+    options["max_compaction_tokens"] = None if seed % 2 else ALL_AT_ONCE
     sim = Simulation(num_blocks=num_blocks, **options)
     members = []
     for _ in range(24):

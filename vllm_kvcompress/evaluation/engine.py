@@ -14,9 +14,8 @@ from vllm import LLM, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.evaluation.host import engine_dtype
-from vllm_kvcompress.evaluation.variants import FULL
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, FULL
 
 _SCRIPT = "kvcompress_script"
 
@@ -96,7 +95,7 @@ class Engine:
             seed=0,
             logits_processors=[ScriptedTokens],
             kv_cache_dtype=kv_cache_dtype,
-            **({} if self.stock else KVCompressionConfig().engine_kwargs()),
+            **({} if self.stock else EVERY_PROMPT.engine_kwargs()),
             **options,
         )
         self.tokenizer = self.llm.get_tokenizer()

@@ -7,6 +7,8 @@ from typing import get_args
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 
 FULL = "off"  # the full cache, as a request asks for it
+# What a method does to a prompt is measured however short the prompt is.
+EVERY_PROMPT = KVCompressionConfig(min_freed_tokens=1)
 STOCK = "stock:"  # before a `--kv-cache-dtype` of stock vLLM
 
 

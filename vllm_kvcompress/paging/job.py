@@ -67,8 +67,9 @@ class CompressionStep:
         released: requests that were preempted, or ended compacted, before this step runs. Their compacted
             pages were returned; what is kept of their queries begins again when they do.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
-        late: requests that are due, but go on raw while there is no room for their compacted pages. What is
-            kept of their queries stays as it is, so that later they keep what they would have kept now.
+        late: requests that are due, but go on raw while there is no room for their compacted pages, or until
+            the compactions before them are done. What is kept of their queries stays as it is, so that later
+            they keep what they would have kept now.
         observations: requests that start to be computed in this step.
         repetitions: repeating requests that start to be computed in this step.
     """

@@ -24,7 +24,7 @@ class CompactingManager(FullAttentionManager):
         self._released: set[str] = set()
 
     def compact(
-        self, request_id: str, begin: int, end: int, num_kept: int
+        self, request_id: str, begin: int, end: int, num_kept: int, in_place: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
         """Swap a request's compacted blocks and the raw ones `[begin, end)` of its row for `num_kept` blocks.
 
@@ -32,13 +32,20 @@ class CompactingManager(FullAttentionManager):
         write of the step that is now being scheduled. Raw blocks keep their prefix-cache hashes until they
         are reused.
 
+        Args:
+            request_id: the request.
+            begin: first raw block of its row that is compacted.
+            end: one past the last.
+            num_kept: blocks of the destination.
+            in_place: whether the request's own blocks may be written where the pool has too few free ones.
+
         Returns:
             Block ids of the previous compaction, of the raw source and of the destination; or None while
-            neither the pool nor the request's own unshared blocks can provide the destination.
+            neither the pool nor, in place, the request's own unshared blocks can provide the destination.
         """
         row = self.req_to_blocks[request_id]
         previous, source = self.compacted.get(request_id, []), row[begin:end]
-        destination = self._take_destination(previous, source, num_kept)
+        destination = self._take_destination(previous, source, num_kept, in_place)
         if destination is None:
             return None
         row[begin:end] = [self._null_block] * (end - begin)
@@ -51,11 +58,13 @@ class CompactingManager(FullAttentionManager):
         return next(ids), next(ids), next(ids)
 
     def _take_destination(
-        self, previous: list[KVCacheBlock], source: list[KVCacheBlock], num_kept: int
+        self, previous: list[KVCacheBlock], source: list[KVCacheBlock], num_kept: int, in_place: bool
     ) -> list[KVCacheBlock] | None:
         # New blocks if there are enough: nothing then has to be gathered before it is written. If not,
         # compacted blocks are the request's own, so a later compaction needs few new ones, and never waits.
         free = self.block_pool.get_num_free_blocks()
+        if free < num_kept and not in_place:
+            return None
         again = previous[:num_kept] if free < num_kept else []
         num_new = min(num_kept - len(again), free)
         # A raw block that another request can read must not be written; one that only the prefix cache

@@ -15,6 +15,9 @@ from vllm_kvcompress.paging.job import Repetition
 FIRST = "\n\nRepeat the previous context exactly."
 NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
 OVERLAP = 8  # last tokens of the part before, which name where the next one starts
+# Beside others' decoding repetitions have one part in so many of a step's tokens: they should cost a decoding
+# client less than a neighbour's prompt does, which may have all, and they come to an end all the same.
+SHARE = 4
 LEAST = 256  # tokens behind a prompt that its repetition needs at least, the instruction included
 
 
@@ -64,6 +67,7 @@ class Repetitions:
         self._config = vllm_config
         self._progress: dict[str, _Progress] = {}  # by owner
         self._announced: dict[str, Repetition] = {}  # by repeating request
+        self._left: int | None = None  # tokens that one repetition may have in this step; None for no bound
 
     def next_part(self, owner: Request, config: KVCompressionConfig) -> Request | None:
         """The request that repeats the next part; None while one does or when all is repeated."""
@@ -106,6 +110,28 @@ class Repetitions:
         """The request that repeats a part of an owner's context, while there is one."""
         progress = self._progress.get(owner_id)
         return None if progress is None else progress.repeating
+
+    def begin_step(self, num_decoding: int, num_left: int) -> None:
+        """Bound what repetitions compute in a step: one of them, a share of the step, while others decode.
+
+        Args:
+            num_decoding: requests that decode.
+            num_left: tokens of the step that those leave.
+        """
+        batch = self._config.scheduler_config.max_num_batched_tokens
+        share = max(batch // SHARE, self._config.cache_config.block_size)
+        self._left = min(share, num_left) if num_decoding else None
+
+    def bounded(self, request_id: str, num_tokens: int) -> int:
+        """How many of these tokens of a request may be computed in this step."""
+        if self._left is None or request_id not in self._announced:
+            return num_tokens
+        return min(num_tokens, self._left)
+
+    def take_turn(self, request_id: str) -> None:
+        """No other repetition computes in this step, if others decode."""
+        if self._left is not None and request_id in self._announced:
+            self._left = 0
 
     def announced(self, started: Iterable[str]) -> list[Repetition]:
         """The repetitions among the requests that start to be computed."""

@@ -15,7 +15,16 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
-from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point, peak_blocks, ring_budget, ring_tokens
+from vllm_kvcompress.plan import (
+    STAGED_BYTES,
+    Plan,
+    is_ever_compacted,
+    next_point,
+    peak_blocks,
+    ring_budget,
+    ring_tokens,
+    tokens_read,
+)
 
 
 @dataclass
@@ -26,13 +35,15 @@ class _Tracked:
         config: its own resolved options.
         point: computed tokens at which it is compacted next; None if it is not again.
         held: its last compaction.
-        late: whether it goes on raw, past its point, until there is room to compact it.
+        late: whether it goes on raw, past its point, until it can be compacted.
+        due_since: number of the step in which it was found due; None while it is not.
     """
 
     config: KVCompressionConfig
     point: int | None
     held: Plan | None = None
     late: bool = False
+    due_since: int | None = None
 
 
 class _Compression:
@@ -43,6 +54,17 @@ class _Compression:
 
     Compression is never worse than none: while there is no room for its compacted pages, a due request goes
     on raw. Once there is, it keeps what it would have kept at its point.
+
+    Nor does a burst of prompts stall those who decode: the compactions of a step read no more than
+    `max_compaction_tokens`, unless it is one alone. Who has been due for longest comes first. The others go
+    on raw, too, or wait if their prompts are still being computed: a whole chunk on top of what should be
+    compacted would take more blocks than a streaming prompt was admitted for.
+
+    On a GPU no more than `STAGED_BYTES` are rewritten in place. A larger request is due until enough blocks
+    are free, which those who wait to be admitted leave to it. It goes on raw meanwhile, or waits while its
+    prompt is being computed, but only for as long as somebody else moves on: else it, too, goes on, until
+    vLLM preempts somebody. One that is alone has room: for all its raw blocks, or for a peak that counts
+    compacted pages twice.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -53,6 +75,14 @@ class _Compression:
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
+        most = self.compression.max_compaction_tokens
+        self._most_read = most or self.scheduler_config.max_num_batched_tokens
+        self._read = 0  # tokens, by the compactions of this step
+        # Blocks that due requests will be compacted into, whose turn has not come or that wait for free ones.
+        self._deferred: dict[str, int] = {}
+        self._watermark_blocks = self.kv_cache_manager.watermark_blocks
+        (group,) = self.kv_cache_config.kv_cache_groups
+        self._block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
         self._ring_tokens = 0
         self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
@@ -91,13 +121,16 @@ class _Compression:
             return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "streaming":
-            peak = peak_blocks(config, num_prompt, num_tokens, block_size)
+            peak = peak_blocks(config, num_prompt, num_tokens, block_size, not current_platform.is_cpu())
             self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         jobs, late = self._compact_due()
         self._end_abandoned()
         self._ring_tokens, self._ring_awaited = self._rings(), False
+        decoding = sum(self._decodes(request) for request in self.running)
+        left = self.max_num_scheduled_tokens - decoding * (1 + self.num_spec_tokens)
+        self._repetitions.begin_step(decoding, max(left, 0))
         output = super().schedule(throttle_prefills)
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
@@ -124,7 +157,21 @@ class _Compression:
             num_new_tokens = min(num_new_tokens, max(tracked.point - num_computed_tokens, 0))
         if tracked is not None and request.status != RequestStatus.RUNNING and not self._start_ring(tracked):
             return 0  # it goes on waiting
+        num_new_tokens = self._repetitions.bounded(request.request_id, num_new_tokens)
+        if num_new_tokens:
+            self._repetitions.take_turn(request.request_id)
         return num_new_tokens
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        # vLLM looks past who is not ready, but 0.32 not past who gets no tokens.
+        ready = self._repetitions.bounded(request.request_id, 1) > 0
+        return ready and super()._handle_blocked_waiting_request(request)
+
+    def _decodes(self, request: Request) -> bool:
+        """Whether a running request goes on with its output; a repetition has none that anybody waits for."""
+        tracked = self._tracked.get(request.request_id)
+        waits = tracked is not None and not tracked.late and self._due(request)
+        return not (waits or request.is_prefill_chunk or self._repetitions.of(request.request_id) is not None)
 
     def _start_ring(self, tracked: _Tracked) -> bool:
         """Count in the query ring of a request that is about to start, if there is memory for it."""
@@ -190,7 +237,7 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
-            tracked.held, tracked.late = None, False
+            tracked.held, tracked.late, tracked.due_since = None, False, None
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
@@ -229,17 +276,49 @@ class _Compression:
 
     def _compact_due(self) -> tuple[list[Job], list[str]]:
         """Compact what is due; the Jobs, and the requests that go on raw from this step on."""
-        due = [request for request in self.running if self._due(request)]
+        due = self._due_for_longest()
+        self._read, self._deferred = 0, {}
         jobs = [job for job in map(self._compact, due) if job is not None]
         if jobs:  # which have made room for others
-            jobs += [job for job in map(self._compact, filter(self._due, due)) if job is not None]
-        late = []
-        for request in due:
+            jobs += self._compact_others(due, {job.request_id for job in jobs})
+        # Who waits to be admitted leaves them the blocks, like vLLM's watermark: of the largest, since what
+        # one frees serves the next.
+        reserved = max(self._deferred.values(), default=0)
+        self.kv_cache_manager.watermark_blocks = self._watermark_blocks + reserved
+        late, waiting = [], [request for request in due if self._waits(request)]
+        if not jobs and len(waiting) == len(self.running):  # for each other
+            waiting = []
+        for request in filter(self._due, due):
             tracked = self._tracked[request.request_id]
-            if not tracked.late and self._due(request) and not self._is_being_repeated(request):
-                tracked.late = True
-                late.append(request.request_id)
+            if tracked.late or self._is_being_repeated(request) or request in waiting:
+                continue
+            tracked.late = True
+            late.append(request.request_id)
         return jobs, late
+
+    def _compact_others(self, due: list[Request], compacted: set[str]) -> list[Job]:
+        """Compact who found no room before; whoever was compacted and is due again has its turn next step."""
+        again = [request for request in due if self._due(request) and request.request_id in compacted]
+        self._deferred |= {request.request_id: 0 for request in again}
+        others = (request for request in due if self._due(request) and request not in again)
+        return [job for job in map(self._compact, others) if job is not None]
+
+    def _due_for_longest(self) -> list[Request]:
+        """The requests that are due, the longest first."""
+        due = [request for request in self.running if self._due(request)]
+        tracked = {request: self._tracked[request.request_id] for request in due}
+        for each in tracked.values():
+            if each.due_since is None:
+                each.due_since = self.current_step
+        return sorted(due, key=lambda request: tracked[request].due_since)
+
+    def _waits(self, request: Request) -> bool:
+        """Whether a due request waits for its turn rather than go on raw: where that takes many blocks."""
+        manager, name = self.compacting_manager, request.request_id
+        if name not in self._deferred:
+            return False
+        full = name in manager.peak_blocks and manager.held_blocks(name) >= manager.peak_blocks[name]
+        return request.is_prefill_chunk or full
 
     def _is_being_repeated(self, owner: Request) -> bool:
         """Whether a due request waits for its repetition, which runs or will after another one."""
@@ -273,13 +352,21 @@ class _Compression:
             return None
         if config.repeats and not self._repeated(request, config):
             return None
+        reads = tokens_read(point, manager.block_size, held)
+        if self._read and self._read + reads > self._most_read:
+            self._deferred[request.request_id] = plan.kept_blocks
+            return None
         begin = held.source_blocks if held else 0
         row = manager.req_to_blocks[request.request_id]
         tail = tuple(block.block_id for block in row[plan.source_blocks : -(-point // manager.block_size)])
-        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks)
+        in_place = current_platform.is_cpu() or plan.kept_blocks * self._block_bytes <= STAGED_BYTES
+        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks, in_place)
         if swapped is None:  # it is tried again at the next step
+            if not in_place:
+                self._deferred[request.request_id] = plan.kept_blocks
             return None
         previous, source, destination = swapped
+        self._read += reads
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
         self._pass_point(request, tracked)
@@ -303,7 +390,7 @@ class _Compression:
         since = request.num_computed_tokens + config.observed_window if tracked.late else 0
         while tracked.point is not None and tracked.point < since:
             tracked.point = next_point(config, num_prompt, tracked.point)
-        tracked.late = False
+        tracked.late, tracked.due_since = False, None
 
     def _observations(self, started: list[str]) -> list[Observation]:
         return [

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
@@ -26,7 +27,8 @@ class CompactableSpec(FullAttentionSpec):
         config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
         if config.when != "streaming":
             return super().max_memory_usage_bytes(vllm_config)
-        return peak_blocks(config, longest, longest, self.block_size) * self.page_size_bytes
+        beside = not current_platform.is_cpu()
+        return peak_blocks(config, longest, longest, self.block_size, beside) * self.page_size_bytes
 
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, opening
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import (
+    EVERY_PROMPT,
     FULL,
     STOCK,
     Variant,
@@ -414,7 +415,7 @@ def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder
     from vllm_kvcompress.evaluation.quality import harness
 
     settings = {
-        row.spec: {} if row.spec == FULL else KVCompressionConfig.parse(row.spec).engine_kwargs()
+        row.spec: {} if row.spec == FULL else EVERY_PROMPT.for_request(row.spec).engine_kwargs()
         for row in rows
     }
     options = {"dtype": engine_dtype(), "enforce_eager": True, "block_size": arguments.block_size}

@@ -4,11 +4,12 @@ import argparse
 import json
 from pathlib import Path
 
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import opening
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT
 from vllm_kvcompress.plan import Plan
 
 OUTPUT = 2  # tokens: a prompt is compacted before the second is computed
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Compact one prompt and show it."""
-    config = KVCompressionConfig.parse(arguments.compression)
+    config = EVERY_PROMPT.for_request(arguments.compression)
     arguments.model = checkpoint(arguments.model)
     from transformers import AutoTokenizer
 

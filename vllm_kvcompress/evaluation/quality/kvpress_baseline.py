@@ -92,11 +92,13 @@ def matching_config(method: str, budget: float, kernel_size: int = KERNEL_SIZE) 
     if method not in METHODS:
         raise KVCompressionError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if method == "streaming_llm":
-        return KVCompressionConfig(method, budget, sink_tokens=SINK_TOKENS, window=WINDOW)
+        return KVCompressionConfig(method, budget, sink_tokens=SINK_TOKENS, window=WINDOW, min_freed_tokens=1)
     options: dict[str, Any] = {"pooling": "avg", "kernel_size": kernel_size}
     if method == "adakv":
         options["alpha"] = ALPHA
-    return KVCompressionConfig(method, budget, sink_tokens=0, window=WINDOW, options=options)
+    return KVCompressionConfig(
+        method, budget, sink_tokens=0, window=WINDOW, min_freed_tokens=1, options=options
+    )
 
 
 def kept_tokens(num_tokens: int, method: str, budget: float, block_size: int) -> int:
