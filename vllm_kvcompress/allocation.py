@@ -138,11 +138,9 @@ class Adaptive(Allocation):
         chosen += torch.minimum(missing.clamp(min=0), tied)
 
         wanted = ((1 - self.alpha) * chosen + self.alpha * kept[:, None] / heads) / page_size
-        rows = [
-            whole_pages(wanted[layer], share, smallest[layer], largest[layer])
-            for layer, share in enumerate(shares.tolist())
-        ]
-        return torch.stack(rows)
+        lists = (of_layers.tolist() for of_layers in (wanted, shares, smallest, largest))
+        rows = [_whole_pages(*of_layer) for of_layer in zip(*lists, strict=True)]
+        return torch.tensor(rows, device=scores.device)
 
 
 @dataclass(frozen=True)
@@ -308,7 +306,11 @@ def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: Tenso
         `[heads]` int64.
     """
     # On plain numbers: they are a few hundred at most, and a tensor operation per page would cost more.
-    want, low, high = wanted.tolist(), smallest.tolist(), largest.tolist()
+    counts = _whole_pages(wanted.tolist(), num_pages, smallest.tolist(), largest.tolist())
+    return torch.tensor(counts, device=wanted.device)
+
+
+def _whole_pages(want: list[float], num_pages: int, low: list[int], high: list[int]) -> list[int]:
     counts = [min(max(int(w), least), most) for w, least, most in zip(want, low, high, strict=True)]
     missing = num_pages - sum(counts)
     step = 1 if missing > 0 else -1
@@ -321,7 +323,7 @@ def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: Tenso
         counts[head] += step
         if low[head] < counts[head] < high[head]:
             heapq.heappush(heap, (excess + 1, signed))
-    return torch.tensor(counts, device=wanted.device)
+    return counts
 
 
 ALLOCATIONS: dict[str, type[Allocation]] = {

@@ -109,12 +109,6 @@ def _refusals(config: VllmConfig):
         f"attention heads of {model.get_head_size()} channels on a GPU",
         other_model,
     )
-    yield (
-        # Its kernel finds out at the first request.
-        on_cpu and model.get_head_size() not in CPUAttentionBackend.get_supported_head_sizes(),
-        f"attention heads of {model.get_head_size()} channels on a CPU, nor does vLLM's kernel",
-        "serve another model",
-    )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
     yield model.use_mla, "multi-head latent attention (MLA)", other_model
@@ -123,6 +117,12 @@ def _refusals(config: VllmConfig):
         window is not None and window < model.max_model_len,
         f"sliding-window attention over fewer tokens ({window}) than --max-model-len",
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
+    )
+    yield (
+        # Its kernel finds out at the first request.
+        on_cpu and model.get_head_size() not in CPUAttentionBackend.get_supported_head_sizes(),
+        f"attention heads of {model.get_head_size()} channels on a CPU, nor does vLLM's kernel",
+        "serve another model",
     )
     other_types = layer_types - {"full_attention", "sliding_attention"}
     yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
