@@ -1,12 +1,17 @@
 """What a request may ask for, through vLLM's own input processor and endpoints; no engine is started."""
 
 import asyncio
+import importlib
+import pkgutil
 import typing
 from types import SimpleNamespace
 
 import pytest
-from vllm import SamplingParams
+from pydantic import BaseModel, ValidationError
+from vllm import SamplingParams, entrypoints
 from vllm.engine.arg_utils import EngineArgs
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import (
     BatchChatCompletionRequest,
     ChatCompletionRequest,
@@ -144,38 +149,67 @@ def test_beam_search_refuses_an_option_that_it_would_drop(at_the_end, kind, opti
 
 
 def request_kinds() -> list[type]:
-    """Every kind of request that an endpoint of vLLM first looks at."""
+    """Every kind of request that an endpoint of vLLM takes in its body."""
 
     def leaves(annotation) -> list[type]:
         arguments = typing.get_args(annotation)
-        if typing.get_origin(annotation) is not typing.Annotated and arguments:
+        if typing.get_origin(annotation) is typing.Annotated:
+            arguments = arguments[:1]
+        if arguments:
             return [leaf for argument in arguments for leaf in leaves(argument)]
         return [annotation] if isinstance(annotation, type) else []
 
-    return list(dict.fromkeys(leaves(AnyRequest) + leaves(AnyPoolingRequest)))
+    routers = [
+        importlib.import_module(module.name)
+        for module in pkgutil.walk_packages(entrypoints.__path__, f"{entrypoints.__name__}.")
+        if module.name.endswith(".api_router")
+    ]
+    endpoints = [
+        route.endpoint
+        for module in routers
+        for route in getattr(getattr(module, "router", None), "routes", [])
+    ]
+    taken = [
+        leaf
+        for endpoint in endpoints
+        for name, annotation in typing.get_type_hints(endpoint).items()
+        for leaf in leaves(annotation)
+        if name != "return" and issubclass(leaf, BaseModel)
+    ]
+    return list(dict.fromkeys(taken + leaves(AnyRequest) + leaves(AnyPoolingRequest)))
+
+
+# Compute nothing that could be compacted; vLLM throws fields away that they do not know.
+IDLE = ("Derender", "CohereEmbed", "StartProfile", "AnthropicCountTokens")
 
 
 @pytest.mark.parametrize("kind", request_kinds(), ids=lambda kind: kind.__name__)
 def test_every_endpoint_honours_an_option_or_refuses_it(at_the_end, kind):
     fields = kind.model_fields
     request = kind.model_construct(**OPTION)
-    if "vllm_xargs" in fields:  # vLLM makes sampling parameters of it, which the input processor checks
+    if kind is AnthropicMessagesRequest:  # becomes a chat before vLLM looks at it
+        anthropic = kind(model="m", messages=MESSAGES, max_tokens=8, **OPTION)
+        chat = AnthropicServingMessages.to_chat_completion_request(anthropic)
+        assert chat.vllm_xargs == OPTION["vllm_xargs"]
+    elif "vllm_xargs" in fields:  # vLLM makes sampling parameters of it, which the input processor checks
         check(request)
         if kind.__name__ != "ResponsesRequest":
             request = kind.model_construct(**OPTION, model="m", messages=MESSAGES, prompt="Hello")
             made = request.to_sampling_params(8, {})
             assert made.extra_args["kv_compression"] == "off"
     elif kind is BatchChatCompletionRequest:  # passes on what it does not know
+        check(request)
         one = kind(messages=[MESSAGES], **OPTION).to_chat_completion_request(MESSAGES)
         assert one.to_sampling_params(8, {}).extra_args["kv_compression"] == "off"
     elif kind.model_config.get("extra") == "allow":
         with pytest.raises(VLLMValidationError, match="no effect at this endpoint"):
             check(request)
+    elif kind.model_config.get("extra") == "forbid":
+        with pytest.raises(ValidationError, match="vllm_xargs\n *Extra inputs are not permitted"):
+            kind(**OPTION)
     else:
-        # vLLM throws unknown fields away before anybody can look. One takes `SamplingParams` themselves; the
-        # others compute nothing that could be compacted.
-        idle = kind.__name__.startswith("Derender") or kind.__name__ == "CohereEmbedRequest"
-        assert idle or "sampling_params" in fields
+        # vLLM throws unknown fields away before anybody can look. One takes `SamplingParams` themselves.
+        assert kind.__name__.startswith(IDLE) or "sampling_params" in fields
 
 
 @pytest.mark.parametrize("serving", [BaseServing, PoolingBaseServing])

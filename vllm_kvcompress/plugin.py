@@ -357,6 +357,8 @@ def _with_endpoint_check(check_model):
 
 def _check_endpoint(request: Any) -> None:
     """Refuse an option in an HTTP request that vLLM would drop before it makes sampling parameters."""
+    from vllm.entrypoints.openai.chat_completion.protocol import BatchChatCompletionRequest
+
     problem, xargs = None, getattr(request, "vllm_xargs", None)
     if KEY in (getattr(request, "model_extra", None) or {}):
         problem = 'kv_compression is an option of vllm_xargs; send "vllm_xargs": {"kv_compression": …}'
@@ -364,7 +366,10 @@ def _check_endpoint(request: Any) -> None:
         return
     elif getattr(request, "use_beam_search", False):
         problem = "kv_compression cannot be chosen for beam search, whose steps are vLLM's own; leave it out"
-    elif not any(hasattr(request, name) for name in ("to_sampling_params", "to_chat_completion_request")):
+    elif "vllm_xargs" not in type(request).model_fields and not isinstance(
+        request,
+        BatchChatCompletionRequest,  # which hands on the fields that it does not know
+    ):
         problem = "kv_compression has no effect at this endpoint; leave it out"
     if problem:
         raise VLLMValidationError(problem, parameter=KEY)

@@ -66,6 +66,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.entrypoints.serve.engine.serving:BaseServing": Touched(),
     "vllm.entrypoints.pooling.base.serving:PoolingBaseServing": Touched(),
+    "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest": Touched(
+        reads="to_chat_completion_request",
+    ),
     # what the workers found reaches every front end
     "vllm.v1.engine:EngineCoreReadyResponse": Touched(),
     "vllm.v1.engine.core:EngineCore": Touched(
