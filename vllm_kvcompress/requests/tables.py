@@ -33,11 +33,18 @@ class RequestTable:
         self.boundary = boundary
         self.positions = positions
         self.num_tail = 0
+        self._longest_on_host, self._arrived = counts.amax(1), None
+        if counts.is_cuda:  # asked for when the request is compacted again: by then it has come
+            self._longest_on_host = self._longest_on_host.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
 
     @functools.cached_property
     def _longest(self) -> list[int]:
         """Pages of the longest run of each layer."""
-        return self.counts.amax(1).tolist()
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._longest_on_host.tolist()
 
     @functools.cached_property
     def _ends(self) -> Tensor:

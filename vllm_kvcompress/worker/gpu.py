@@ -14,11 +14,11 @@ from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.plan import Plan, ring_budget
+from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
 from vllm_kvcompress.policies.base import QUERY_BLOCK
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.runs import RunArrays
-from vllm_kvcompress.worker.gpu_cache import STAGED_BYTES, PlainCache
+from vllm_kvcompress.worker.gpu_cache import PlainCache
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 _FLASH = "vllm_kvcompress.attention.flash_attn.CompressedFlashAttentionBackend"

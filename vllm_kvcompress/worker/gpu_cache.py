@@ -15,8 +15,6 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.window import WindowPolicy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
 
-STAGED_BYTES = 256 * 2**20  # of a compaction in place; more waits in the host's memory
-
 
 @dataclass(frozen=True)
 class PlainCache(PagedCache):
@@ -55,9 +53,8 @@ class PlainCache(PagedCache):
         if not overlaps:
             move_pages(self.keys, self.values, *source, target)
             return
-        num_bytes = 2 * target.numel() * self.keys[0].numel() * self.keys.element_size()
+        # The scheduler has large destinations beside what is read.
         staged = gather_pages(self.keys, self.values, *source)
-        assert num_bytes <= STAGED_BYTES
         scatter_pages(*staged, self.keys, self.values, target)
 
     def scores_windows(self, policy: Policy) -> bool:
