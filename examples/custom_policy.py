@@ -27,6 +27,8 @@ class ValueNorm(Policy):
     name: ClassVar[str] = "value_norm"
     paper: ClassVar[str] = "an example, of no paper"
     cost: ClassVar[str] = "one norm per value"
+    reads_keys: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True  # each head by itself
     power: float = 1.0
 
     def score(self, observation: LayerObservation) -> Tensor:
