@@ -69,7 +69,6 @@ REFUSED = {
     "(chunked_attention)": {
         "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"]
     },
-    "attention heads of 16 channels on a CPU": {"model_config__get_head_size": lambda: 16},
     "ALiBi": {"model_config__uses_alibi": True},
     "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
     "cross-layer KV sharing": {

@@ -212,7 +212,7 @@ class Pyramid(Allocation):
         first = 2 * mean - last
         if first >= num_tokens:
             first, last = float(num_tokens), 2 * mean - num_tokens
-        line = torch.linspace(first, last, layers, dtype=torch.float64)
+        line = torch.linspace(first, last, layers, dtype=torch.float64, device="cpu")
         if layers == 1:
             line = torch.full_like(line, mean)
         return (line / page_size).repeat_interleave(heads)

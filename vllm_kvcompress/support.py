@@ -5,7 +5,6 @@ import vllm
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.touch_points import check_touch_points
@@ -117,12 +116,6 @@ def _refusals(config: VllmConfig):
         window is not None and window < model.max_model_len,
         f"sliding-window attention over fewer tokens ({window}) than --max-model-len",
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
-    )
-    yield (
-        # Its kernel finds out at the first request.
-        on_cpu and model.get_head_size() not in CPUAttentionBackend.get_supported_head_sizes(),
-        f"attention heads of {model.get_head_size()} channels on a CPU, nor does vLLM's kernel",
-        "serve another model",
     )
     other_types = layer_types - {"full_attention", "sliding_attention"}
     yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model

@@ -439,7 +439,6 @@ TABLE: dict[str, Touched] = {
             "get_builder_cls": "()",
             "get_impl_cls": "()",
         },
-        calls={"get_supported_head_sizes": "(cls)"},
     ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": Touched(
         reads=(

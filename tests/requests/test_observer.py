@@ -59,7 +59,7 @@ def observer() -> Observer:
 QUERIES = torch.randn(LAYERS, 200, HEADS * GROUP, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def window(observed, layer: int, num_tokens: int) -> torch.Tensor:
+def window_of(observed, layer: int, num_tokens: int) -> torch.Tensor:
     """One layer's queries `[w, Hq, D]`."""
     return observed.window(slice(layer, layer + 1), num_tokens)[:, 0]
 
@@ -92,11 +92,11 @@ def test_a_ring_holds_the_last_queries_whatever_the_steps(observer, steps, windo
         step(observer, done, done + size)
         done += size
         for layer in range(LAYERS) if done >= window else ():
-            shown = window(observer.of("r"), layer, done)
+            shown = window_of(observer.of("r"), layer, done)
             assert torch.equal(shown, QUERIES[layer, done - window : done])
     # Earlier windows are there while nothing new has taken their place: rejected drafts were computed after.
     for layer in range(LAYERS):
-        back = window(observer.of("r"), layer, 90 - SPARE_QUERIES)
+        back = window_of(observer.of("r"), layer, 90 - SPARE_QUERIES)
         assert torch.equal(back, QUERIES[layer, 90 - SPARE_QUERIES - window : 90 - SPARE_QUERIES])
 
 
@@ -125,7 +125,7 @@ def test_rejected_drafts_leave_the_window_as_if_they_had_never_been(observer):
     step(observer, 40, 46, num_drafts=5, other=torch.full_like(QUERIES, 7.0))
     step(observer, 40, 41)  # none was accepted
     for layer in range(LAYERS):
-        assert torch.equal(window(observer.of("r"), layer, 41), QUERIES[layer, 36:41])
+        assert torch.equal(window_of(observer.of("r"), layer, 41), QUERIES[layer, 36:41])
 
 
 def test_tokens_computed_again_after_a_preemption_leave_the_same_window(observer):
@@ -136,7 +136,7 @@ def test_tokens_computed_again_after_a_preemption_leave_the_same_window(observer
     observer.watch("r", Window(5))
     assert not observer.ring("r").any()
     step(observer, 0, 70)
-    assert torch.equal(window(observer.of("r"), 1, 70), QUERIES[1, 65:70])
+    assert torch.equal(window_of(observer.of("r"), 1, 70), QUERIES[1, 65:70])
 
 
 def test_requests_have_rings_of_their_own(observer):
@@ -256,11 +256,11 @@ def test_a_paused_record_stays_as_it_is_until_it_goes_on(observer, policy):
         step(observer, 20, 40, name=name)
     held = observer.of("r")
     assert torch.equal(held.ring, before[0]) and [list(state or []) for state in held.states] == before[1]
-    assert torch.equal(window(held, 1, 20), QUERIES[1, 20 - policy.window : 20])
-    assert torch.equal(window(observer.of("s"), 1, 40), QUERIES[1, 40 - policy.window : 40])
+    assert torch.equal(window_of(held, 1, 20), QUERIES[1, 20 - policy.window : 20])
+    assert torch.equal(window_of(observer.of("s"), 1, 40), QUERIES[1, 40 - policy.window : 40])
     held.paused = False
     step(observer, 40, 50)
-    assert torch.equal(window(observer.of("r"), 1, 50), QUERIES[1, 50 - policy.window : 50])
+    assert torch.equal(window_of(observer.of("r"), 1, 50), QUERIES[1, 50 - policy.window : 50])
 
 
 def test_rows_without_a_record_are_passed_over(observer):
