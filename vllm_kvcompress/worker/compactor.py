@@ -16,6 +16,25 @@ Listener = Callable[[Job, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
+class _Task:
+    """A Job and what it is run on.
+
+    Attributes:
+        job: what to do.
+        policy: which scores.
+        table: the result of the request's last compaction, if there was one.
+        observed: what was kept of its queries, if the policy needs any.
+        raw: `[n]` int64, block ids of the Job's raw tokens, on the cache's device.
+    """
+
+    job: Job
+    policy: Policy
+    table: RequestTable | None
+    observed: Observed | None
+    raw: Tensor
+
+
+@dataclass(frozen=True)
 class _Candidates:
     """What a request holds of some layers, their heads one after the other: X = l·H.
 
@@ -72,8 +91,9 @@ class Compactor:
         """
         assert (table is None) == (not job.previous)
         policy, block_size = job.config.build_policy(), self.grid.block_size
-        whole = self._candidates(job, table, slice(0, self.grid.num_layers))
-        scores = self._scores(job, policy, table, observed, whole)
+        task = _Task(job, policy, table, observed, self.cache.on_device(job.source + job.tail))
+        whole = self._candidates(task, slice(0, self.grid.num_layers))
+        scores = self._scores(task, whole)
         num_pages = len(job.destination) * self.grid.pages_per_block
         capacity = None
         if whole.padding is not None:
@@ -81,7 +101,7 @@ class Compactor:
         allocation, sinks = job.config.build_allocation(), job.config.sink_tokens
         counts = self.cache.allocate(allocation, scores, num_pages, sinks, capacity)
         if type(policy).refine is not Policy.refine:
-            self._refine(job, policy, table, observed, whole, scores, counts)
+            self._refine(task, whole, scores, counts)
         columns, row = self.cache.select(scores, counts, num_pages)
         positions = columns if whole.positions is None else whole.positions()[row[:, None], columns]
         destination = self.cache.on_device(job.destination)
@@ -94,12 +114,12 @@ class Compactor:
             self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
         )
         if observed is not None and again:
-            self._carry(job, policy, table, observed, new, columns - whole.num_scored)
+            self._carry(task, new, columns - whole.num_scored)
         return new
 
-    def _candidates(self, job: Job, table: RequestTable | None, layers: slice) -> _Candidates:
-        raw_blocks = self.cache.on_device(job.source + job.tail)
-        pages = self.cache.context(layers, table, raw_blocks)
+    def _candidates(self, task: _Task, layers: slice) -> _Candidates:
+        job, table = task.job, task.table
+        pages = self.cache.context(layers, table, task.raw)
         return _Candidates(
             layers=layers,
             pages=pages,
@@ -108,15 +128,9 @@ class Compactor:
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
-    def _slices(
-        self,
-        job: Job,
-        policy: Policy,
-        table: RequestTable | None,
-        observed: Observed | None,
-        whole: _Candidates,
-    ) -> Iterator[_Candidates]:
+    def _slices(self, task: _Task, whole: _Candidates) -> Iterator[_Candidates]:
         """The layers, as many at a time as the policy scores at once and memory is meant for."""
+        policy, observed = task.policy, task.observed
         at_once, heads = 1, self.grid.num_heads
         if self.cache.scores_windows(policy):  # in memory of bounds of its own
             at_once = len(self.layers)
@@ -131,7 +145,7 @@ class Compactor:
             end = begin + 1
             while end < min(begin + at_once, len(self.layers)) and self._alike(begin, end):
                 end += 1
-            yield self._candidates(job, table, slice(begin, end))
+            yield self._candidates(task, slice(begin, end))
             begin = end
 
     def _alike(self, one: int, other: int) -> bool:
@@ -139,49 +153,32 @@ class Compactor:
         a, b = self.layers[one], self.layers[other]
         return (a.scale, a.logits_soft_cap) == (b.scale, b.logits_soft_cap)
 
-    def _scores(
-        self,
-        job: Job,
-        policy: Policy,
-        table: RequestTable | None,
-        observed: Observed | None,
-        whole: _Candidates,
-    ) -> Tensor:
+    def _scores(self, task: _Task, whole: _Candidates) -> Tensor:
         """The policy's scores `[L, H, T]`, ready to be compared: padding lowest, then what is no number."""
         scores = torch.full((len(whole.pages), whole.num_scored), -torch.inf, device=self.cache.device)
-        heads = self.grid.num_heads
-        for part in self._slices(job, policy, table, observed, whole):
+        policy, heads = task.policy, self.grid.num_heads
+        for part in self._slices(task, whole):
             if self.cache.scores_windows(policy):
-                seen = self._observe(job, policy, observed, part, read=False)
-                own = self.cache.window_scores(policy, part.pages, seen)
+                own = self.cache.window_scores(policy, part.pages, self._observe(task, part, read=False))
             else:
-                own = policy.score(self._observe(job, policy, observed, part))
+                own = policy.score(self._observe(task, part))
             rows = slice(part.layers.start * heads, part.layers.stop * heads)
             scores[rows, whole.num_scored - part.num_scored :] = own
         # One broken score must not rank a token below what does not exist, nor above what is protected.
         limits = torch.finfo(torch.float32)
         scores.nan_to_num_(nan=limits.min, neginf=limits.min, posinf=limits.max)
-        return self._protected(job, whole, scores)
+        return self._protected(task.job, whole, scores)
 
-    def _refine(
-        self,
-        job: Job,
-        policy: Policy,
-        table: RequestTable | None,
-        observed: Observed | None,
-        whole: _Candidates,
-        scores: Tensor,
-        counts: Tensor,
-    ) -> None:
+    def _refine(self, task: _Task, whole: _Candidates, scores: Tensor, counts: Tensor) -> None:
         """Have the policy change its scores `[L, H, T]` by how many tokens each head keeps."""
         for layer in range(self.grid.num_layers):
-            part = self._candidates(job, table, slice(layer, layer + 1))
+            part = self._candidates(task, slice(layer, layer + 1))
             own = scores[layer, :, whole.num_scored - part.num_scored :]
             num_kept = counts[layer] * self.grid.block_size
-            own[:] = policy.refine(own.clone(), num_kept, self._observe(job, policy, observed, part))
+            own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task, part))
         least = torch.finfo(torch.float32).min
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
-        self._protected(job, whole, scores)
+        self._protected(task.job, whole, scores)
 
     def _protected(self, job: Job, whole: _Candidates, scores: Tensor) -> Tensor:
         """As `[L, H, T]`, changed in place: padding at -inf; the sinks, which head every run, at +inf."""
@@ -195,9 +192,8 @@ class Compactor:
             flat.masked_fill_((behind >= 0) & (behind < sinks), torch.inf)
         return flat.view(self.grid.num_layers, self.grid.num_heads, -1)
 
-    def _observe(
-        self, job: Job, policy: Policy, observed: Observed | None, part: _Candidates, read: bool = True
-    ) -> LayerObservation:
+    def _observe(self, task: _Task, part: _Candidates, read: bool = True) -> LayerObservation:
+        job, policy, observed = task.job, task.policy, task.observed
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
@@ -227,16 +223,10 @@ class Compactor:
             num_layers=part.layers.stop - first,
         )
 
-    def _carry(
-        self,
-        job: Job,
-        policy: Policy,
-        table: RequestTable | None,
-        observed: Observed,
-        new: RequestTable,
-        from_end: Tensor,
-    ) -> None:
+    def _carry(self, task: _Task, new: RequestTable, from_end: Tensor) -> None:
         """Give the policy's states the columns of the new table; `from_end`, below 0, are its old ones."""
+        job, table, observed = task.job, task.table, task.observed
+        assert observed is not None
         raw = torch.arange(job.num_tokens - job.boundary, device=from_end.device)
         raw = raw.expand(self.grid.num_heads, -1)
         for layer, state in enumerate(observed.states):
@@ -245,4 +235,4 @@ class Compactor:
             own = slice(layer, layer + 1)
             width = (len(job.source) + (table.longest(own) if table else 0)) * self.grid.block_size
             old = new.align(own, from_end, -width - 1) + width
-            observed.states[layer] = policy.carry(state, torch.cat([old, raw + width], 1))
+            observed.states[layer] = task.policy.carry(state, torch.cat([old, raw + width], 1))
