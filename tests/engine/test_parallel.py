@@ -85,15 +85,16 @@ def watch(wrapper) -> None:
         worker.model_runner._dummy_run(1)
     run = compactor.run
 
-    def watched(job, *args):
-        elsewhere = {*job.destination}.isdisjoint((*job.previous, *job.source, *job.tail))
-        pages = compactor.grid.linear_pages(torch.tensor(job.destination))
-        if elsewhere:
+    def watched(works):
+        jobs = [work.job for work in works]
+        read = {block for job in jobs for block in (*job.previous, *job.source, *job.tail)}
+        elsewhere = [job for job in jobs if read.isdisjoint(job.destination)]
+        written = [compactor.grid.linear_pages(torch.tensor(job.destination)) for job in elsewhere]
+        for pages in written:
             compactor.cache.pages[pages] = torch.nan
-        table = run(job, *args)
-        if elsewhere:
-            worker.whole.append(bool(compactor.cache.pages[pages].isfinite().all()))
-        return table
+        tables = run(works)
+        worker.whole += [bool(compactor.cache.pages[pages].isfinite().all()) for pages in written]
+        return tables
 
     compactor.run = watched
     compactor.listeners.append(

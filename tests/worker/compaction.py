@@ -4,6 +4,7 @@ Nothing here uses the code under test but the objects that it is handed.
 """
 
 import bisect
+import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from vllm_kvcompress.policies import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.observer import LayerAttention, Observer
-from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.requests.tables import RequestTable
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 SCALE = 0.4
 FIRST_LAYER = 5  # as on a later pipeline rank
@@ -110,7 +112,14 @@ class Request:
         self.num_tokens, self.boundary = 0, 0
         self.raw: dict[int, int] = {}  # block of the tokens from index·block_size on
         self.destination: list[int] = []
+        self.taken: set[int] = set()  # of what was freed in the last step
         self.held: list[list[list[int]]] = [[[] for _ in range(heads)] for _ in range(layers)]
+
+    def move_in_with(self, other: "Request") -> None:
+        """Have one pool and one compactor with a request of the same shape; before either has computed."""
+        self.cache, self.compactor, self.kept = other.cache, other.compactor, other.kept
+        self.observer = dataclasses.replace(self.observer, cache=other.cache, _observed={}, _repetitions={})
+        self.free = [other.free.pop() for _ in range(len(other.free) // 2)]
 
     # ------------------------------------------------------------------ pages, spelled out
 
@@ -189,30 +198,30 @@ class Request:
 
     def run(self, job: Job, wanted: list[list[list[int]]]) -> None:
         """Run the Job and check everything it leaves: `wanted` are the kept positions per layer and head."""
-        before = self.cache.pages.clone()
-        table = self.observer.tables.get("r")
-        self.observer.settle(job)
-        new = self.compactor.run(job, table, self.observer.of("r"))
-        counts, kept = self.kept[-1]
-        runs = kept.split(counts.flatten().tolist())
+        run_together([self], [job], [wanted])
+
+    def _write(self, pages: Tensor, job: Job, wanted: list[list[list[int]]]) -> None:
+        """Put the kept tokens where the Job should have put them."""
+        target, size = iter(self.linear(list(job.destination))), self.grid.block_size
+        for layer, heads in enumerate(wanted):
+            for head, own in enumerate(heads):
+                for begin in range(0, len(own), size):
+                    pages[next(target)] = self.packed(layer, head, own[begin : begin + size])
+        assert next(target, None) is None, "every page of the destination is filled"
+
+    def _take(
+        self, job: Job, wanted: list[list[list[int]]], new: RequestTable, counts: Tensor, kept: Tensor
+    ) -> None:
+        """Check what the Job says that it left, and go on with it."""
+        runs, size = kept.split(counts.flatten().tolist()), self.grid.block_size
         got = [run.flatten().tolist() for run in runs]
         assert got == [own for heads in wanted for own in heads]
         assert torch.equal(new.counts, counts) and new.boundary == job.boundary
         assert new.destination.tolist() == list(job.destination)
-
-        expected, pages = before.clone(), iter(self.linear(list(job.destination)))
-        size = self.grid.block_size
-        for layer, heads in enumerate(wanted):
-            for head, own in enumerate(heads):
-                for begin in range(0, len(own), size):
-                    expected[next(pages)] = self.packed(layer, head, own[begin : begin + size])
-        assert next(pages, None) is None, "every page of the destination is filled"
-        assert torch.equal(self.cache.pages, expected), "and no other page is touched"
         if job.config.interval is None:
             assert new.positions is None
         else:
             assert new.positions.dtype == torch.int32 and new.positions.tolist() == kept.tolist()
-
         self.observer.tables["r"] = new
         self.held, self.destination = wanted, list(job.destination)
         for index in range(self.boundary // size, job.boundary // size):
@@ -223,7 +232,7 @@ class Request:
 
     def _free(self, block: int) -> None:
         """Somebody else has it now, and writes what would show wherever it is read."""
-        if block in self.destination:
+        if block in self.taken:
             return
         for layer in range(self.grid.num_layers):
             for head in range(self.grid.num_heads):
@@ -238,6 +247,26 @@ class Request:
         seen = self.held[layer][head] + list(range(self.boundary, position + 1))
         logits = self.keys[layer, head, seen].double() @ self.queries[layer, position, query_head].double()
         return dict(zip(seen, (logits * SCALE).softmax(0).tolist(), strict=True))
+
+
+def run_together(requests: list[Request], jobs: list[Job], wanted: list[list[list[list[int]]]]) -> None:
+    """Run a Job of each of several requests with one pool, and check everything that is left."""
+    cache, compactor = requests[0].cache, requests[0].compactor
+    expected, told = cache.pages.clone(), len(requests[0].kept)
+    works = []
+    for request, job in zip(requests, jobs, strict=True):
+        request.observer.settle(job)
+        works.append(Work(job, request.observer.tables.get("r"), request.observer.of("r")))
+    tables = compactor.run(works)
+    for request in requests:
+        request.taken = {block for job in jobs for block in job.destination}
+    each = list(zip(requests, jobs, wanted, strict=True))
+    for request, job, kept in each:
+        request._write(expected, job, kept)
+    assert torch.equal(cache.pages, expected), "no other page is touched"
+    said = requests[0].kept[told:]
+    for (request, job, kept), new, (counts, positions) in zip(each, tables, said, strict=True):
+        request._take(job, kept, new, counts, positions)
 
 
 # ---------------------------------------------------------------------- selection and allocations, in loops

@@ -12,9 +12,10 @@ from compaction import FIRST_LAYER, SCALE, ByKey, ByTable, Request, counts_of, k
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import Repetition
 from vllm_kvcompress.policies import POLICIES, register_policy
+from vllm_kvcompress.policies.base import LayerObservation
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.observer import LayerAttention
-from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 ALLOCATIONS = ["uniform", "adaptive", "pyramid", "global", "profile"]
 BLOCK_SIZE = 4
@@ -433,13 +434,16 @@ def test_a_cache_that_scores_windows_itself_is_shown_the_pages_instead_of_the_ke
         def scores_windows(self, policy):
             return policy.name == "snapkv"
 
-        def window_scores(self, policy, pages, observation):
-            assert observation.keys.numel() == observation.values.numel() == 0
-            assert observation.keys.shape[1] == observation.num_scored + request.num_tokens - boundary
+        def window_scores(self, policy, pages, queries, scales, soft_caps, num_scored, ends):
+            assert (scales, soft_caps) == ([SCALE] * 3, [0.0] * 3)
+            (width,) = ends
+            assert width == num_scored + request.num_tokens - boundary
             shown.append(pages)
-            width = observation.keys.shape[1]
-            whole = dataclasses.replace(observation, keys=self.read_keys(pages)[:, :width])
-            return policy.score(whole)
+            padding = (pages < 0).sum(1) * BLOCK_SIZE
+            queries = queries.transpose(0, 1).flatten(1, 2).unflatten(1, (len(pages), -1))
+            keys = self.read_keys(pages)[:, :width]
+            empty = keys[..., :0]
+            return policy.score(LayerObservation(keys, empty, queries, SCALE, num_scored, padding=padding))
 
     request = Request(12)
     request.cache = Scoring(request.grid, request.cache.pages, *request.packings)
@@ -553,7 +557,8 @@ def test_drafts_accepted_before_a_compaction_are_observed_with_it():
                 request.compute(4)
             job = request.job(config, blocks, 3)
             request.observer.settle(job)
-            table = request.compactor.run(job, request.observer.tables.get("r"), request.observer.of("r"))
+            work = Work(job, request.observer.tables.get("r"), request.observer.of("r"))
+            (table,) = request.compactor.run([work])
             request.observer.tables["r"] = table
             request.boundary, request.destination = job.boundary, list(job.destination)
             left[-1] += [table.positions, *(state.clone() for state in request.observer.of("r").states)]

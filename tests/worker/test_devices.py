@@ -11,7 +11,7 @@ from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.observer import LayerAttention, Observer
-from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK_SIZE = 2, 2, 2, 8, 16
 FACTORIES = {
@@ -79,8 +79,8 @@ def test_two_compactions(method):
         observer.watch("r", config.build_policy())
         compute(0, 128)
         job = Job(**common, **first, tail=(8,), destination=(20, 21, 22, 23))
-        observer.tables["r"] = compactor.run(job, None, observer.of("r"))
+        (observer.tables["r"],) = compactor.run([Work(job, None, observer.of("r"))])
         compute(128, 160)
         job = Job(**common, **second, source=(8, 9), tail=(10,), destination=(20, 21, 22, 23, 24))
-        table = compactor.run(job, observer.tables["r"], observer.of("r"))
+        (table,) = compactor.run([Work(job, observer.tables["r"], observer.of("r"))])
     assert int(table.counts.sum()) == 5 * LAYERS * HEADS

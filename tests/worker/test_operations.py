@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.requests.cache import PackedCache
-from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 METHODS = {
     "snapkv": {"window": 5},
@@ -44,7 +44,7 @@ def operations(method: str, layers: int) -> list[int]:
         request.compute(tokens)
         job = request.job(config, blocks, 16)
         with Operations() as counted:
-            table = compactor.run(job, table, request.observer.of("r"))
+            (table,) = compactor.run([Work(job, table, request.observer.of("r"))])
         numbers.append(len(counted.names))
         request.observer.tables["r"] = table
         request.boundary, request.destination = job.boundary, list(job.destination)

@@ -40,9 +40,10 @@ class Log:
     def settle(self, job):
         self.done.append(("settle", job.request_id))
 
-    def run(self, job, table, observed):
-        self.done.append(("run", job.request_id, job.num_tokens, table, observed))
-        return f"{job.request_id} at {job.num_tokens}"
+    def run(self, works):
+        for work in works:
+            self.done.append(("run", work.job.request_id, work.job.num_tokens, work.table, work.observed))
+        return [f"{work.job.request_id} at {work.job.num_tokens}" for work in works]
 
     def put(self, request_id, table):
         self.done.append(("put", request_id, table))
@@ -127,11 +128,11 @@ def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_
         ("forget", "old"),
         ("forget", "gone"),
         ("settle", "b"),
+        ("settle", "c"),
         ("run", "b", 40, None, "record of b"),
+        ("run", "c", 40, None, None),
         ("put", "b", "b at 40"),
         ("forget record", "b"),
-        ("settle", "c"),
-        ("run", "c", 40, None, None),
         ("put", "c", "c at 40"),
         ("forget record", "c"),
         ("pause", "d"),

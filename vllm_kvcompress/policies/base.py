@@ -85,8 +85,8 @@ class Policy(ABC):
         reads_keys: False if the keys that it scores, and their queries, may be empty (`[H, W, 0]`).
         reads_values: False if their values may.
         stacks_layers: True if it scores several layers at once as if they were one with more heads: a head's
-            scores depend on nothing but its keys, values and queries, the scale and the soft cap. Such a
-            policy has no state.
+            scores depend on nothing but its keys, values and queries, the scale, the soft cap and its row
+            of the state, which is `[H, W]` if there is any.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
         repeats: True if it must `observe` the queries with which the model repeats the context.

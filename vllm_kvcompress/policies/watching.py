@@ -82,6 +82,7 @@ class AttentionSum(Policy):
     accumulates: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = False  # but for `observe`
     reads_values: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
     squared: ClassVar[bool]
 
     def observe(self, observation: LayerObservation) -> Tensor:

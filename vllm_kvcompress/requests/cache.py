@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.tables import RequestTable
 
@@ -56,6 +56,11 @@ class PagedCache(ABC):
         """Numbers as int64 where the pages are."""
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
+    @property
+    @abstractmethod
+    def block_bytes(self) -> int:
+        """Bytes of a block of all layers."""
+
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:
         """Keys `[X, W·N, D]` of pages `[X, W]`; those of absent pages (-1) are arbitrary."""
@@ -78,47 +83,89 @@ class PagedCache(ABC):
         """Whether `window_scores` answers for this policy, without a copy of the keys."""
         return False
 
-    def window_scores(self, policy: Policy, pages: Tensor, observation: LayerObservation) -> Tensor:
-        """What the policy's `score` returns.
+    def window_scores(
+        self,
+        policy: Policy,
+        pages: Tensor,
+        queries: Tensor,
+        scales: list[float],
+        soft_caps: list[float],
+        num_scored: int,
+        ends: list[int],
+    ) -> Tensor:
+        """What the policy's `score` returns for all layers of J requests, X = J·L·H.
 
         Args:
             policy: one that looks at its window's attention alone.
-            pages: `[H, W / N]` int64, of the layers shown; -1 for padding.
-            observation: of these layers, whose keys and values are empty.
+            pages: `[X, W / N]` int64; -1 for padding.
+            queries: `[J·L, w, Hq, D]`, of each request's last w tokens.
+            scales: softmax scale of each layer.
+            soft_caps: soft cap of each layer's logits; 0 for none.
+            num_scored: T, columns to score.
+            ends: how many of the columns are each request's, the window included.
+
+        Returns:
+            `[X, T]` float32.
         """
         raise NotImplementedError
 
+    def rank(self, scores: Tensor, padding: Tensor | None, sinks: int) -> None:
+        """Make scores comparable, in place: padding -inf and the sinks +inf, alone; NaN the lowest number.
+
+        Args:
+            scores: `[X, T]` float32.
+            padding: `[X]` int64, leading columns that hold nothing; None for none.
+            sinks: tokens that head each row and are protected.
+        """
+        limits = torch.finfo(torch.float32)
+        scores.nan_to_num_(nan=limits.min, neginf=limits.min, posinf=limits.max)
+        protect(scores, padding, sinks)
+
     def allocate(
-        self, allocation: Allocation, scores: Tensor, num_pages: int, sinks: int, capacity: Tensor | None
+        self,
+        allocation: Allocation,
+        scores: Tensor,
+        num_pages: list[int],
+        widths: list[int],
+        sinks: int,
+        capacity: Tensor | None,
     ) -> Tensor:
-        """What the allocation decides.
+        """What the allocation decides for each of J requests.
 
         Args:
             allocation: one of all.
-            scores: `[L, H, T]` as `Allocation.allocate` takes them, without NaN.
-            num_pages: pages to spend.
+            scores: `[J, L, H, T]` as `Allocation.allocate` takes them, without NaN.
+            num_pages: pages that each request may spend.
+            widths: columns that each request has, the last ones.
             sinks: tokens of each head that are protected.
-            capacity: `[L, H]` int64, or None, likewise.
+            capacity: `[J, L, H]` int64, or None, likewise.
 
         Returns:
-            `[L, H]` int64.
+            `[J, L, H]` int64.
         """
-        return allocation.allocate(scores, num_pages, self.grid.block_size, capacity)
+        capacities = [None] * len(scores) if capacity is None else capacity
+        of_requests = zip(scores, num_pages, widths, capacities, strict=True)
+        return torch.stack(
+            [
+                allocation.allocate(own[..., own.shape[-1] - width :], total, self.grid.block_size, most)
+                for own, total, width, most in of_requests
+            ]
+        )
 
     def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
         """The columns that fill each head's pages, and the row of each page.
 
         Args:
-            scores: `[L, H, T]`, as in `allocate`.
-            counts: `[L, H]` int64, pages of each head.
+            scores: `[X, T]`, as in `allocate`.
+            counts: `[X]` int64, pages of each row.
             num_pages: M, their sum.
 
         Returns:
-            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its head among all L·H.
+            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its row.
         """
-        rows = torch.arange(counts.numel(), device=counts.device)
-        row = rows.repeat_interleave(counts.flatten(), output_size=num_pages)
-        return select(scores, counts, self.grid.block_size), row
+        rows = torch.arange(len(counts), device=counts.device)
+        row = rows.repeat_interleave(counts, output_size=num_pages)
+        return select(scores[None], counts[None], self.grid.block_size), row
 
     def context(self, layers: slice, table: RequestTable | None, raw: Tensor) -> Tensor:
         """Pages of some layers' context: a request's runs, if it has any, then its raw blocks.
@@ -136,6 +183,16 @@ class PagedCache(ABC):
         """
         positional = self.grid.layer_pages(layers, raw)
         return positional if table is None else torch.cat([table.right_aligned(layers), positional], 1)
+
+
+def protect(scores: Tensor, padding: Tensor | None, sinks: int) -> None:
+    """Give -inf to padding, and +inf to the sinks, which head every row; arguments as of `rank`."""
+    if padding is None:
+        scores[:, :sinks] = torch.inf
+        return
+    behind = torch.arange(scores.shape[1], device=scores.device) - padding[:, None]
+    scores.masked_fill_(behind < 0, -torch.inf)
+    scores.masked_fill_((behind >= 0) & (behind < sinks), torch.inf)
 
 
 @dataclass(frozen=True)
@@ -160,6 +217,10 @@ class PackedCache(PagedCache):
     def head_size(self) -> int:
         return self.key_packing.head_size
 
+    @property
+    def block_bytes(self) -> int:
+        return self.grid.pages_per_block * self.pages[0].nbytes
+
     def read_keys(self, pages: Tensor) -> Tensor:
         return self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
 
@@ -170,7 +231,7 @@ class PackedCache(PagedCache):
         if overlaps:  # all is gathered before anything is written
             self.pages[target] = self._new_pages(kept.pages, kept.row, kept.columns)
             return
-        at_once = max(1, self.slice_bytes // (self.pages[0].numel() * self.pages.element_size()))
+        at_once = max(1, self.slice_bytes // self.pages[0].nbytes)
         parts = (part.split(at_once) for part in (kept.row, kept.columns, target))
         for row, columns, own in zip(*parts, strict=True):
             self.pages[own] = self._new_pages(kept.pages, row, columns)

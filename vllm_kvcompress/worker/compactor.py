@@ -1,14 +1,15 @@
 """Runs Jobs: scores a request's tokens, decides each head's pages, and writes the kept tokens into them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
-from vllm_kvcompress.requests.cache import Kept, PagedCache
+from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
 from vllm_kvcompress.requests.observer import LayerAttention, Observed
 from vllm_kvcompress.requests.tables import RequestTable
 
@@ -16,32 +17,51 @@ Listener = Callable[[Job, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
-class _Task:
-    """A Job and what it is run on.
+class Work:
+    """A Job and what is known of its request.
 
     Attributes:
         job: what to do.
-        policy: which scores.
         table: the result of the request's last compaction, if there was one.
-        observed: what was kept of its queries, if the policy needs any.
-        raw: `[n]` int64, block ids of the Job's raw tokens, on the cache's device.
+        observed: what was kept of its queries, if its policy needs any; its states are carried over.
     """
 
     job: Job
+    table: RequestTable | None = None
+    observed: Observed | None = None
+
+    @property
+    def method(self) -> tuple[object, ...]:
+        """What works must have in common to run together."""
+        config = self.job.config
+        return config.build_policy(), config.build_allocation(), config.sink_tokens
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A Work and where it is done.
+
+    Attributes:
+        work: what to do.
+        policy: which scores.
+        raw: `[n]` int64, block ids of the Job's raw tokens, on the cache's device.
+        destination: `[m]` int64, likewise, of its destination.
+    """
+
+    work: Work
     policy: Policy
-    table: RequestTable | None
-    observed: Observed | None
     raw: Tensor
+    destination: Tensor
 
 
 @dataclass(frozen=True)
 class _Candidates:
-    """What a request holds of some layers, their heads one after the other: X = l·H.
+    """What one request holds of some layers, or several do, their heads one after the other: X = J·l·H.
 
     Attributes:
         layers: which.
         pages: `[X, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
-        num_scored: columns below the new boundary.
+        num_scored: columns below the new boundary, which all requests have at the same column.
         padding: `[X]` int64, leading columns that hold nothing; None for none.
         positions: makes `[X, W]` int64, token positions of the columns; None where column i is token i.
     """
@@ -50,14 +70,14 @@ class _Candidates:
     pages: Tensor
     num_scored: int
     padding: Tensor | None
-    positions: Callable[[], Tensor] | None
+    positions: Callable[[], Tensor] | None = None
 
 
 class Compactor:
     """Compacts requests inside a paged cache.
 
     All layers go through few operations together: what is as long as a request's context is made for as many
-    layers at a time as fit `PagedCache.slice_bytes`.
+    layers at a time as fit `PagedCache.slice_bytes`. So do requests that are compacted in the same step.
 
     Attributes:
         listeners: called after each Job with the Job, the page counts `[L, H]` and the kept token positions
@@ -76,49 +96,87 @@ class Compactor:
         self.layers = layers
         self.listeners: list[Listener] = []
 
-    def run(self, job: Job, table: RequestTable | None, observed: Observed | None) -> RequestTable:
-        """Compact one request.
+    def run(self, works: Sequence[Work]) -> list[RequestTable]:
+        """Compact requests, each at most once, as if one after the other.
 
-        Destination blocks may be source blocks; then everything is gathered before anything is written.
+        Destination blocks may be source blocks, of the same request or of an earlier one.
 
         Args:
-            job: what to do.
-            table: the result of the request's last compaction, if there was one.
-            observed: what was kept of its queries, if its policy needs any; its states are carried over.
+            works: in order.
 
         Returns:
-            The request's new table.
+            The requests' new tables.
         """
-        assert (table is None) == (not job.previous)
-        policy, block_size = job.config.build_policy(), self.grid.block_size
-        task = _Task(job, policy, table, observed, self.cache.on_device(job.source + job.tail))
-        whole = self._candidates(task, slice(0, self.grid.num_layers))
-        scores = self._scores(task, whole)
-        num_pages = len(job.destination) * self.grid.pages_per_block
+        return [table for group in self._groups(works) for table in self._run_together(group)]
+
+    def _groups(self, works: Sequence[Work]) -> Iterator[list[Work]]:
+        """Works of one method of which none writes where an earlier one reads, within bounded memory."""
+        group: list[Work] = []
+        reads: set[int] = set()
+        num_blocks, most = 0, self.cache.slice_bytes // self.cache.block_bytes
+        for work in works:
+            job = work.job
+            num_blocks += len(job.destination)
+            waits = not reads.isdisjoint(job.destination)
+            if group and (waits or num_blocks > most or work.method != group[0].method):
+                yield group
+                group, reads, num_blocks = [], set(), len(job.destination)
+            group.append(work)
+            reads.update(job.previous, job.source)
+        if group:
+            yield group
+
+    def _run_together(self, group: list[Work]) -> Iterator[RequestTable]:
+        jobs, tasks = [work.job for work in group], self._tasks(group)
+        own = [self._candidates(task, slice(0, self.grid.num_layers)) for task in tasks]
+        together = _aligned(own, self.grid.block_size)
+        shape = len(jobs), self.grid.num_layers, self.grid.num_heads
+        scores = self._scores(tasks, together)
+        num_pages = [len(job.destination) * self.grid.pages_per_block for job in jobs]
         capacity = None
-        if whole.padding is not None:
-            capacity = ((whole.num_scored - whole.padding) // block_size).view(scores.shape[:2])
-        allocation, sinks = job.config.build_allocation(), job.config.sink_tokens
-        counts = self.cache.allocate(allocation, scores, num_pages, sinks, capacity)
-        if type(policy).refine is not Policy.refine:
-            self._refine(task, whole, scores, counts)
-        columns, row = self.cache.select(scores, counts, num_pages)
-        positions = columns if whole.positions is None else whole.positions()[row[:, None], columns]
-        destination = self.cache.on_device(job.destination)
-        overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
-        self.cache.rewrite(Kept(whole.pages, row, columns), self.grid.linear_pages(destination), overlaps)
+        if together.padding is not None:
+            capacity = ((together.num_scored - together.padding) // self.grid.block_size).view(shape)
+        allocation, sinks = jobs[0].config.build_allocation(), jobs[0].config.sink_tokens
+        widths = [each.num_scored for each in own]
+        counts = self.cache.allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
+        if type(tasks[0].policy).refine is not Policy.refine:
+            self._refine(tasks, together, scores, counts)
+        columns, row = self.cache.select(scores, counts.flatten(), sum(num_pages))
+        target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))
+        overlaps = any(not {*job.previous, *job.source}.isdisjoint(job.destination) for job in jobs)
+        self.cache.rewrite(Kept(together.pages, row, columns), target, overlaps)
+        parts = columns.split(num_pages), row.split(num_pages)
+        for index, (task, held, kept, rows) in enumerate(zip(tasks, own, *parts, strict=True)):
+            # As columns of the request's own.
+            if len(tasks) > 1:
+                kept, rows = kept - (together.num_scored - held.num_scored), rows - index * len(held.pages)
+            yield self._finish(task, held, counts[index], kept, rows)
+
+    def _finish(
+        self, task: _Task, held: _Candidates, counts: Tensor, columns: Tensor, row: Tensor
+    ) -> RequestTable:
+        """Tell what a request keeps: `columns` `[M, N]` of the rows `[M]` of what it held."""
+        job, observed = task.work.job, task.work.observed
+        positions = columns if held.positions is None else held.positions()[row[:, None], columns]
         for listener in self.listeners:
             listener(job, counts, positions)
         again = job.config.interval is not None
         new = RequestTable(
-            self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
+            self.grid, task.destination, counts, job.boundary, positions.to(torch.int32) if again else None
         )
         if observed is not None and again:
-            self._carry(task, new, columns - whole.num_scored)
+            self._carry(task, new, columns - held.num_scored)
         return new
 
+    def _tasks(self, group: list[Work]) -> list[_Task]:
+        policy, jobs = group[0].job.config.build_policy(), [work.job for work in group]
+        lists = [blocks for job in jobs for blocks in (job.source + job.tail, job.destination)]
+        sent = self.cache.on_device([block for blocks in lists for block in blocks])
+        blocks = iter(sent.split([len(blocks) for blocks in lists]))
+        return [_Task(work, policy, next(blocks), next(blocks)) for work in group]
+
     def _candidates(self, task: _Task, layers: slice) -> _Candidates:
-        job, table = task.job, task.table
+        job, table = task.work.job, task.work.table
         pages = self.cache.context(layers, table, task.raw)
         return _Candidates(
             layers=layers,
@@ -128,18 +186,17 @@ class Compactor:
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
-    def _slices(self, task: _Task, whole: _Candidates) -> Iterator[_Candidates]:
+    def _slices(self, task: _Task) -> Iterator[_Candidates]:
         """The layers, as many at a time as the policy scores at once and memory is meant for."""
-        policy, observed = task.policy, task.observed
+        job, policy, observed = task.work.job, task.policy, task.work.observed
         at_once, heads = 1, self.grid.num_heads
-        if self.cache.scores_windows(policy):  # in memory of bounds of its own
-            at_once = len(self.layers)
-        elif policy.stacks_layers:
-            columns = whole.pages.shape[1] * self.grid.block_size
+        if policy.stacks_layers:
+            longest = task.work.table.longest(slice(None)) if task.work.table else 0
+            columns = (longest + len(job.source + job.tail)) * self.grid.block_size
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
-            # Keys and attention in float32.
-            per_layer = 4 * heads * columns * (self.cache.head_size + group * policy.window)
-            at_once = max(1, self.cache.slice_bytes // per_layer)
+            # Keys and attention in float32, or else a number of each token.
+            per_token = policy.reads_keys * self.cache.head_size + group * policy.window or 1
+            at_once = max(1, self.cache.slice_bytes // (4 * heads * columns * per_token))
         begin = 0
         while begin < len(self.layers):
             end = begin + 1
@@ -153,53 +210,66 @@ class Compactor:
         a, b = self.layers[one], self.layers[other]
         return (a.scale, a.logits_soft_cap) == (b.scale, b.logits_soft_cap)
 
-    def _scores(self, task: _Task, whole: _Candidates) -> Tensor:
-        """The policy's scores `[L, H, T]`, ready to be compared: padding lowest, then what is no number."""
-        scores = torch.full((len(whole.pages), whole.num_scored), -torch.inf, device=self.cache.device)
-        policy, heads = task.policy, self.grid.num_heads
-        for part in self._slices(task, whole):
-            if self.cache.scores_windows(policy):
-                own = self.cache.window_scores(policy, part.pages, self._observe(task, part, read=False))
-            else:
-                own = policy.score(self._observe(task, part))
-            rows = slice(part.layers.start * heads, part.layers.stop * heads)
-            scores[rows, whole.num_scored - part.num_scored :] = own
+    def _scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
+        """The policy's scores `[X, T]`, ready to be compared: padding lowest, then what is no number."""
+        sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy
+        if self.cache.scores_windows(policy):
+            scores = self._window_scores(tasks, together)
+        else:
+            scores = torch.full(
+                (len(together.pages), together.num_scored), -torch.inf, device=self.cache.device
+            )
+            for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
+                for part in self._slices(task):
+                    self._of(own, part)[:] = policy.score(self._observe(task, part))
         # One broken score must not rank a token below what does not exist, nor above what is protected.
-        limits = torch.finfo(torch.float32)
-        scores.nan_to_num_(nan=limits.min, neginf=limits.min, posinf=limits.max)
-        return self._protected(task.job, whole, scores)
+        self.cache.rank(scores, together.padding, sinks)
+        return scores
 
-    def _refine(self, task: _Task, whole: _Candidates, scores: Tensor, counts: Tensor) -> None:
-        """Have the policy change its scores `[L, H, T]` by how many tokens each head keeps."""
-        for layer in range(self.grid.num_layers):
-            part = self._candidates(task, slice(layer, layer + 1))
-            own = scores[layer, :, whole.num_scored - part.num_scored :]
-            num_kept = counts[layer] * self.grid.block_size
-            own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task, part))
+    def _window_scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
+        """The scores that the cache itself makes of all layers and requests."""
+        jobs, queries = [task.work.job for task in tasks], []
+        for task in tasks:
+            assert task.work.observed is not None
+            queries.append(task.work.observed.window(slice(None), task.work.job.num_tokens).transpose(0, 1))
+        ends = [together.num_scored + job.num_tokens - job.boundary for job in jobs]
+        return self.cache.window_scores(
+            tasks[0].policy,
+            together.pages,
+            queries[0] if len(queries) == 1 else torch.cat(queries),
+            [layer.scale for layer in self.layers],
+            [layer.logits_soft_cap for layer in self.layers],
+            together.num_scored,
+            ends,
+        )
+
+    def _of(self, scores: Tensor, part: _Candidates) -> Tensor:
+        """What is a part's of a request's scores `[L·H, T]`."""
+        heads = self.grid.num_heads
+        rows = slice(part.layers.start * heads, part.layers.stop * heads)
+        return scores[rows, scores.shape[1] - part.num_scored :]
+
+    def _refine(self, tasks: list[_Task], together: _Candidates, scores: Tensor, counts: Tensor) -> None:
+        """Have the policy change its scores `[X, T]` by how many pages each head keeps, `[J, L, H]`."""
+        for task, of_request, pages in zip(tasks, scores.chunk(len(tasks)), counts, strict=True):
+            for part in self._slices(task):
+                own, num_kept = (
+                    self._of(of_request, part),
+                    pages[part.layers].flatten() * self.grid.block_size,
+                )
+                own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task, part))
         least = torch.finfo(torch.float32).min
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
-        self._protected(task.job, whole, scores)
+        protect(scores, together.padding, tasks[0].work.job.config.sink_tokens)
 
-    def _protected(self, job: Job, whole: _Candidates, scores: Tensor) -> Tensor:
-        """As `[L, H, T]`, changed in place: padding at -inf; the sinks, which head every run, at +inf."""
-        sinks, padding = job.config.sink_tokens, whole.padding
-        flat = scores.view(len(whole.pages), -1)
-        if padding is None:
-            flat[:, :sinks] = torch.inf
-        else:
-            behind = torch.arange(whole.num_scored, device=scores.device) - padding[:, None]
-            flat.masked_fill_(behind < 0, -torch.inf)
-            flat.masked_fill_((behind >= 0) & (behind < sinks), torch.inf)
-        return flat.view(self.grid.num_layers, self.grid.num_heads, -1)
-
-    def _observe(self, task: _Task, part: _Candidates, read: bool = True) -> LayerObservation:
-        job, policy, observed = task.job, task.policy, task.observed
+    def _observe(self, task: _Task, part: _Candidates) -> LayerObservation:
+        job, policy, observed = task.work.job, task.policy, task.work.observed
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
-        if policy.reads_keys and read:
+        if policy.reads_keys:
             keys = self.cache.read_keys(part.pages)[:, :width]
-        if policy.reads_values and read:
+        if policy.reads_values:
             values = self.cache.read_values(part.pages)[:, :width]
         queries = torch.empty(0, rows, 1, 0, device=device)
         if observed is not None and policy.window:
@@ -215,7 +285,7 @@ class Compactor:
             num_tokens=job.num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
             padding=part.padding,
-            state=None if observed is None else observed.states[first],
+            state=None if observed is None else _stacked(observed.states[part.layers]),
             rotary=attention.rotary,
             output_projection=attention.output_projection,
             layer=attention.index,
@@ -225,7 +295,7 @@ class Compactor:
 
     def _carry(self, task: _Task, new: RequestTable, from_end: Tensor) -> None:
         """Give the policy's states the columns of the new table; `from_end`, below 0, are its old ones."""
-        job, table, observed = task.job, task.table, task.observed
+        job, table, observed = task.work.job, task.work.table, task.work.observed
         assert observed is not None
         raw = torch.arange(job.num_tokens - job.boundary, device=from_end.device)
         raw = raw.expand(self.grid.num_heads, -1)
@@ -236,3 +306,27 @@ class Compactor:
             width = (len(job.source) + (table.longest(own) if table else 0)) * self.grid.block_size
             old = new.align(own, from_end, -width - 1) + width
             observed.states[layer] = task.policy.carry(state, torch.cat([old, raw + width], 1))
+
+
+def _aligned(requests: list[_Candidates], block_size: int) -> _Candidates:
+    """Several requests' candidates with their boundaries at the same column."""
+    if len(requests) == 1:
+        return requests[0]
+    before = [request.num_scored // block_size for request in requests]
+    behind = [request.pages.shape[1] - pages for request, pages in zip(requests, before, strict=True)]
+    pages = torch.cat(
+        [
+            torch.nn.functional.pad(request.pages, (max(before) - left, max(behind) - right), value=-1)
+            for request, left, right in zip(requests, before, behind, strict=True)
+        ]
+    )
+    padding = (pages[:, : max(before)] < 0).sum(1) * block_size
+    return _Candidates(requests[0].layers, pages, max(before) * block_size, padding)
+
+
+def _stacked(states: list[Any]) -> Any:
+    """States of layers that are scored at once, aligned at their last columns."""
+    if len(states) == 1 or all(state is None for state in states):
+        return states[0]
+    width = max(state.shape[1] for state in states)
+    return torch.cat([torch.nn.functional.pad(state, (width - state.shape[1], 0)) for state in states])

@@ -18,6 +18,7 @@ from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
 from vllm_kvcompress.policies.base import QUERY_BLOCK
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.runs import RunArrays
+from vllm_kvcompress.worker.compactor import Work
 from vllm_kvcompress.worker.gpu_cache import PlainCache
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
@@ -123,7 +124,7 @@ class CompressionGPUWorker(CompressionWorker):
         )
         if config.observes:
             state.observer.watch(name, config.build_policy())
-        state.put(name, compactor.run(job, None, state.observer.of(name)))
+        state.put(name, *compactor.run([Work(job, None, state.observer.of(name))]))
         elsewhere = replace(job, destination=tuple(blocks[-plan.kept_blocks :]))
-        compactor.run(elsewhere, None, state.observer.of(name))
+        compactor.run([Work(elsewhere, None, state.observer.of(name))])
         state.forget(name)

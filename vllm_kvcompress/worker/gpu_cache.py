@@ -9,9 +9,9 @@ from torch import Tensor
 
 from vllm_kvcompress.allocation import Adaptive, Allocation, Global, Pyramid, Uniform
 from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages
-from vllm_kvcompress.kernels.scores import window_scores
+from vllm_kvcompress.kernels.scores import rank_columns, window_scores
 from vllm_kvcompress.kernels.selection import adaptive_counts, global_counts, select_columns, whole_pages
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.policies.window import WindowPolicy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
 
@@ -39,6 +39,10 @@ class PlainCache(PagedCache):
     def head_size(self) -> int:
         return self.keys.shape[2]
 
+    @property
+    def block_bytes(self) -> int:
+        return 2 * self.grid.pages_per_block * self.keys[0].nbytes
+
     def on_device(self, numbers: Sequence[int]) -> Tensor:
         return self._sent(torch.tensor(numbers, dtype=torch.int64))
 
@@ -60,49 +64,72 @@ class PlainCache(PagedCache):
     def scores_windows(self, policy: Policy) -> bool:
         return isinstance(policy, WindowPolicy)
 
-    def window_scores(self, policy: Policy, pages: Tensor, observation: LayerObservation) -> Tensor:
+    def window_scores(
+        self,
+        policy: Policy,
+        pages: Tensor,
+        queries: Tensor,
+        scales: list[float],
+        soft_caps: list[float],
+        num_scored: int,
+        ends: list[int],
+    ) -> Tensor:
         assert isinstance(policy, WindowPolicy)
-        layers = observation.num_layers, -1
-        queries = observation.queries.unflatten(1, layers).flatten(2, 3).transpose(0, 1)  # [l, w, Hq, D]
-        cap = observation.logits_soft_cap
+        layers, jobs = len(scales), len(ends)
+        each_end = None if len(set(ends)) == 1 else self.on_device(ends).repeat_interleave(layers)
         return window_scores(
             queries,
             self.keys,
             pages,
-            observation.keys.shape[1],
-            observation.num_scored,
-            torch.full((len(queries),), observation.scale, device=self.device),
-            torch.full((len(queries),), cap, device=self.device) if cap else None,
+            max(ends),
+            num_scored,
+            self._of_layers(scales).repeat(jobs),
+            self._of_layers(soft_caps).repeat(jobs) if any(soft_caps) else None,
             policy.squared,
             policy.kernel_size,
             policy.pooling,
             policy.reduction,
+            each_end,
         )
 
+    def rank(self, scores: Tensor, padding: Tensor | None, sinks: int) -> None:
+        if padding is None:
+            padding = torch.zeros(len(scores), dtype=torch.int64, device=self.device)
+        rank_columns(scores, padding, sinks)
+
     def allocate(
-        self, allocation: Allocation, scores: Tensor, num_pages: int, sinks: int, capacity: Tensor | None
+        self,
+        allocation: Allocation,
+        scores: Tensor,
+        num_pages: list[int],
+        widths: list[int],
+        sinks: int,
+        capacity: Tensor | None,
     ) -> Tensor:
-        block_size, (layers, heads, width) = self.grid.block_size, scores.shape
+        block_size, (jobs, layers, heads, width) = self.grid.block_size, scores.shape
         if capacity is None:
-            capacity = torch.full((layers, heads), width // block_size, device=self.device)
+            capacity = torch.full((jobs, layers, heads), width // block_size, device=self.device)
         smallest = capacity.clamp(max=max(1, -(-sinks // block_size)))
-        pages = torch.full((1,), num_pages, device=self.device)
-        bounds = smallest[None].contiguous(), capacity[None].contiguous()
-        flat = [bound.flatten(1) for bound in bounds]
+        pages = self.on_device(num_pages)
         kind = type(allocation)
         if kind is Global:
-            return global_counts(scores[None], pages, block_size, *bounds)[0]
+            return global_counts(scores, pages, block_size, smallest, capacity)
         if kind is Adaptive:
-            return adaptive_counts(scores[None], pages, block_size, *bounds, allocation.alpha)[0]
+            return adaptive_counts(scores, pages, block_size, smallest, capacity, allocation.alpha)
+        bounds = smallest.flatten(1), capacity.flatten(1)
         if kind is Uniform:
-            return whole_pages(None, pages, *flat).view_as(capacity)
+            return whole_pages(None, pages, *bounds).view_as(capacity)
         if kind is Pyramid:
-            wanted = allocation.wanted(layers, heads, width, num_pages, block_size)
-            return whole_pages(self._sent(wanted)[None], pages, *flat).view_as(capacity)
-        return super().allocate(allocation, scores, num_pages, sinks, capacity)
+            each = zip(widths, num_pages, strict=True)
+            wanted = [allocation.wanted(layers, heads, own, total, block_size) for own, total in each]
+            return whole_pages(self._sent(torch.stack(wanted)), pages, *bounds).view_as(capacity)
+        return super().allocate(allocation, scores, num_pages, widths, sinks, capacity)
 
     def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
-        return select_columns(scores.flatten(0, 1), counts.flatten(), self.grid.block_size, num_pages)
+        return select_columns(scores, counts, self.grid.block_size, num_pages)
+
+    def _of_layers(self, numbers: list[float]) -> Tensor:
+        return self._sent(torch.tensor(numbers, dtype=torch.float32))
 
     def _sent(self, small: Tensor) -> Tensor:
         """A tensor of the host on the device, without waiting for the device."""

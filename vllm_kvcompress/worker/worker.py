@@ -15,13 +15,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.paging.job import CompressionStep
+from vllm_kvcompress.paging.job import CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.layers import probe_layers
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
-from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 
 class CompressionWorker(Worker):
@@ -127,15 +127,8 @@ class CompressionWorker(Worker):
         state = self.compression
         for request_id in (*step.released, *finished):
             state.forget(request_id)
-        for job in step.jobs:
-            observed = state.observer.of(job.request_id)
-            assert (observed is None) == (not job.config.observes)
-            state.observer.settle(job)
-            state.put(job.request_id, self.compactor.run(job, state.tables.get(job.request_id), observed))
-            if job.config.interval is None:
-                state.observer.forget(job.request_id)
-            elif observed is not None:
-                observed.paused = False
+        if step.jobs:
+            self._run_jobs(step.jobs)
         for request_id in step.late:
             state.observer.pause(request_id)
         # After the Jobs, which have used up the records of other requests.
@@ -143,6 +136,20 @@ class CompressionWorker(Worker):
             state.observer.watch(observation.request_id, observation.config.build_policy())
         for repetition in step.repetitions:
             state.observer.watch_repetition(repetition)
+
+    def _run_jobs(self, jobs: Sequence[Job]) -> None:
+        state, works = self.compression, []
+        for job in jobs:
+            observed = state.observer.of(job.request_id)
+            assert (observed is None) == (not job.config.observes)
+            state.observer.settle(job)
+            works.append(Work(job, state.tables.get(job.request_id), observed))
+        for work, table in zip(works, self.compactor.run(works), strict=True):
+            state.put(work.job.request_id, table)
+            if work.job.config.interval is None:
+                state.observer.forget(work.job.request_id)
+            elif work.observed is not None:
+                work.observed.paused = False
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from test_compactor import (  # noqa: F401 (fixtures, and a test that pytest fin
     test_scores_that_are_no_numbers_rank_last_and_infinite_ones_behind_what_is_protected,
     window_scores,
 )
+from test_together import compact_together
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,31 @@ def test_each_head_keeps_its_best_tokens_in_its_own_pages_time_after_time(alloca
         request.compute(tokens)
         counts = compact(request, config, blocks, reuse=reuse)
     assert (len({count for row in counts for count in row}) > 1) == (allocation != "uniform")
+
+
+@pytest.fixture
+def two():
+    requests = [compaction.Request(20 + index) for index in range(2)]
+    requests[1].move_in_with(requests[0])
+    return requests
+
+
+@pytest.mark.parametrize("allocation", ["adaptive", "pyramid", "global"])
+def test_requests_of_one_step_are_compacted_by_the_same_launches(two, allocation, profile, monkeypatch):  # noqa: F811
+    config = configure("kv_compress:window=5,kernel_size=3", allocation, profile)
+    scored = []
+    score = PlainCache.window_scores
+    monkeypatch.setattr(PlainCache, "window_scores", lambda *given: scored.append(1) or score(*given))
+    scores = lambda request, candidates: (  # noqa: E731
+        window_scores(request, 5, 3, squared=True)(request, candidates)
+    )
+    for request in two:
+        request.observer.watch("r", config.build_policy())
+    for tokens, blocks in (((41, 26), (4, 3)), ((9, 23), (4, 4))):
+        for request, num_tokens in zip(two, tokens, strict=True):
+            request.compute(num_tokens)
+        compact_together(two, [config] * 2, blocks, scores, raw_tails=[5, 7])
+    assert len(scored) == 2
 
 
 def test_all_layers_windows_are_scored_on_the_pages():

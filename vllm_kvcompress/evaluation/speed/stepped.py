@@ -7,7 +7,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -44,7 +44,7 @@ class SteppedEngine:
         worker = core.model_executor.driver_worker.worker
         ((attention_group,),) = worker.model_runner.attn_groups
         self.metadata = _timed(attention_group.get_metadata_builder(0), "build")
-        self.compactions = [] if variant == "stock" else _timed(worker.compactor, "run")
+        self.compactions = [] if variant == "stock" else _timed(worker.compactor, "run", len)
 
     def prefill(self, context: int, batch: int) -> dict[str, Any]:
         """Bring `batch` requests to decoding; each prompt goes on where that of a shorter context ended."""
@@ -82,15 +82,15 @@ class SteppedEngine:
             self.engine.step()
 
 
-def _timed(owner: Any, method: str) -> list[float]:
-    """Have every call of an object's method add its seconds to a list."""
+def _timed(owner: Any, method: str, count: Callable[..., int] = lambda *args, **kwargs: 1) -> list[float]:
+    """Have every call of an object's method add its seconds, of each thing that it is done to, to a list."""
     seconds: list[float] = []
     call = getattr(owner, method)
 
     def timed(*args, **kwargs):
         begin = time.perf_counter()
         result = call(*args, **kwargs)
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((time.perf_counter() - begin) / count(*args, **kwargs))
         return result
 
     setattr(owner, method, timed)
