@@ -46,7 +46,8 @@ def test_eval_shows_every_variant(evaluated):
     full, snapkv, _, fp8 = summary["rows"]
     assert fp8["label"] == "stock, fp8 cache" and fp8["kept_fraction"] == 0.25  # of float32
     assert 0 < fp8["kl"]["prose"]["value"] < snapkv["kl"]["prose"]["value"]
-    assert full["kept_fraction"] == 1.0 and full["kl"]["prose"]["value"] == 0.0
+    # (Products of other shapes are rounded otherwise on some CPUs: the prefix is cached the second time.)
+    assert full["kept_fraction"] == 1.0 and full["kl"]["prose"]["value"] < 1e-6 < fp8["kl"]["prose"]["value"]
     # 512 tokens: 15 blocks below the boundary of which 4 stay, and 1 or 2 of the tail.
     assert 0.25 < snapkv["kept_fraction"] < 0.4
     assert snapkv["kl"]["prose"]["value"] > 0

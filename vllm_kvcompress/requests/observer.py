@@ -146,23 +146,14 @@ class RepeatedSpan:
         if not len(own):
             return
         end = self.first + skipped + len(own)
-        seen = self.context.observe(layer, own, end)
         policy, states = self.observed.policy, self.observed.states
-        sinks = min(policy.sinks, self.part.begin)
-        ranges = (0, sinks), (self.part.begin, self.part.end), (self.part.num_context, end)
-        columns = torch.cat([torch.arange(*each, device=query.device) for each in ranges])
-        state = policy.observe(
-            replace(
-                seen,
-                keys=seen.keys[:, columns],
-                kept_positions=lambda: columns.expand(len(seen.keys), -1),
-                state=None,
-            )
-        )
+        sinks, part = min(policy.sinks, self.part.begin), range(self.part.begin, self.part.end)
+        ranges = range(sinks), part, range(self.part.num_context, end)
+        state = policy.observe(self.context.observe_ranges(layer, own, end, ranges))
         if states[layer] is None:
             states[layer] = state.new_zeros(len(state), self.part.num_context)
-        own_part = states[layer][:, self.part.begin : self.part.end]
-        torch.maximum(own_part, state[:, sinks : sinks + own_part.shape[1]], out=own_part)
+        own_part = states[layer][:, part.start : part.stop]
+        torch.maximum(own_part, state[:, sinks : sinks + len(part)], out=own_part)
 
 
 @dataclass(frozen=True)
@@ -205,6 +196,36 @@ class RowContext:
             kept_positions=None
             if self.table is None
             else functools.partial(self.table.column_positions, slice(layer, layer + 1), num_tokens),
+        )
+
+    def observe_ranges(
+        self, layer: int, queries: Tensor, num_tokens: int, ranges: Sequence[range]
+    ) -> LayerObservation:
+        """As `observe`, but the context is these ascending ranges of positions alone.
+
+        Args:
+            layer: of a request that is not compacted.
+            queries: `[n, Hq, D]`, of the last range's end.
+            num_tokens: positions computed.
+            ranges: of positions.
+        """
+        assert self.table is None
+        size, device = self.cache.grid.block_size, queries.device
+        read: list[int] = []  # blocks
+        columns = []
+        for each in filter(len, ranges):
+            column = len(read) * size + each.start % size
+            columns.append(torch.arange(column, column + len(each), device=device))
+            read += range(each.start // size, -(-each.stop // size))
+        own = replace(self, blocks=self.blocks[self.cache.on_device(read)])
+        seen = own.observe(layer, queries, len(read) * size)
+        positions = torch.cat([torch.arange(each.start, each.stop, device=device) for each in ranges])
+        return replace(
+            seen,
+            keys=seen.keys[:, torch.cat(columns)],
+            num_scored=len(positions),
+            num_tokens=num_tokens,
+            kept_positions=lambda: positions.expand(len(seen.keys), -1),
         )
 
 

@@ -147,15 +147,19 @@ heads = st.tuples(
     st.floats(0, 1),
     st.sampled_from([torch.float32, torch.float64]),
 )
+@example([[(101, 5, 3), (5, 0, 8)]], 0.75, torch.float64)
 @example([[(0, 40, 9), (144, 0, 0), (287, 0, 9)]], 1.0, torch.float32)
 @example([[(149, 0, 9)] * 3], 0.26, torch.float32)  # loses two pages
 @example([[(149, 0, 9)] * 3], 0.41, torch.float32)  # gains two
 def test_pages_are_rounded_as_the_allocation_does(rows, spread, dtype):
-    """Wanted are 48ths of pages, so that there are ties, beside bounds that need not be near them."""
+    """Wanted are 48ths of pages, so that there are ties, beside bounds that need not be near them.
+
+    They are such that adding pages to them does not round: otherwise the two may serve ties differently.
+    """
     width = max(map(len, rows))
     padded = torch.tensor([row + [(0, 0, 0)] * (width - len(row)) for row in rows])
     wanted, smallest, room = (part.contiguous() for part in padded.unbind(2))
-    wanted, largest = wanted.to(dtype) / 48, smallest + room
+    wanted, largest = (wanted / 48).mul(4096).round().div(4096).to(dtype), smallest + room
     least, most = smallest.sum(1), largest.sum(1)
     num_pages = least + (spread * (most - least)).long()
     found = whole_pages(wanted, num_pages, smallest, largest)
