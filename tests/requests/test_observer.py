@@ -340,3 +340,22 @@ def test_a_ring_has_the_queries_dtype(observer):
     half = dataclasses.replace(observer, dtype=torch.float16)
     half.watch("h", Window(2))
     assert half.ring("h").dtype == torch.float16
+
+
+def test_keys_are_read_for_those_that_observe_them(observer):
+    shown = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Blind(Diary):
+        observes_keys: ClassVar[bool] = False
+
+        def observe(self, observation):
+            shown.append(observation.keys.shape)
+            return super().observe(observation)
+
+    observer.watch("r", Blind())
+    step(observer, 0, 30)
+    assert shown == [(HEADS, 30, 0)] * LAYERS
+    observer.watch("r", Diary())
+    step(observer, 0, 30)
+    assert len(observer.of("r").states[0]) == 30

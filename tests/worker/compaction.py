@@ -142,6 +142,23 @@ class Request:
 
     def compute(self, num_tokens: int, num_drafts: int = 0) -> None:
         """A step: keys and values of the next tokens are written, and their queries shown to the observer."""
+        begin = self.num_tokens
+        self.write(num_tokens)
+        self.observer.num_drafts = {"r": num_drafts}
+        bounds, seq_lens = torch.tensor([0, num_tokens]), torch.tensor([self.num_tokens])
+        for span in self.observer.spans(["r"], bounds, seq_lens, self.block_table()[None]):
+            for layer in range(self.grid.num_layers):
+                span.record(layer, self.queries[layer, begin : self.num_tokens])
+
+    def block_table(self, width: int = 0) -> Tensor:
+        """Blocks by position, `[W]` int32."""
+        table = torch.zeros(max(width, 1 + max(self.raw, default=0)), dtype=torch.int32)
+        for index, block in self.raw.items():
+            table[index] = block
+        return table
+
+    def write(self, num_tokens: int) -> None:
+        """Keys and values of the next tokens are in their blocks."""
         size, begin, end = self.grid.block_size, self.num_tokens, self.num_tokens + num_tokens
         for index in range(begin // size, -(-end // size)):
             block = self.raw.get(index)
@@ -152,14 +169,6 @@ class Request:
                 for head in range(self.grid.num_heads):
                     self.cache.pages[self.page(layer, block, head)] = self.packed(layer, head, tokens)
         self.num_tokens = end
-        self.observer.num_drafts = {"r": num_drafts}
-        block_table = torch.zeros(1, -(-end // size), dtype=torch.int32)
-        for index, block in self.raw.items():
-            block_table[0, index] = block
-        bounds, seq_lens = torch.tensor([0, num_tokens]), torch.tensor([end])
-        for span in self.observer.spans(["r"], bounds, seq_lens, block_table):
-            for layer in range(self.grid.num_layers):
-                span.record(layer, self.queries[layer, begin:end])
 
     def job(self, config: KVCompressionConfig, num_blocks: int, raw_tail: int, reuse: str = "none") -> Job:
         """A Job that leaves at least `raw_tail` raw tokens and writes to blocks of what `reuse` names."""

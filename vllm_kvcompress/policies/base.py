@@ -84,6 +84,7 @@ class Policy(ABC):
         cost: one line on what scoring a prompt takes.
         reads_keys: False if the keys that it scores, and their queries, may be empty (`[H, W, 0]`).
         reads_values: False if their values may.
+        observes_keys: False if the keys beside the queries that it observes may.
         stacks_layers: True if it scores several layers at once as if they were one with more heads: a head's
             scores depend on nothing but its keys, values and queries, the scale, the soft cap and its row
             of the state, which is `[H, W]` if there is any.
@@ -103,6 +104,7 @@ class Policy(ABC):
     cost: ClassVar[str]
     reads_keys: ClassVar[bool] = True
     reads_values: ClassVar[bool] = True
+    observes_keys: ClassVar[bool] = True
     stacks_layers: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False

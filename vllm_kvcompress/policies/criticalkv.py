@@ -56,6 +56,10 @@ class CriticalKV(Policy):
         return self.base.reads_keys
 
     @property
+    def observes_keys(self) -> bool:  # type: ignore[override]
+        return self.base.observes_keys
+
+    @property
     def accumulates(self) -> bool:  # type: ignore[override]
         return self.base.accumulates
 

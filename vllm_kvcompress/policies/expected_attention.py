@@ -51,6 +51,7 @@ class ExpectedAttention(Policy):
     paper: ClassVar[str] = "Expected Attention (arXiv 2510.00636)"
     cost: ClassVar[str] = "moments of all queries; a D x D form per key"
     accumulates: ClassVar[bool] = True
+    observes_keys: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = True
     future: int = 512
     skip: int = 4

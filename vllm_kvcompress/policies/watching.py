@@ -28,8 +28,11 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
     """
     keys, group, scale = observation.keys, observation.queries.shape[2], observation.scale
     num_queries, (heads, width) = len(observation.queries), keys.shape[:2]
-    plain = torch.contiguous_format  # as in memory: read many times
-    transposed = keys.transpose(1, 2).to(torch.float32, memory_format=plain)
+    plain = torch.contiguous_format  # as in memory: read many times, unless a step has a query or two
+    often = num_queries * group > 16
+    transposed = keys.transpose(1, 2).to(
+        torch.float32, memory_format=plain if often else torch.preserve_format
+    )
     queries = observation.queries.permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
     size = min(QUERY_BLOCK, num_queries)
     future = torch.full((size, size), -torch.inf, device=keys.device).triu_(1)
@@ -37,7 +40,11 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
     per_head = group * size * width
     at_once = max(1, BLOCK_BYTES // 4 // per_head) if keys.device.type == "cpu" else heads
     memory = torch.empty(min(at_once, heads) * per_head, device=keys.device)  # new memory costs page faults
-    padding = None if observation.padding is None else observation.padding.tolist()
+    padding = absent = None
+    if observation.padding is not None:
+        absent = ~observation.holds()[:, None]
+        if keys.device.type == "cpu":
+            padding = observation.padding.tolist()
     cap = observation.logits_soft_cap
     with exact_products(keys, observation.queries):
         for begin in range(0, num_queries, QUERY_BLOCK):
@@ -53,6 +60,8 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
                     logits.tanh_().mul_(cap)
                 newest = logits.unflatten(1, (group, -1))[..., begin - end :]
                 newest += future[: end - begin, : end - begin]
+                if absent is not None and len(logits) > 1:
+                    logits.masked_fill_(absent[some, :, first:seen], -torch.inf)
                 attention = torch.softmax(logits, -1, out=logits)
                 own = result[some, first:seen]
                 if reduction == "max":
@@ -63,11 +72,10 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
 
 
 def _heads(heads: int, at_once: int, padding: list[int] | None) -> Iterator[tuple[slice, int]]:
-    """Which heads to take together, and the first column that they hold."""
-    if padding is None:
-        yield from ((slice(head, head + at_once), 0) for head in range(0, heads, at_once))
-    else:
-        yield from ((slice(head, head + 1), first) for head, first in enumerate(padding))
+    """Which heads to take together, and the first column that any of them holds."""
+    for head in range(0, heads, at_once):
+        some = slice(head, head + at_once)
+        yield some, 0 if padding is None else min(padding[some])
 
 
 class AttentionSum(Policy):

@@ -63,10 +63,14 @@ class Observed:
 
     def record(self, layer: int, first: int, queries: Tensor) -> None:
         """Put queries `[n, Hq, D]` of positions from `first` on into the ring."""
-        if self.ring is not None:
-            newest = queries[-self.ring.shape[1] :]
-            end = first + len(queries)
-            self.ring[layer, self._slots(end - len(newest), end)] = newest
+        if self.ring is None:
+            return
+        if len(queries) == 1:
+            self.ring[layer, first % self.ring.shape[1]] = queries[0]
+            return
+        newest = queries[-self.ring.shape[1] :]
+        end = first + len(queries)
+        self.ring[layer, self._slots(end - len(newest), end)] = newest
 
     def accumulate(
         self, layer: int, first: int, queries: Tensor, num_drafts: int, context: "RowContext"
@@ -84,7 +88,7 @@ class Observed:
         if num_drafts:
             self.drafts[layer] = end, queries[end - first :].clone()
         if len(certain):
-            seen = context.observe(layer, certain, end)
+            seen = context.observe(layer, certain, end, self.policy.observes_keys)
             self.states[layer] = self.policy.observe(replace(seen, state=self.states[layer]))
 
     def _slots(self, begin: int, end: int) -> Tensor:
@@ -125,6 +129,62 @@ class QuerySpan:
             self.observed.record(layer, self.first, own)
         if self.observed.policy.accumulates:
             self.observed.accumulate(layer, self.first, own, self.num_drafts, self.context)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token whose policy may observe others' with it, as those of more heads."""
+        one = self.tokens.stop - self.tokens.start == 1 and not self.num_drafts and not self.observed.drafts
+        policy = self.observed.policy
+        return one and policy.accumulates and policy.stacks_layers and not (self.ring and policy.window)
+
+
+class DecodingSpan:
+    """Rows of one token each, whose policies are the same: observed as one row with all their heads."""
+
+    def __init__(self, rows: Sequence[QuerySpan]) -> None:
+        self.rows = rows
+        self.context = rows[0].context
+        grid = self.context.cache.grid
+        every = slice(0, grid.num_layers)
+        pages = [row.context.cache.context(every, row.context.table, row.context.blocks) for row in rows]
+        self._most = max(own.shape[1] for own in pages)
+        aligned = [torch.nn.functional.pad(own, (self._most - own.shape[1], 0), value=-1) for own in pages]
+        split = [own.view(grid.num_layers, grid.num_heads, -1) for own in aligned]
+        self._pages = torch.stack(split, 1).flatten(1, 2)  # [L, R·H, most]
+        # A row's last page is filled to its own token, so its columns are moved up to the others' last one.
+        self._slack = [-(row.first + 1) % grid.block_size for row in rows]
+        slack = torch.tensor(self._slack, device=pages[0].device).repeat_interleave(grid.num_heads)
+        self._empty = (self._pages < 0).sum(2) * grid.block_size + slack  # [L, R·H]
+        self._tokens = torch.tensor([row.tokens.start for row in rows], device=pages[0].device)
+
+    def record(self, layer: int, query: Tensor) -> None:
+        context, heads = self.context, self.context.cache.grid.num_heads
+        block_size = context.cache.grid.block_size
+        widths = [row.context.num_pages(layer) for row in self.rows]
+        width = max(widths) * block_size
+        held = context.cache.read_keys(self._pages[layer, :, self._most - max(widths) :])
+        keys = torch.empty_like(held, dtype=torch.float32)
+        before = torch.zeros(len(held), width - 1, device=held.device)
+        for index, (row, slack) in enumerate(zip(self.rows, self._slack, strict=True)):
+            own = slice(index * heads, (index + 1) * heads)
+            keys[own, slack:] = held[own, : width - slack]
+            if (state := row.observed.states[layer]) is not None:
+                before[own, width - 1 - state.shape[1] :] = state
+        attention = context.layers[layer]
+        seen = LayerObservation(
+            keys=keys,
+            values=keys[..., :0],
+            queries=query[self._tokens].view(1, len(held), -1, query.shape[2]),
+            scale=attention.scale,
+            num_scored=width,
+            logits_soft_cap=attention.logits_soft_cap,
+            padding=self._empty[layer] - (self._most * block_size - width),
+            state=before,
+            layer=attention.index,
+        )
+        after = self.rows[0].observed.policy.observe(seen).split(heads)
+        for row, own, pages, slack in zip(self.rows, after, widths, self._slack, strict=True):
+            row.observed.states[layer] = own[:, width - pages * block_size + slack :]
 
 
 @dataclass(frozen=True)
@@ -172,14 +232,22 @@ class RowContext:
     table: RequestTable | None
     blocks: Tensor
 
-    def observe(self, layer: int, queries: Tensor, num_tokens: int) -> LayerObservation:
+    def num_pages(self, layer: int) -> int:
+        """Pages of a layer's columns."""
+        return len(self.blocks) + (0 if self.table is None else self.table.longest(slice(layer, layer + 1)))
+
+    def observe(
+        self, layer: int, queries: Tensor, num_tokens: int, read_keys: bool = True
+    ) -> LayerObservation:
         """A layer as its newest queries `[n, Hq, D]` see it."""
         pages = self.cache.context(slice(layer, layer + 1), self.table, self.blocks)
         block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
         boundary = 0 if self.table is None else self.table.boundary
         raw = num_tokens - boundary
         width = (pages.shape[1] - len(self.blocks)) * block_size + raw
-        keys = self.cache.read_keys(pages)[:, :width]
+        keys = torch.empty(heads, width, 0, device=queries.device)
+        if read_keys:
+            keys = self.cache.read_keys(pages)[:, :width]
         padding = (pages < 0).sum(1) * block_size
         attention = self.layers[layer]
         return LayerObservation(
@@ -323,6 +391,7 @@ class Observer:
             block_table: `[R, W]`, vLLM's blocks by position.
         """
         spans: list[Span] = []
+        decoding: list[list[QuerySpan]] = []
         for row, request_id in enumerate(request_ids):
             if request_id is None:
                 continue
@@ -345,5 +414,12 @@ class Observer:
                 spans.append(RepeatedSpan(*row_span, repetition))
             else:
                 num_drafts = self.num_drafts.get(request_id, 0)
-                spans.append(QuerySpan(*row_span, not self.kernel_writes_rings, num_drafts))
+                span = QuerySpan(*row_span, not self.kernel_writes_rings, num_drafts)
+                if not span.decodes:
+                    spans.append(span)
+                    continue
+                alike = [others for others in decoding if others[0].observed.policy == observed.policy]
+                alike[0].append(span) if alike else decoding.append([span])
+        for alike in decoding:
+            spans.append(DecodingSpan(alike) if len(alike) > 1 else alike[0])
         return spans
