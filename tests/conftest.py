@@ -93,9 +93,12 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 
     A step takes it a twentieth of SmolLM2's time. Its attention is far from uniform, and of another sharpness
     in every head of a layer, so that heads differ in what and how much they keep and it shows in the answer.
+    A random scorer lies beside it.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+    from vllm_kvcompress import scorers
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -115,6 +118,11 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
         layer.self_attn.k_proj.weight.data *= sharpness.repeat_interleave(32)[:, None]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    shapes = (64, 16), (16,), (16,), ()
+    networks = (torch.randn(4, 3, *shape) / 2 for shape in shapes)
+    own = scorers.Scorer("random-llama", scorers.fingerprint(AutoConfig.from_pretrained(folder)), *networks)
+    (folder / scorers.BESIDE).parent.mkdir()
+    scorers.write(folder / scorers.BESIDE, own)
     return folder
 
 

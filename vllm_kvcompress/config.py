@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
 from vllm_kvcompress.policies import POLICIES, Policy
+from vllm_kvcompress.policies.foresight import Foresight
 
 DEFAULT_WINDOW = 32
 MOST_WINDOW = 1024
@@ -19,6 +20,8 @@ MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
+AUTO = "auto"
+AUTO_WITHOUT_SCORER = "kv_compress"
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -59,6 +62,9 @@ METHODS: dict[str, Method] = {
     "expected_attention": Method("expected_attention", "uniform", "what future queries should attend to"),
     "criticalkv": Method("criticalkv", "uniform", "SnapKV scores, then those times ‖W_O v‖"),
     "kvzip": Method("kvzip", "global", "what the model needs to repeat its context; asks no question"),
+    "foresight": Method(
+        "foresight", "global", "learned: what the cached key and value say; asks no question"
+    ),
     "tova": Method("tova", "uniform", "what the last token attends to, all heads of a layer together"),
     "knorm": Method("knorm", "uniform", "keys of small norm"),
     "keydiff": Method("keydiff", "uniform", "keys unlike the others"),
@@ -86,6 +92,8 @@ class KVCompressionConfig:
             point; once it was compacted, and with `when="streaming"`, compactions just follow their interval.
         max_compaction_tokens: tokens that the compactions of one step read, at most, though one is made
             whatever it reads; None for `max_num_batched_tokens`. The engine's: a request may not give it.
+        scorer: of the method `foresight`, a file or the name of a packaged one; None for the one that is
+            found for the model: beside its checkpoint, in the cache folder, or packaged.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -103,13 +111,14 @@ class KVCompressionConfig:
     max_tokens_kept: int | None = None
     min_freed_tokens: int = 256
     max_compaction_tokens: int | None = None
+    scorer: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in _OWN_TYPES.items():
             object.__setattr__(self, name, _convert(name, getattr(self, name), kind))
-        _known(self.method, [*METHODS, *POLICIES], "method", "`vllm-kvcompress methods` lists them")
+        _known(self.method, [AUTO, *METHODS, *POLICIES], "method", "`vllm-kvcompress methods` lists them")
         if self.allocation is not None:
             name = self.allocation.partition(":")[0]
             _known(name, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
@@ -140,6 +149,8 @@ class KVCompressionConfig:
         object.__setattr__(self, "options", MappingProxyType(options))
         try:
             self.build_policy(), self.build_allocation()
+            if self.scorer is not None:
+                Foresight(self.scorer)  # read once, at the start of a process, whatever its requests ask for
         except KVCompressionError:
             raise
         except ValueError as error:
@@ -161,14 +172,16 @@ class KVCompressionConfig:
         return value if isinstance(value, cls) else cls._of(_as_dict(value))
 
     @staticmethod
-    def named_profile(value: "str | Mapping") -> str:
-        """The head profile that any form names, without a look at the file; `""` for none.
+    def named_files(value: "str | Mapping") -> tuple[str, str]:
+        """The head profile and the scorer that any form names, without a look at the files; `""` for none.
 
         Raises:
             KVCompressionError: the form is wrong.
         """
-        allocation, _, profile = str(_as_dict(value).get("allocation")).partition(":")
-        return profile if allocation.strip() == "profile" else ""
+        flat = _as_dict(value)
+        allocation, _, profile = str(flat.get("allocation")).partition(":")
+        scorer = flat.get("scorer")
+        return profile if allocation.strip() == "profile" else "", "" if scorer is None else str(scorer)
 
     @classmethod
     def _of(cls, flat: Mapping[str, Any]) -> "KVCompressionConfig":
@@ -207,6 +220,8 @@ class KVCompressionConfig:
     @property
     def preset(self) -> Method:
         """The preset that `method` names; a policy registered by user code is its own, with uniform pages."""
+        if self.method == AUTO:
+            return METHODS["foresight" if self.scorer else AUTO_WITHOUT_SCORER]
         return METHODS.get(self.method) or Method(self.method, "uniform", "registered by user code")
 
     def build_policy(self) -> Policy:
@@ -217,6 +232,8 @@ class KVCompressionConfig:
         options = self._options_of(cls)
         if self.window is not None and "window" in _field_types(cls):
             options["window"] = self.window
+        if self.scorer is not None and "scorer" in _field_types(cls):
+            options["scorer"] = self.scorer
         if "base" in _field_types(cls):  # a policy on top of another one
             options["base"] = self._build(self._base(cls))
         return cls(**options)

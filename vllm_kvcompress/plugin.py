@@ -14,6 +14,7 @@ import msgspec
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -22,12 +23,13 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress import profiles
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress import profiles, scorers
+from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
 from vllm_kvcompress.support import LACKS, check_method, check_supported, check_watched
 
+logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 KEY = "kv_compression"
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.cpu.CompressionCPUWorker",
@@ -124,6 +126,7 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     if not config.enabled:  # "off" is the same as not asking
         return vllm_config
     check_supported(vllm_config)
+    config = _with_scorer(config, vllm_config)
     check_method(config, vllm_config)
     scheduler_config, parallel_config = vllm_config.scheduler_config, vllm_config.parallel_config
     if scheduler_config.scheduler_cls is not None or parallel_config.worker_cls not in _WORKERS:
@@ -136,6 +139,27 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     scheduler_config.scheduler_cls = f"vllm_kvcompress.paging.scheduler.{kind}"
     parallel_config.worker_cls = _WORKERS[parallel_config.worker_cls]
     return vllm_config
+
+
+def _with_scorer(config: KVCompressionConfig, vllm_config: VllmConfig) -> KVCompressionConfig:
+    """With the scorer that is found for the model, if the user named none."""
+    if config.scorer is None:
+        model = vllm_config.model_config
+        found = scorers.find(model.model)
+        try:
+            serves = found is not None and scorers.load(found).serves(model.hf_text_config)
+        except ValueError as error:
+            raise KVCompressionError(
+                f"kv-compression: {error}; remove it or train the scorer again"
+            ) from None
+        if serves:
+            config = KVCompressionConfig.parse(config.to_dict() | {"scorer": found})
+    if config.method == AUTO:
+        chosen = f"foresight with the scorer {config.scorer}"
+        if config.scorer is None:
+            chosen = f"{AUTO_WITHOUT_SCORER}; `vllm-kvcompress calibrate MODEL --scorer` trains a scorer"
+        logger.info("kv-compression: auto chose %s", chosen)
+    return config
 
 
 def _requested(vllm_config: VllmConfig) -> str | dict | None:
@@ -235,11 +259,16 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
                 f"kv_compression must be a string or a dictionary, got {json.dumps(value)}"
             )
         # Before the file is looked at, for a client should not learn what is on the server's disk.
-        own = KVCompressionConfig.named_profile(value)
-        if own and f"profile:{own}" != engine.allocation and own not in profiles.included():
+        profile, scorer = KVCompressionConfig.named_files(value)
+        if profile and f"profile:{profile}" != engine.allocation and profile not in profiles.included():
             raise KVCompressionError(
                 "a request may use the server's own head profile or a packaged one; "
-                f"start the server with allocation=profile:{own}"
+                f"start the server with allocation=profile:{profile}"
+            )
+        if scorer and scorer not in (engine.scorer, *scorers.included()):
+            raise KVCompressionError(
+                "a request may use the server's own scorer or a packaged one; "
+                f"start the server with scorer={scorer}"
             )
         config = engine.for_request(value)
         check_method(config, vllm_config)

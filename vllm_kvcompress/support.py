@@ -3,10 +3,12 @@
 import torch
 import vllm
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.policies import Policy
+from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
@@ -41,6 +43,8 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} needs one-dimensional rotary position embeddings, "
             "which this model has not; use another method"
         )
+    if (problem := _scorer_problem(config, policy, model)) is not None:
+        raise KVCompressionError(f"kv-compression method {config.method} {problem}")
     for need, reason in (vllm_config.additional_config or {}).get(LACKS, {}).items():
         if getattr(policy, need):
             raise KVCompressionError(
@@ -82,6 +86,29 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
             f"kv-compression method {request.method} watches every query, which full CUDA graphs would hide; "
             "start the server with such a method, or with --enforce-eager"
         )
+
+
+def _scorer_problem(config: KVCompressionConfig, policy: Policy, model: ModelConfig) -> str | None:
+    """Why a policy that reads a scorer cannot serve this model; None if it can, or reads none."""
+    while (base := getattr(policy, "base", None)) is not None:
+        policy = base
+    if not isinstance(policy, Foresight):
+        return None
+    train = f"`vllm-kvcompress calibrate {model.model} --scorer` trains one"
+    if not policy.scorer:
+        return f"needs a scorer of this model, and none was found; {train}"
+    scorer = policy.network
+    layers, heads, size = scorer.shape
+    shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
+    if (layers, heads, size) != shape:
+        text = "{} layers of {} KV heads of {} channels"
+        return (
+            f"was given a scorer for {text.format(*scorer.shape)}, "
+            f"and the model has {text.format(*shape)}; {train}"
+        )
+    if not scorer.serves(model.hf_text_config):
+        return f"was given a scorer of {scorer.model}, which is another model; {train}"
+    return None
 
 
 def _refusals(config: VllmConfig):

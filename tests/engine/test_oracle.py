@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import BLOCK_SIZE, SINKS, WINDOW, Compaction, sampling, tokens
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from vllm import RequestOutput
@@ -52,6 +53,7 @@ CASES = {
     "expected_attention": ("expected_attention", "uniform", 0.25, 640, "expected_attention:budget=0.25"),
     "criticalkv": ("criticalkv", "uniform", 0.25, 640, "criticalkv:budget=0.25"),
     "criticalkv, global": ("criticalkv", "global", 0.25, 640, "criticalkv:budget=0.25,allocation=global"),
+    "foresight": ("foresight", "global", 0.25, 640, "foresight:budget=0.25"),
     # In three parts, the last of which is short.
     "kvzip": ("kvzip", "global", 0.25, 640, f"kvzip:budget=0.25,chunk={CHUNK}"),
 }
@@ -267,6 +269,32 @@ def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
 
 
 @torch.inference_mode()
+def predicted_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
+    """Foresight `[L, H, T]`: the networks beside the model, from keys as they leave the projection."""
+    before, hooks = {}, []
+    for index, layer in enumerate(reference.model.layers):
+        hook = lambda module, given, out, index=index: before.__setitem__(index, out[0])  # noqa: E731
+        hooks.append(layer.self_attn.k_proj.register_forward_hook(hook))
+    reference(torch.tensor([prompt.ids]))
+    for hook in hooks:
+        hook.remove()
+    network = load_file(Path(reference.name_or_path) / "kv-compression" / "scorer.safetensors")
+    network = {name: tensor.double() for name, tensor in network.items()}
+    layers = []
+    for layer, values in prompt.values.items():
+        layers.append([])
+        for head in range(len(values)):
+            size = values.shape[2]
+            own = torch.cat([before[layer][:, head * size : (head + 1) * size], values[head]], 1).double()
+            hidden = own @ network["up"][layer, head] + network["up_bias"][layer, head]
+            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+            out = hidden @ network["down"][layer, head] + network["down_bias"][layer, head]
+            layers[-1].append(out.exp()[:boundary])
+        layers[-1] = torch.stack(layers[-1])
+    return torch.stack(layers)
+
+
+@torch.inference_mode()
 def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor:
     """KVzip `[L, H, T]`: the context and its repetition, part by part, in one pass each."""
     num_prompt, heads = len(prompt.ids), prompt.keys[0].shape[0]
@@ -339,6 +367,8 @@ def scores_of(method: str, prompt: Prompt, boundary: int, reference, tokenizer, 
             known[key] = expected_scores(reference, prompt, boundary)
         elif method == "kvzip":
             known[key] = repeat_scores(reference, tokenizer, prompt, boundary)
+        elif method == "foresight":
+            known[key] = predicted_scores(reference, prompt, boundary)
         elif method in ("knorm", "keydiff"):
             known[key] = key_scores(method, prompt, boundary)
         else:

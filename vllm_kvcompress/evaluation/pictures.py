@@ -216,6 +216,20 @@ def kept_by_head(kept: Sequence[Sequence[float]], path: Path, title: str) -> Any
     return _save(figure, path, f"{title}\n{note}")
 
 
+def unexplained_by_head(shares: Sequence[Sequence[float]], path: Path, title: str) -> Any:
+    """Share of a variance that is not explained, layers down, heads across."""
+    layers, heads = len(shares), len(shares[0])
+    figure = _figure(min(12.0, max(5.6, 0.6 * heads + 3)), max(4.0, 0.28 * layers + 1.8))
+    axis = figure.subplots()
+    image = _map(axis, shares, 0, 1, text=layers * heads <= 400 and heads <= 20)
+    axis.set_xlabel("KV head")
+    axis.set_ylabel("layer")
+    axis.set_xticks(range(0, heads, math.ceil(heads / 32)))
+    axis.set_yticks(range(0, layers, max(1, layers // 15)))
+    figure.colorbar(image, ax=axis, label="variance that is not explained", aspect=30, format=_percent)
+    return _save(figure, path, title)
+
+
 def head_sensitivity(
     costs: Sequence[Sequence[Sequence[float]]], fractions: Sequence[float], path: Path, title: str
 ) -> Any:

@@ -5,6 +5,7 @@ import dataclasses
 from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention
+from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.knorm import Knorm
@@ -63,6 +64,7 @@ for _policy in (
     KeyDiff,
     CriticalKV,
     KVzip,
+    Foresight,
 ):
     register_policy(_policy)
 

@@ -38,6 +38,7 @@ class LayerObservation:
         output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32; None if none was
             found whose input is what the layer puts out.
         layer: the layer's number in the model, counted from 0.
+        first_head: which of the layer's KV heads the first one is; not 0 on later tensor-parallel ranks.
         kept_positions: makes what `positions` returns; None where column i is token i.
         num_layers: layers whose heads these are, one layer after the other; more than 1 only for policies
             that say `stacks_layers`. Then `layer` is the first.
@@ -55,6 +56,7 @@ class LayerObservation:
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
     layer: int = 0
+    first_head: int = 0
     kept_positions: Callable[[], Tensor] | None = None
     num_layers: int = 1
 
@@ -204,7 +206,8 @@ def window_attention(observation: LayerObservation) -> Tensor:
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
@@ -218,7 +221,7 @@ def exact_products(*factors: Tensor) -> Iterator[None]:
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     exact = all(factor.dtype == torch.bfloat16 and factor.device.type == "cpu" for factor in factors)
-    if exact and _multiplies_bfloat16():
+    if exact and multiplies_bfloat16():
         matmul.fp32_precision = "bf16"
     try:
         yield

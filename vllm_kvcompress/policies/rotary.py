@@ -47,7 +47,23 @@ class Rotary:
             `[n, ..., D]` float32.
         """
         table = self.cos_sin[first_position : first_position + rotated.shape[0]].float()
-        cos, sin = table.view(len(table), *[1] * (rotated.ndim - 2), -1).chunk(2, -1)
+        return self._undo(rotated, table.view(len(table), *[1] * (rotated.ndim - 2), -1))
+
+    def undo_at(self, rotated: Tensor, positions: Tensor) -> Tensor:
+        """Vectors before the embedding.
+
+        Args:
+            rotated: `[..., D]`.
+            positions: `[...]` int64, of each.
+
+        Returns:
+            `[..., D]` float32.
+        """
+        return self._undo(rotated, self.cos_sin[positions].float())
+
+    def _undo(self, rotated: Tensor, table: Tensor) -> Tensor:
+        """By cosines and sines `[..., R]` of each vector."""
+        cos, sin = table.chunk(2, -1)
         length = cos.square() + sin.square()  # not 1 where the embedding also scales (YaRN)
         cos, sin = cos / length, sin / length
         out = rotated.to(torch.float32, copy=True)

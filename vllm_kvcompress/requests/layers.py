@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig
-from vllm.distributed.parallel_state import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -85,6 +85,7 @@ def probe_layers(
             lacks["needs_output_projection"] = (
                 f"the output projection of {layer.layer_name} cannot be used ({_one_line(error)})"
             )
+    first_head = _first_head(vllm_config.model_config.get_total_num_kv_heads())
     found = [
         LayerAttention(
             scale=layer.impl.scale,
@@ -92,10 +93,17 @@ def probe_layers(
             rotary=rotary,
             output_projection=None if projection is None else functools.partial(_columns, projection, layer),
             index=extract_layer_index(layer.layer_name),
+            first_head=first_head,
         )
         for layer, rotary, projection in zip(layers, rotaries, projections, strict=True)
     ]
     return ProbedLayers(found, lacks)
+
+
+def _first_head(total: int) -> int:
+    """Which KV head of all is this rank's first: each rank has its share, or several have the same one."""
+    group = get_tp_group()
+    return group.rank_in_group * total // group.world_size
 
 
 def _one_line(error: Exception) -> str:

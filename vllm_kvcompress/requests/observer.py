@@ -26,6 +26,7 @@ class LayerAttention:
         rotary: its position embedding, by no angle where it has none; None if it is of another kind.
         output_projection: makes `[H, G, D, hidden]`, the projection behind it; None if there is none.
         index: its number in the whole model, counted from 0.
+        first_head: which of its KV heads this rank's first one is.
     """
 
     scale: float
@@ -33,6 +34,7 @@ class LayerAttention:
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
     index: int = 0
+    first_head: int = 0
 
 
 @dataclass
@@ -261,6 +263,7 @@ class RowContext:
             padding=padding if bool(padding.any()) else None,
             rotary=attention.rotary,
             layer=attention.index,
+            first_head=attention.first_head,
             kept_positions=None
             if self.table is None
             else functools.partial(self.table.column_positions, slice(layer, layer + 1), num_tokens),

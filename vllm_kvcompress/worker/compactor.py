@@ -289,6 +289,7 @@ class Compactor:
             rotary=attention.rotary,
             output_projection=attention.output_projection,
             layer=attention.index,
+            first_head=attention.first_head,
             kept_positions=part.positions,
             num_layers=part.layers.stop - first,
         )

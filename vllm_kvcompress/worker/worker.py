@@ -14,7 +14,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
@@ -52,6 +52,7 @@ class CompressionWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
+        KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])  # reads its files
         (group,) = self.model_runner.kv_cache_config.kv_cache_groups
         context = self.compilation_config.static_forward_context
         layers: list[Attention] = sorted(

@@ -19,7 +19,7 @@ from vllm_kvcompress.allocation import Profile, Uniform, select
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint
-from vllm_kvcompress.evaluation.quality import retrieval
+from vllm_kvcompress.evaluation.quality import retrieval, scorer
 from vllm_kvcompress.evaluation.quality.probe import Probe
 from vllm_kvcompress.evaluation.quality.samples import opening
 from vllm_kvcompress.policies import Policy
@@ -44,11 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budgets", default="0.5,0.25,0.125,0.0625", help="mean budgets of the profile")
     parser.add_argument("--batch", type=positive, default=8, help="variants that are computed at once")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=options.result_folder, help="folder of the profile and the picture")
+    parser.add_argument("--output", type=options.result_folder, help="folder of the results")
+    learning = parser.add_argument_group("a scorer instead of a profile", "for the method `foresight`")
+    learning.add_argument("--scorer", action="store_true", help="train a scorer")
+    learning.add_argument("--scorer-documents", type=options.at_least(2), default=24, help="to learn from")
+    learning.add_argument("--width", type=positive, default=64, help="hidden units of a head's network")
+    learning.add_argument("--epochs", type=positive, default=25, help="passes over the documents")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write the profile and the picture, and compare the profile with even shares."""
+    if arguments.scorer:
+        scorer.run(arguments)
+        return
     keeping = Keeping.of(arguments.policy)
     fractions, budgets = _fractions(arguments.fractions), _fractions(arguments.budgets)
     model = checkpoint(arguments.model)

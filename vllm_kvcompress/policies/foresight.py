@@ -1,0 +1,86 @@
+"""Foresight: what a token will be read for, predicted from its cached key and value."""
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vllm_kvcompress import scorers
+from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16
+from vllm_kvcompress.policies.window import MOST_POOLED
+
+
+@dataclass(frozen=True)
+class Foresight(Policy):
+    """KVzip's score of a token, predicted by a small network of each KV head from what the cache holds of it.
+
+        log s_i = w₂ᵀ·gelu(W₁·[R_i⁻¹k_i; v_i] + b₁) + b₂
+
+    R_i⁻¹ undoes the rotation of position i, so that a score depends on what the token is and not on where.
+    Nothing else is looked at: no query, no second pass, no hook. So it works after a prefix hit, at any
+    chunking, on generated tokens and at every recompaction. Scores compare across heads and layers.
+
+    Source: this project. The target is that of Kim et al., "KVzip", arXiv 2505.23416; learning it is NVIDIA's
+    idea, Jegou and Jeblick, "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", arXiv 2601.07891, whose
+    networks read hidden states instead. Meant for the `global` allocation.
+
+    Attributes:
+        scorer: a file of `vllm-kvcompress calibrate MODEL --scorer`, or the name of a packaged one. An engine
+            finds that of its model.
+        pooling: odd number of tokens over which scores are max-pooled.
+    """
+
+    name: ClassVar[str] = "foresight"
+    paper: ClassVar[str] = (
+        "learned here; target of KVzip (arXiv 2505.23416), idea of KVzap (arXiv 2601.07891)"
+    )
+    cost: ClassVar[str] = "two small matrix products per token; a scorer of the model, trained once"
+    needs_rotary: ClassVar[bool] = True
+    scorer: str = ""
+    pooling: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.pooling <= MOST_POOLED or self.pooling % 2 == 0:
+            raise ValueError(
+                f"pooling must be an odd number of tokens, 1 to {MOST_POOLED}, got {self.pooling}"
+            )
+        if self.scorer:
+            _ = self.network  # a file that cannot be read is refused here
+
+    @property
+    def network(self) -> scorers.Scorer:
+        """The scorer's content."""
+        return _load(self.scorer)
+
+    def score(self, observation: LayerObservation) -> Tensor:
+        assert observation.rotary is not None
+        if observation.kept_positions is None:
+            keys = observation.rotary.undo(observation.keys.transpose(0, 1), 0).transpose(0, 1)
+        else:
+            keys = observation.rotary.undo_at(observation.keys, observation.positions())
+        on_cpu = keys.device.type == "cpu"
+        dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else observation.values.dtype
+        own = _on(self.scorer, keys.device)
+        scores = own.log_scores(
+            observation.layer, observation.first_head, keys.to(dtype), observation.values.to(dtype)
+        )[:, : observation.num_scored]
+        if self.pooling > 1:
+            if observation.padding is not None:
+                absent = ~observation.holds()[:, : observation.num_scored]
+                scores = scores.masked_fill(absent, -torch.inf)
+            scores = F.max_pool1d(scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
+        return scores.exp()
+
+
+@functools.cache
+def _load(given: str) -> scorers.Scorer:
+    # Once for as long as the process lives: a file must not have to stay, nor may it change, under requests.
+    return scorers.load(given)
+
+
+@functools.cache
+def _on(given: str, device: torch.device) -> scorers.Scorer:
+    return _load(given).to(device)
