@@ -195,6 +195,13 @@ def test_a_request_that_names_another_method_keeps_only_options_the_method_has()
     assert engine.for_request("kv_compress") == KVCompressionConfig.parse(
         "kv_compress:budget=0.5,kernel_size=5"
     )
+    # Naming the method that the engine has anyway is naming none.
+    assert (
+        engine.for_request({"method": engine.method, "budget": 0.1}).build_allocation()
+        == engine.build_allocation()
+    )
+    other = KVCompressionConfig.parse("snapkv:allocation=adaptive,alpha=0.4")
+    assert other.for_request("snapkv:budget=0.1").build_allocation() == other.build_allocation()
     assert engine.for_request({"allocation": "uniform"}) == KVCompressionConfig.parse(
         "adakv:budget=0.5,allocation=uniform,kernel_size=5,pooling=avg"
     )

@@ -129,6 +129,27 @@ def test_who_writes_where_an_earlier_one_reads_comes_after_it(three):
     assert len(three[0].cache.written) == 3
 
 
+def test_pages_of_an_earlier_ones_last_compaction_are_read_before_they_are_written(three):
+    config = configure("by_key", "global")
+    for request, num_tokens in zip(three, (41, 30, 57), strict=True):
+        request.compute(num_tokens)
+    compact_together(three, [config] * 3, [4, 3, 4])
+    for request in three:
+        request.compute(20)
+
+    def turn(jobs):
+        previous = jobs[0].previous[:2]
+        return [
+            jobs[0],
+            dataclasses.replace(jobs[1], destination=(*previous, *jobs[1].destination[2:])),
+            jobs[2],
+        ]
+
+    compact_together(three, [config] * 3, [4, 3, 4], turn=turn)
+    pages = three[0].grid.pages_per_block
+    assert three[0].cache.written[1:] == [4 * pages, 7 * pages]
+
+
 def test_in_place_beside_others(three):
     config = configure("by_key", "global")
     for request, num_tokens in zip(three, (41, 30, 57), strict=True):
@@ -151,6 +172,12 @@ def test_other_methods_and_more_than_memory_is_meant_for_run_apart(three, monkey
     assert three[0].cache.written == [4 * pages, 7 * pages]
     for request in three:
         request.compute(20)
+    sinks = [configure("by_key", "adaptive", sinks=number) for number in (2, 2, 3)]
+    compact_together(three, sinks, [4, 3, 4])
+    assert three[0].cache.written[2:] == [7 * pages, 4 * pages]
+    three[0].cache.written.clear()
+    for request in three:
+        request.compute(20)
     monkeypatch.setattr(PackedCache, "slice_bytes", 6 * three[0].cache.block_bytes)
     compact_together(three, [other] * 3, [3, 4, 3])
-    assert three[0].cache.written[2:] == [3 * pages, 4 * pages, 3 * pages]
+    assert three[0].cache.written == [3 * pages, 4 * pages, 3 * pages]
