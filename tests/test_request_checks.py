@@ -1,8 +1,10 @@
 """What a request may ask for, through vLLM's own input processor and endpoints; no engine is started."""
 
 import asyncio
+import dataclasses
 import importlib
 import pkgutil
+import shutil
 import typing
 from types import SimpleNamespace
 
@@ -25,7 +27,8 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress import KVCompressionConfig, scorers
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.plugin import register
 
 STREAMING = KVCompressionConfig(method="snapkv", budget=0.25, when="streaming", recompact_every=256)
@@ -120,6 +123,52 @@ def test_a_request_naming_any_file_as_its_profile_is_refused(at_the_end, path):
         with pytest.raises(VLLMValidationError, match="server's own head profile or a packaged one"):
             asked(at_the_end, 1000, form)
     assert len(str(refused.value).splitlines()) == 1
+
+
+# ---------------------------------------------------------------------- scorers
+
+
+def test_a_request_may_use_the_servers_scorer_or_a_packaged_one_and_no_other_file(at_the_end):
+    asked(at_the_end, 1000, "foresight:budget=0.125")
+    asked(at_the_end, 1000, "auto")
+    asked(at_the_end, 1000, "foresight:scorer=smollm2-135m-instruct")
+    asked(at_the_end, 1000, {"scorer": scorers.find("smollm2-135m-instruct")})
+    for form in ("foresight:scorer=/etc/passwd", {"method": "snapkv", "scorer": "/etc/passwd"}):
+        with pytest.raises(VLLMValidationError, match="the server's own scorer or a packaged one") as refused:
+            asked(at_the_end, 1000, form)
+        assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_scorer_is_looked_for_when_the_engine_is_configured(random_model, tmp_path, monkeypatch):
+    register()
+    found = processor_of(random_model, **KVCompressionConfig(method="auto").engine_kwargs()).vllm_config
+    option = found.additional_config["kv_compression"]
+    assert option["scorer"] == str(random_model / scorers.BESIDE)
+    own = tmp_path / "random-llama"
+    shutil.copytree(random_model, own)
+    path = own / scorers.BESIDE
+    path.write_text("damaged")
+    with pytest.raises(
+        KVCompressionError, match=f"^kv-compression: {path} is not a scorer; .*; remove it or"
+    ):
+        processor_of(own, **KVCompressionConfig().engine_kwargs())
+    scorers.write(path, dataclasses.replace(scorers.load(option["scorer"]), fingerprint="another's"))
+    plain = processor_of(own, **KVCompressionConfig(method="auto").engine_kwargs())
+    assert "scorer" not in plain.vllm_config.additional_config["kv_compression"], "it is another model's"
+    refusals = {
+        "foresight": "^kv-compression method foresight needs a scorer of this model, and none was found; `",
+        f"foresight:scorer={path}": "was given a scorer of random-llama, which is another model; ",
+        "criticalkv:base=foresight,scorer=smollm2-135m-instruct": (
+            "was given a scorer for 30 layers of 3 KV heads of 64 channels, "
+            "and the model has 4 layers of 3 KV heads of 32 channels; "
+        ),
+    }
+    for option, message in refusals.items():
+        with pytest.raises(KVCompressionError, match=message) as refused:
+            processor_of(own, **KVCompressionConfig.parse(option).engine_kwargs())
+        assert len(str(refused.value).splitlines()) == 1
+    with pytest.raises(VLLMValidationError, match="needs a scorer of this model"):
+        asked(plain, 1000, "foresight")
 
 
 # ---------------------------------------------------------------------- endpoints

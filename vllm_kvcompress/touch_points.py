@@ -146,8 +146,8 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:ModelConfig": Touched(
         reads=(
-            "dtype hf_text_config is_attention_free is_encoder_decoder is_hybrid max_model_len rswa_window "
-            "runner_type skip_tokenizer_init use_mla uses_mrope"
+            "dtype hf_text_config is_attention_free is_encoder_decoder is_hybrid max_model_len model "
+            "rswa_window runner_type skip_tokenizer_init use_mla uses_mrope"
         ),
         calls={
             "get_head_size": "(self)",
@@ -155,6 +155,8 @@ TABLE: dict[str, Touched] = {
             "get_num_kv_heads": "(self, parallel_config, arch_config=...)",
             "get_num_layers": "(self, parallel_config)",
             "get_sliding_window": "(self)",
+            "get_total_num_hidden_layers": "(self)",
+            "get_total_num_kv_heads": "(self)",
         },
     ),
     "vllm.config:ParallelConfig": Touched(
@@ -568,6 +570,7 @@ TABLE: dict[str, Touched] = {
     "vllm.distributed.parallel_state": Touched(
         calls={
             "get_pp_group": "()",
+            "get_tp_group": "()",
         },
     ),
     "vllm.forward_context": Touched(

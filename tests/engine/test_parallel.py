@@ -26,6 +26,7 @@ REQUESTS = {
     "kv_compress": "kv_compress:budget=0.4",
     "off": "off",
     "expected_attention": "expected_attention:budget=0.4",  # needs the rotary embedding of the rank's layers
+    "foresight": "foresight:budget=0.4,allocation=uniform",  # needs the networks of the rank's heads
 }
 COMPACTED = [name for name in REQUESTS if name != "off"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
