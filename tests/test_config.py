@@ -66,6 +66,7 @@ def test_a_bare_method_name_has_its_presets(method):
         ("snapkv:method=adakv", "'method' is given twice"),
         ("snapkv:budget=0.5,budget=0.6", "'budget' is given twice"),
         ("snapkv:budget=nan", "budget"),
+        ("expected_attention:epsilon=nan", "epsilon is out of range, got nan"),
         ({"method": "snapkv", "budget": True}, "budget must be float, got True"),
         ({"method": 3}, "method must be str"),
         ({"method": "snapkv", "kernel_size": [5]}, "kernel_size must be int"),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vllm_kvcompress.allocation import ALLOCATIONS
-from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, METHODS, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.models import ModelUnavailable
 from vllm_kvcompress.policies import POLICIES, Policy
@@ -91,6 +91,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         for label in ("paper", "allocation", "cost"):
             print(f"    {label:<11}{method[label]}")
         print(f"    {'options':<11}{_assignments(method['options']) or '-'}")
+    print(f"{AUTO}: foresight where a scorer of the model is found, {AUTO_WITHOUT_SCORER} where none is")
     print("\nallocations (any method takes any of them: METHOD:allocation=NAME)")
     for allocation in listing["allocations"]:
         print(f"    {allocation['usage']:<14}{allocation['summary']}")

@@ -19,7 +19,7 @@ OPTIONS = [
     {"method": "kv_compress", "budget": 0.25},
     {"budget": 0.4, "allocation": "global"},
     "adakv:budget=0.3",
-    "streaming_llm:budget=0.5",
+    "foresight:budget=0.5,recompact_every=8",
     "snapkv:budget=0.3,recompact_every=6",
     "h2o:budget=0.4,recompact_every=8",
     "kv_compress:budget=0.25,when=streaming,recompact_every=96",

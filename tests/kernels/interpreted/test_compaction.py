@@ -51,6 +51,17 @@ def test_each_head_keeps_its_best_tokens_in_its_own_pages_time_after_time(alloca
     assert (len({count for row in counts for count in row}) > 1) == (allocation != "uniform")
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "adaptive", "global"])
+def test_sinks_of_more_than_a_page_take_the_pages_that_they_need(allocation):
+    request = compaction.Request(4)
+    config = configure("by_key", allocation, sinks=6)  # pages of 4
+    request.compute(43)
+    counts = compact(request, config, 2)
+    assert {count for row in counts for count in row} == {2}
+    request.compute(20)
+    assert min(count for row in compact(request, config, 3) for count in row) >= 2
+
+
 @pytest.fixture
 def two():
     requests = [compaction.Request(20 + index) for index in range(2)]
