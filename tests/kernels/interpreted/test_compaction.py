@@ -16,8 +16,10 @@ from test_compactor import (  # noqa: F401 (fixtures, and a test that pytest fin
     ALLOCATIONS,
     compact,
     configure,
+    draw_table,
     policies,
     profile,
+    table_scores,
     test_scores_that_are_no_numbers_rank_last_and_infinite_ones_behind_what_is_protected,
     window_scores,
 )
@@ -54,12 +56,13 @@ def test_each_head_keeps_its_best_tokens_in_its_own_pages_time_after_time(alloca
 @pytest.mark.parametrize("allocation", ["uniform", "adaptive", "global"])
 def test_sinks_of_more_than_a_page_take_the_pages_that_they_need(allocation):
     request = compaction.Request(4)
-    config = configure("by_key", allocation, sinks=6)  # pages of 4
+    draw_table(request)
+    for table in compaction.ByTable.table.values():
+        table[0] += 10  # so the other head would keep its sinks alone: 5 tokens of pages of 4
+    config = configure("by_table", allocation, sinks=5)
     request.compute(43)
-    counts = compact(request, config, 2)
-    assert {count for row in counts for count in row} == {2}
-    request.compute(20)
-    assert min(count for row in compact(request, config, 3) for count in row) >= 2
+    counts = compact(request, config, 3, table_scores)
+    assert {tuple(row) for row in counts} == ({(3, 3)} if allocation == "uniform" else {(4, 2)})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.quality import retrieval
@@ -35,6 +35,7 @@ SUITES = ("longbench", "ruler", "harness")
 KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
 STEP_ROOM = 4 * STEPS + 64  # tokens that requests whose steps are timed may output
+REPETITION_ROOM = 320  # that a repetition needs beside the context and itself, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +230,9 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
     stock = [row for row in rows if row.spec.startswith(STOCK)]
     try:
         ours = [row for row in rows if row not in stock]
-        measure(Engine(model, length, arguments.block_size), ours, stock)
+        repeats = any(KVCompressionConfig.parse(row.spec).repeats for row in ours)
+        most = min(work.limit, 2 * work.length + REPETITION_ROOM) if repeats else length
+        measure(Engine(model, most, arguments.block_size), ours, stock)
         for row in stock:
             blocks = STEP_BATCH * -(-length // arguments.block_size) + 1
             dtype = row.spec.removeprefix(STOCK)
