@@ -110,8 +110,14 @@ CONFIG = dict(model_type="llama", hidden_size=64, num_hidden_layers=2, num_key_v
 def test_a_fingerprint_is_of_what_keys_and_values_depend_on():
     own = scorers.fingerprint(SimpleNamespace(**CONFIG, torch_dtype="bfloat16"))
     assert own == scorers.fingerprint(SimpleNamespace(**CONFIG, torch_dtype="float32"))
-    for name, other in (("model_type", "qwen2"), ("vocab_size", 100), ("rope_theta", 1e6), ("head_dim", 16)):
+    for name, other in (("model_type", "qwen2"), ("vocab_size", 100), ("head_dim", 16)):
         assert own != scorers.fingerprint(SimpleNamespace(**(CONFIG | {name: other})))
+    turned = CONFIG | {"rope_parameters": {"rope_theta": 1e6}}
+    assert own != scorers.fingerprint(SimpleNamespace(**turned))
+    filled = {"rope_parameters": {"rope_theta": 1e6, "partial_rotary_factor": 0.5}}  # as a model fills it in
+    assert scorers.fingerprint(SimpleNamespace(**turned)) == scorers.fingerprint(
+        SimpleNamespace(**(CONFIG | filled))
+    )
     scorer = made(fingerprint=own)
     assert scorer.serves(SimpleNamespace(**CONFIG)) and not made().serves(SimpleNamespace(**CONFIG))
 

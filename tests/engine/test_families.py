@@ -19,8 +19,9 @@ from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import dummy_loader
 
-from vllm_kvcompress import KVCompressionConfig, plugin
+from vllm_kvcompress import KVCompressionConfig, plugin, scorers
 from vllm_kvcompress.config import METHODS, KVCompressionError
+from vllm_kvcompress.evaluation.host import model_config
 from vllm_kvcompress.support import LACKS
 
 VOCABULARY = 256
@@ -28,8 +29,13 @@ LONGEST = 512
 NEOX, PAIRWISE = True, False  # channel i rotated with i + R/2, or 2i with 2i + 1
 NONE = (0, NEOX, 0)  # a layer without position embedding
 
-NO_ROTARY = {"expected_attention": "do not follow a one-dimensional rotary embedding"}
-NARROW_VALUES = {"criticalkv": "the output projection of .* cannot be used"}
+NO_ROTARY = dict.fromkeys(
+    ("expected_attention", "foresight"), "do not follow a one-dimensional rotary embedding"
+)
+NARROW_VALUES = {
+    "criticalkv": "the output projection of .* cannot be used",
+    "foresight": "its layers have 4 KV heads of 32 channels, and its configuration says 4 of 16",
+}
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,7 @@ SERVED = {
         "GPTJForCausalLM",
         "gptj",
         ((8, PAIRWISE, 0),) * 2,
+        {"foresight": "its layers have 4 KV heads of 32 channels, and its configuration says 2 of 32"},
         n_embd=128,
         n_layer=2,
         n_head=4,
@@ -255,6 +262,17 @@ def write(folder: Path, config: dict) -> Path:
     return folder
 
 
+def draw_scorer(folder: Path) -> None:
+    """A scorer of random weights beside a model, by its configuration as vLLM reads it."""
+    model = model_config(str(folder))
+    config, size = model.hf_text_config, model.get_head_size()
+    shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
+    networks = (torch.randn(*shape, *part) / 4 for part in ((2 * size, 4), (4,), (4,), ()))
+    path = folder / scorers.BESIDE
+    path.parent.mkdir(exist_ok=True)
+    scorers.write(path, scorers.Scorer("drawn", scorers.fingerprint(config), *networks))
+
+
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Starts an engine for a family; weights large enough for attention to prefer some tokens."""
@@ -278,8 +296,10 @@ def start(tmp_path, monkeypatch):
             **family.options,
             **options,
         }
+        folder = write(tmp_path, family.config)
+        draw_scorer(folder)
         return LLM(
-            str(write(tmp_path, family.config)),
+            str(folder),
             **KVCompressionConfig(min_freed_tokens=1).for_request(compression).engine_kwargs(),
             **options,
         )

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from vllm_kvcompress.config import KVCompressionError
 
@@ -56,11 +57,16 @@ def checkpoint(given: str | None) -> str:
     return given
 
 
-def context_limit(model: str) -> int:
-    """Tokens of a model's context, as vLLM has it."""
+def model_config(model: str) -> Any:
+    """A model's configuration as vLLM reads it."""
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(model=model).create_model_config().max_model_len
+    return EngineArgs(model=model).create_model_config()
+
+
+def context_limit(model: str) -> int:
+    """Tokens of a model's context, as vLLM has it."""
+    return model_config(model).max_model_len
 
 
 def engine_dtype() -> str:

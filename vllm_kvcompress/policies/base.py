@@ -96,8 +96,9 @@ class Policy(ABC):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
-        needs_output_projection: True if it cannot do without the projection behind the layer. A policy must
-            say what it needs, so that it is refused where a model has it not.
+        needs_output_projection: True if it cannot do without the projection behind the layer.
+        needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
+            says. A policy must say what it needs, so that it is refused where a model has it not.
         window: w, the number of last queries it needs; 0 for none.
     """
 
@@ -112,6 +113,7 @@ class Policy(ABC):
     repeats: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
+    needs_known_shape: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
     sinks: ClassVar[int] = 4
 

@@ -76,6 +76,10 @@ class CriticalKV(Policy):
         return self.base.sinks
 
     @property
+    def needs_known_shape(self) -> bool:  # type: ignore[override]
+        return self.base.needs_known_shape
+
+    @property
     def needs_rotary(self) -> bool:  # type: ignore[override]
         return self.base.needs_rotary
 

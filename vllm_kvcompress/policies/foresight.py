@@ -39,6 +39,7 @@ class Foresight(Policy):
     )
     cost: ClassVar[str] = "two small matrix products per token; a scorer of the model, trained once"
     needs_rotary: ClassVar[bool] = True
+    needs_known_shape: ClassVar[bool] = True
     scorer: str = ""
     pooling: int = 1
 

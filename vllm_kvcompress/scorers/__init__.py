@@ -33,10 +33,8 @@ _FINGERPRINT = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
-    "rope_theta",
-    "rope_parameters",
-    "rope_scaling",
 )
+_ROTARY = ("rope_type", "rope_theta", "factor")  # other entries are filled in when a model is built
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,6 +100,8 @@ class Scorer:
 def fingerprint(config: Any) -> str:
     """Of a Hugging Face configuration (of the text model): models that differ in it share no scorer."""
     known = {name: getattr(config, name, None) for name in _FINGERPRINT}
+    rotary = getattr(config, "rope_parameters", None) or {}
+    known |= {name: rotary.get(name) for name in _ROTARY}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

@@ -72,6 +72,12 @@ class CompressionWorker(Worker):
         model, impl = self.model_runner.get_model(), layers[0].impl
         probed = probe_layers(model, layers, self.vllm_config, self._without_adapters)
         self.lacks = probed.lacks
+        said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
+        if said != (num_heads, cache.head_size):
+            self.lacks["needs_known_shape"] = (
+                f"its layers have {num_heads} KV heads of {cache.head_size} channels, "
+                "and its configuration says {} of {}".format(*said)
+            )
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, first.dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)

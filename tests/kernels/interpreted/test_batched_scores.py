@@ -112,3 +112,13 @@ def test_ranked_scores_leave_infinity_to_padding_and_sinks():
     assert found[0, :9].tolist() == [-inf, -inf, inf, low, low, high, 2.0, low, 3.0]
     assert found[1, :9].tolist() == [inf, low, 1.0, low, low, high, 2.0, low, 3.0]
     assert torch.equal(found[:, 9:], scores[:, 9:])
+
+
+def test_the_sum_over_tiles_follows_a_peak_that_comes_late():
+    tiles, size = 70, 9  # more than are read at once
+    parts = torch.randn(2, tiles, size, generator=torch.Generator().manual_seed(0)) * 3
+    parts[0, 50] += 30
+    parts[1, 3] += 30
+    out = torch.empty(2, size)
+    kernels._log_sum_kernel[(2, 1)](parts, out, tiles, size, ENTRIES=16, TILES=32)
+    torch.testing.assert_close(out, parts.logsumexp(1), atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vllm_kvcompress import __version__, scorers
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.evaluation.host import checkpoint, context_limit
+from vllm_kvcompress.evaluation.host import checkpoint, context_limit, model_config
 from vllm_kvcompress.evaluation.quality import texts
 from vllm_kvcompress.scorers import Scorer
 
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
             "lower --tokens"
         )
     from tqdm import tqdm
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from vllm_kvcompress.evaluation import pictures
     from vllm_kvcompress.evaluation.host import require
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> None:
         scorer, loss, found = train(
             lessons, held_out, arguments.width, arguments.epochs, arguments.seed, bar.update
         )
-    config = AutoConfig.from_pretrained(model).get_text_config()
+    config = model_config(model).hf_text_config
     record = {
         "teacher": TEACHER,
         "documents": number,
