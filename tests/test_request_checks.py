@@ -29,6 +29,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress import KVCompressionConfig, scorers
 from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.plan import peak_blocks
 from vllm_kvcompress.plugin import register
 
 STREAMING = KVCompressionConfig(method="snapkv", budget=0.25, when="streaming", recompact_every=256)
@@ -110,6 +111,16 @@ def test_logprobs_of_what_is_added_to_a_compacted_session_are_refused(at_the_end
 
 def test_streaming_without_prompt_logprobs_is_served(streaming):
     assert asked(streaming, 1000, logprobs=5)
+
+
+def test_a_streamed_request_may_fill_the_pool_but_for_the_null_block(smollm2, streaming, monkeypatch):
+    cache = streaming.vllm_config.cache_config
+    needed = peak_blocks(STREAMING, 3000, 3008, cache.block_size)
+    monkeypatch.setattr(cache, "num_gpu_blocks", needed + 1)
+    asked(streaming, 3000)
+    monkeypatch.setattr(cache, "num_gpu_blocks", needed)
+    with pytest.raises(VLLMValidationError, match=f"need {needed} blocks of the pool's {needed - 1} with"):
+        asked(streaming, 3000)
 
 
 # ---------------------------------------------------------------------- profiles
