@@ -11,7 +11,7 @@ POSITIVE = {
         "long-output", "long-prompt", "block-size", "contexts",
     ],
     "inspect": ["tokens", "block-size"],
-    "calibrate": ["documents", "tokens", "continuation", "batch"],
+    "calibrate": ["documents", "tokens", "continuation", "batch", "scorer-documents", "width", "epochs"],
 }  # fmt: skip
 UNBOUNDED = {"seed"}
 
