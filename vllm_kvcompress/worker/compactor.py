@@ -216,9 +216,8 @@ class Compactor:
         if self.cache.scores_windows(policy):
             scores = self._window_scores(tasks, together)
         else:
-            scores = torch.full(
-                (len(together.pages), together.num_scored), -torch.inf, device=self.cache.device
-            )
+            shape = len(together.pages), together.num_scored
+            scores = torch.full(shape, -torch.inf, device=self.cache.device)
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
                 for part in self._slices(task):
                     self._of(own, part)[:] = policy.score(self._observe(task, part))
@@ -253,10 +252,8 @@ class Compactor:
         """Have the policy change its scores `[X, T]` by how many pages each head keeps, `[J, L, H]`."""
         for task, of_request, pages in zip(tasks, scores.chunk(len(tasks)), counts, strict=True):
             for part in self._slices(task):
-                own, num_kept = (
-                    self._of(of_request, part),
-                    pages[part.layers].flatten() * self.grid.block_size,
-                )
+                own = self._of(of_request, part)
+                num_kept = pages[part.layers].flatten() * self.grid.block_size
                 own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task, part))
         least = torch.finfo(torch.float32).min
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
