@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import MOST_VALUE, KVCompressionConfig, KVCompressionError
 
 FULL = "off"  # the full cache, as a request asks for it
-# What a method does to a prompt is measured however short the prompt is.
-EVERY_PROMPT = KVCompressionConfig(min_freed_tokens=1)
+# What a method does to a prompt is measured however short the prompt is, and however many are compacted in a
+# step: who waited for its turn would answer its first tokens from raw context.
+EVERY_PROMPT = KVCompressionConfig(min_freed_tokens=1, max_compaction_tokens=MOST_VALUE)
 STOCK = "stock:"  # before a `--kv-cache-dtype` of stock vLLM
 
 
