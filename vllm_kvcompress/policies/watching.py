@@ -60,7 +60,7 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
                     logits.tanh_().mul_(cap)
                 newest = logits.unflatten(1, (group, -1))[..., begin - end :]
                 newest += future[: end - begin, : end - begin]
-                if absent is not None and len(logits) > 1:
+                if absent is not None and (padding is None or len(logits) > 1):  # else `first` says it
                     logits.masked_fill_(absent[some, :, first:seen], -torch.inf)
                 attention = torch.softmax(logits, -1, out=logits)
                 own = result[some, first:seen]
