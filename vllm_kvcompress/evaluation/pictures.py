@@ -201,16 +201,8 @@ def _name(variant: str) -> str:
 
 def kept_by_head(kept: Sequence[Sequence[float]], path: Path, title: str) -> Any:
     """Fraction of the tokens kept, layers down, heads across."""
-    layers, heads = len(kept), len(kept[0])
-    figure = _figure(min(12.0, max(5.6, 0.6 * heads + 3)), max(4.0, 0.28 * layers + 1.8))
-    axis = figure.subplots()
     values = [value for row in kept for value in row]
-    image = _map(axis, kept, 0, max(values) or 1, text=len(values) <= 400 and heads <= 20)
-    axis.set_xlabel("KV head")
-    axis.set_ylabel("layer")
-    axis.set_xticks(range(0, heads, math.ceil(heads / 32)))
-    axis.set_yticks(range(0, layers, max(1, layers // 15)))
-    figure.colorbar(image, ax=axis, label="tokens kept", aspect=30, format=_percent)
+    figure = _by_head(kept, max(values) or 1, "tokens kept")
     mean = sum(values) / len(values)
     note = f"least {100 * min(values):.0f} %, mean {100 * mean:.0f} %, most {100 * max(values):.0f} %"
     return _save(figure, path, f"{title}\n{note}")
@@ -218,16 +210,20 @@ def kept_by_head(kept: Sequence[Sequence[float]], path: Path, title: str) -> Any
 
 def unexplained_by_head(shares: Sequence[Sequence[float]], path: Path, title: str) -> Any:
     """Share of a variance that is not explained, layers down, heads across."""
-    layers, heads = len(shares), len(shares[0])
+    return _save(_by_head(shares, 1, "variance that is not explained"), path, title)
+
+
+def _by_head(values: Sequence[Sequence[float]], high: float, label: str) -> Any:
+    layers, heads = len(values), len(values[0])
     figure = _figure(min(12.0, max(5.6, 0.6 * heads + 3)), max(4.0, 0.28 * layers + 1.8))
     axis = figure.subplots()
-    image = _map(axis, shares, 0, 1, text=layers * heads <= 400 and heads <= 20)
+    image = _map(axis, values, 0, high, text=layers * heads <= 400 and heads <= 20)
     axis.set_xlabel("KV head")
     axis.set_ylabel("layer")
     axis.set_xticks(range(0, heads, math.ceil(heads / 32)))
     axis.set_yticks(range(0, layers, max(1, layers // 15)))
-    figure.colorbar(image, ax=axis, label="variance that is not explained", aspect=30, format=_percent)
-    return _save(figure, path, title)
+    figure.colorbar(image, ax=axis, label=label, aspect=30, format=_percent)
+    return figure
 
 
 def head_sensitivity(

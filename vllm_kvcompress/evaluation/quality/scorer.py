@@ -5,6 +5,7 @@ learns to tell these scores from the keys and values that the cache holds.
 """
 
 import argparse
+import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -143,8 +144,6 @@ def collect(model: str, prompts: Sequence[Sequence[int]], folder: Path, tqdm: An
 
 
 def _digest(model: str, prompt: Sequence[int]) -> str:
-    import hashlib
-
     return hashlib.sha256(f"{model} {TEACHER} {list(prompt)}".encode()).hexdigest()[:12]
 
 
