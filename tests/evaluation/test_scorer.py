@@ -18,16 +18,17 @@ EPOCHS = 400  # of few tokens
 
 
 def test_documents_are_of_every_kind_in_turn_and_the_same_each_time():
-    made = texts.documents(12, 3000, seed=4)
-    assert made == texts.documents(12, 3000, seed=4) != texts.documents(12, 3000, seed=5)
-    assert len(made) == 12 and min(map(len, made)) >= 3000
-    prose, dialogue, manual, code, table, records = made[:6]
+    made = texts.documents(14, 3000, seed=4)
+    assert made == texts.documents(14, 3000, seed=4) != texts.documents(14, 3000, seed=5)
+    assert len(made) == 14 and min(map(len, made)) >= 3000
+    prose, dialogue, manual, code, table, records, foreign = made[:7]
     assert "Bennet" in prose and dialogue.count("User: ") > 5
     assert "import" in code or "def " in code
     assert table.startswith("id,") and '"tags"' in records and len(manual.split()) > 200
     assert not any(line in retrieval.default_prose() for line in prose.splitlines() if len(line) > 60)
     odd = re.compile(r"\b[0-9a-f]{8} [0-9a-f]{8}\b|\b[A-Z]{3}-\d{4}, |\b\w+_\d+ = \d+; ")
-    assert not any(odd.search(text) for text in made[:3]) and sum(bool(odd.search(t)) for t in made[6:9]) > 1
+    assert not any(odd.search(text) for text in made[:3]) and sum(bool(odd.search(t)) for t in made[7:10]) > 1
+    assert len(re.findall(r"[^ -~\n]|\b(?:der|und|de|la)\b", foreign)) > 60
 
 
 def test_own_text_is_all_there_is():

@@ -1,9 +1,10 @@
-"""Documents of several kinds, to learn from: prose, dialogue, a manual, code, tables, JSON.
+"""Documents of several kinds, to learn from: prose, dialogue, a manual, code, tables, JSON, other languages.
 
 None of them is of the text or the templates that `eval` asks questions about.
 """
 
 import inspect
+import itertools
 import json
 import random
 import re
@@ -15,6 +16,7 @@ MODULES = (
     "argparse", "calendar", "csv", "dataclasses", "difflib", "fractions", "heapq", "http.cookies",
     "json.decoder", "logging.handlers", "pathlib", "sched", "shelve", "statistics", "textwrap", "zipfile",
 )  # fmt: skip
+LANGUAGES = ("de", "es", "fr", "ru", "zh")
 
 
 def documents(number: int, characters: int, seed: int, own_text: str | None = None) -> list[str]:
@@ -110,6 +112,13 @@ def _json(draw: random.Random) -> Iterator[str]:
         yield json.dumps(record, indent=draw.choice((None, 2))) + "\n"
 
 
+def _languages(draw: random.Random) -> Iterator[str]:
+    """The Universal Declaration of Human Rights, after some articles in another language."""
+    while True:
+        paragraphs = _paragraphs(_packaged(f"declaration.{draw.choice(LANGUAGES)}.txt"), draw)
+        yield from itertools.islice(paragraphs, draw.randrange(20, 60))
+
+
 KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "prose": _prose,
     "dialogue": _dialogue,
@@ -117,13 +126,17 @@ KINDS: dict[str, Callable[[random.Random], Iterator[str]]] = {
     "code": _code,
     "table": _table,
     "json": _json,
+    "languages": _languages,
 }
 
 
 def _novel() -> str:
     """The opening of Jane Austen's Pride and Prejudice, a paragraph a line; public domain."""
-    data = resources.files("vllm_kvcompress.evaluation").joinpath("data/pride_and_prejudice.txt")
-    return data.read_text(encoding="utf-8")
+    return _packaged("pride_and_prejudice.txt")
+
+
+def _packaged(name: str) -> str:
+    return resources.files("vllm_kvcompress.evaluation").joinpath("data", name).read_text(encoding="utf-8")
 
 
 def _word(draw: random.Random) -> str:
