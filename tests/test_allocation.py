@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_kvcompress.allocation import (
     ALLOCATIONS,
@@ -414,6 +415,22 @@ def test_what_one_head_cannot_take_the_others_share_in_proportion(tmp_path):
     assert Profile(path).allocate(torch.rand(1, 4, 80), 33, 4).tolist() == [[20, 8, 4, 1]]
 
 
+def test_the_host_reads_no_page_that_a_profile_wants(tmp_path):
+    path = write_profile(tmp_path / "p.json", [[[2, 1]], [[1, 1]]], (0.5, 0.125))
+    names = []
+
+    class Operations(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(function._schema.name)
+            return function(*args, **(kwargs or {}))
+
+    profile, ones = Profile(path), torch.ones(2, 2, dtype=torch.int64)
+    with Operations():
+        wanted = profile.wanted(torch.tensor([10, 6]), ones, 10 * ones)
+    assert wanted[0].tolist() == pytest.approx([20 / 3, 10 / 3]) and len(names) < 80
+    assert not {"aten::_local_scalar_dense", "aten::nonzero"} & {*names}
+
+
 def slow_profile(shares, total, smallest, largest):
     """The level at which the heads' clamped shares add up to the total, by bisection."""
     shares = [max(share, 1e-6 * max(shares)) for share in shares]
@@ -480,7 +497,8 @@ def test_a_larger_share_never_gets_fewer_pages(problem, data):
 )
 def test_shares_are_linear_in_the_logarithm_of_the_budget(tmp_path, budget, expected):
     path = write_profile(tmp_path / "p.json", [[[4, 4]], [[2, 0]]], (0.5, 0.125))
-    assert Profile(path).profile.at(budget)[0].tolist() == pytest.approx(expected)
+    shares = Profile(path).profile.at(torch.tensor([0.3, budget]))
+    assert shares.shape == (2, 1, 2) and shares[1, 0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -260,33 +260,60 @@ class Profile(Allocation):
         self, scores: Tensor, num_pages: int, page_size: int, smallest: Tensor, largest: Tensor
     ) -> Tensor:
         self.check_model(*smallest.shape)
-        # On the CPU: these are a few hundred numbers, in float64, which not every device has.
-        low, high = smallest.cpu().flatten(), largest.cpu().flatten()
-        shares = self.profile.at(num_pages / int(high.sum())).flatten()
-        wanted = in_proportion(shares, num_pages, low, high)
-        return whole_pages(wanted, num_pages, low, high).view_as(smallest).to(smallest.device)
+        low, high = smallest.flatten(), largest.flatten()
+        (wanted,) = self.wanted(torch.tensor([num_pages], device=low.device), low[None], high[None])
+        return whole_pages(wanted, num_pages, low, high).view_as(smallest)
+
+    def wanted(self, num_pages: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
+        """Pages that each head should have, before they are made whole; the host reads none of them.
+
+        Args:
+            num_pages: `[J]` int64, of each request.
+            smallest: `[J, L·H]` int64.
+            largest: `[J, L·H]` int64.
+
+        Returns:
+            `[J, L·H]` float64.
+        """
+        device = num_pages.device
+        if device not in self._on_devices:
+            self._on_devices[device] = self.profile.to(device)
+        shares = self._on_devices[device].at(num_pages / largest.sum(1)).flatten(1)
+        return in_proportion(shares, num_pages, smallest, largest)
+
+    @functools.cached_property
+    def _on_devices(self) -> dict[torch.device, profiles.HeadProfile]:
+        return {}
 
 
-def in_proportion(shares: Tensor, total: int, smallest: Tensor, largest: Tensor) -> Tensor:
-    """Split a total in proportion to shares; what a bound takes from or adds to a head, the others share.
+def in_proportion(shares: Tensor, totals: Tensor, smallest: Tensor, largest: Tensor) -> Tensor:
+    """Split totals in proportion to shares; what a bound takes from or adds to a head, the others share.
 
         wanted_h = clamp(level·share_h, smallest_h, largest_h),  Σ wanted = total
 
     Args:
-        shares: `[heads]` float64, not negative; a head without any still takes what no other head can.
-        total: Σ smallest <= total <= Σ largest.
-        smallest: `[heads]` int64.
-        largest: `[heads]` int64.
+        shares: `[J, heads]` float64, not negative; a head without any still takes what no other head can.
+        totals: `[J]`, Σ smallest <= total <= Σ largest of each row.
+        smallest: `[J, heads]` int64.
+        largest: `[J, heads]` int64.
 
     Returns:
-        `[heads]` float64.
+        `[J, heads]` float64.
     """
-    shares = shares.clamp(min=1e-6 * float(shares.max()))
-    # The sum is piecewise linear in the level, and bends where a head meets a bound.
-    levels = torch.cat([smallest / shares, largest / shares]).sort().values
-    filled = (levels[:, None] * shares).clamp(smallest, largest).sum(1)
-    level = float(np.interp(total, filled.numpy(), levels.numpy()))
+    shares = shares.clamp(min=1e-6 * shares.amax(1, keepdim=True))
+    # Each sum is piecewise linear in the level, and bends where a head meets a bound.
+    levels = torch.cat([smallest / shares, largest / shares], 1).sort(1).values
+    bounds = smallest[:, None], largest[:, None]
+    filled = (levels[:, :, None] * shares[:, None]).clamp(*bounds).sum(2)
+    level = _interpolated(totals[:, None].to(filled.dtype), filled, levels)
     return (level * shares).clamp(smallest, largest)
+
+
+def _interpolated(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
+    """Row by row, what is at `at` if `values` are at the ascending `known`; constant beyond the ends."""
+    after = torch.searchsorted(known, at).clamp(1, known.shape[1] - 1)
+    x0, x1, y0, y1 = (of.gather(1, index) for of in (known, values) for index in (after - 1, after))
+    return torch.lerp(y0, y1, ((at - x0) / (x1 - x0).clamp(min=1e-300)).clamp(0, 1))
 
 
 def whole_pages(wanted: Tensor, num_pages: int, smallest: Tensor, largest: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class HeadProfile:
     Attributes:
         model: name of the model that was measured.
         budgets: mean kept fractions, ascending.
-        shares: `[budgets, L, H]` float64 on the CPU: what each head gets, relative to the mean.
+        shares: `[budgets, L, H]` float64: what each head gets, relative to the mean.
     """
 
     model: str
@@ -40,12 +40,22 @@ class HeadProfile:
         """L and H."""
         return self.shares.shape[1], self.shares.shape[2]
 
-    def at(self, budget: float) -> Tensor:
-        """Shares `[L, H]` at a mean kept fraction: linear in its logarithm, constant beyond the ends."""
-        known = np.log(self.budgets)
-        place = float(np.interp(math.log(budget), known, np.arange(len(known))))
-        before, after = math.floor(place), math.ceil(place)
-        return torch.lerp(self.shares[before], self.shares[after], place - before)
+    def to(self, device: torch.device) -> "HeadProfile":
+        """The same with its shares on a device."""
+        return replace(self, shares=self.shares.to(device))
+
+    def at(self, budgets: Tensor) -> Tensor:
+        """Shares at mean kept fractions `[J]`: linear in their logarithm, constant beyond the ends.
+
+        Returns:
+            `[J, L, H]` float64 on the device of both.
+        """
+        shares = self.shares[:1].expand(len(budgets), -1, -1)
+        steps = zip(self.budgets, self.budgets[1:], self.shares.diff(dim=0), strict=False)
+        for lower, upper, step in steps:  # few, and their numbers need not be sent
+            passed = (budgets.double() / lower).log() / math.log(upper / lower)
+            shares = shares + passed.clamp(0, 1)[:, None, None] * step
+        return shares
 
 
 def load(given: str) -> HeadProfile:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.allocation import Adaptive, Allocation, Global, Pyramid, Uniform
+from vllm_kvcompress.allocation import Adaptive, Allocation, Global, Profile, Pyramid, Uniform
 from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages
 from vllm_kvcompress.kernels.scores import rank_columns, window_scores
 from vllm_kvcompress.kernels.selection import adaptive_counts, global_counts, select_columns, whole_pages
@@ -123,6 +123,9 @@ class PlainCache(PagedCache):
             each = zip(widths, num_pages, strict=True)
             wanted = [allocation.wanted(layers, heads, own, total, block_size) for own, total in each]
             return whole_pages(self._sent(torch.stack(wanted)), pages, *bounds).view_as(capacity)
+        if isinstance(allocation, Profile):
+            allocation.check_model(layers, heads)
+            return whole_pages(allocation.wanted(pages, *bounds), pages, *bounds).view_as(capacity)
         return super().allocate(allocation, scores, num_pages, widths, sinks, capacity)
 
     def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
