@@ -38,12 +38,23 @@ def test_each_head_has_its_own_network(first_head):
     scorer = made()
     keys, values = torch.randn(2, 2, 7, SIZE)
     for layer in range(LAYERS):
-        found = scorer.log_scores(layer, first_head, keys, values)
+        found = scorer.log_scores((layer,), first_head, keys, values)
         assert found.shape == (2, 7) and found.dtype == torch.float32
         for head in range(2):
             for token in range(7):
                 wanted = answer(scorer, layer, first_head + head, keys[head, token], values[head, token])
                 assert float(found[head, token]) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (0, 2)])  # consecutive ones, and others
+def test_layers_together_answer_as_each_alone(layers):
+    draw = torch.Generator().manual_seed(3)
+    shapes = (2 * SIZE, WIDTH), (WIDTH,), (WIDTH,), ()
+    scorer = Scorer("", "", *(torch.randn(3, HEADS, *shape, generator=draw) for shape in shapes))
+    keys, values = torch.randn(2, 4, 7, SIZE, generator=draw)
+    found = scorer.log_scores(layers, 1, keys, values).split(2)
+    for layer, own, *given in zip(layers, found, keys.split(2), values.split(2), strict=True):
+        torch.testing.assert_close(own, scorer.log_scores((layer,), 1, *given))
 
 
 def test_what_is_written_is_read(tmp_path):

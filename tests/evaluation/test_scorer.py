@@ -73,7 +73,7 @@ def test_one_layers_weights_answer_for_inputs_as_they_are():
     inputs = torch.randn(HEADS, 600, 2 * SIZE, generator=draw) * 7 + 30
     scores = inputs[..., 2] * 0.5 - 9
     own = Scorer("", "", *(tensor[None] for tensor in fit(inputs, scores, 8, EPOCHS, 0)))
-    answer = own.log_scores(0, 0, inputs[..., :SIZE], inputs[..., SIZE:])
+    answer = own.log_scores((0,), 0, inputs[..., :SIZE], inputs[..., SIZE:])
     assert (answer - scores).square().mean() < 0.02 * scores.var()
 
 

@@ -66,7 +66,7 @@ def observation(rotary, positions, dtype=torch.float32, padding=(0, 0), layer=1,
         scale=1.0,
         num_scored=width - 3,
         rotary=rotary,
-        layer=layer,
+        layers=(layer,),
         first_head=first_head,
         padding=torch.tensor(padding) if any(padding) else None,
     )

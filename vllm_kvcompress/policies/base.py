@@ -37,11 +37,10 @@ class LayerObservation:
         rotary: the layer's position embedding, by no angle where it has none; None if it is of another kind.
         output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32; None if none was
             found whose input is what the layer puts out.
-        layer: the layer's number in the model, counted from 0.
+        layers: numbers of the layers whose heads these are, one layer after the other, counted from 0 in the
+            model; more than one only for policies that say `stacks_layers`.
         first_head: which of the layer's KV heads the first one is; not 0 on later tensor-parallel ranks.
         kept_positions: makes what `positions` returns; None where column i is token i.
-        num_layers: layers whose heads these are, one layer after the other; more than 1 only for policies
-            that say `stacks_layers`. Then `layer` is the first.
     """
 
     keys: Tensor
@@ -55,10 +54,15 @@ class LayerObservation:
     state: Any = None
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
-    layer: int = 0
+    layers: tuple[int, ...] = (0,)
     first_head: int = 0
     kept_positions: Callable[[], Tensor] | None = None
-    num_layers: int = 1
+
+    @property
+    def layer(self) -> int:
+        """The layer's number, of policies that see one at a time."""
+        (layer,) = self.layers
+        return layer
 
     def positions(self) -> Tensor:
         """Position in the sequence of each column's token, `[H, W]` int64; arbitrary in padding."""
@@ -88,8 +92,9 @@ class Policy(ABC):
         reads_values: False if their values may.
         observes_keys: False if the keys beside the queries that it observes may.
         stacks_layers: True if it scores several layers at once as if they were one with more heads: a head's
-            scores depend on nothing but its keys, values and queries, the scale, the soft cap and its row
-            of the state, which is `[H, W]` if there is any.
+            scores depend on nothing but its keys, values and queries, the scale, the soft cap, the layer's
+            number and what `stack` makes of its state. Layers of other rotary embeddings are others'
+            if it `needs_rotary`.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
         repeats: True if it must `observe` the queries with which the model repeats the context.
@@ -142,13 +147,36 @@ class Policy(ABC):
         raise NotImplementedError
 
     def carry(self, state: Any, kept: Tensor) -> Any:
-        """The state after a compaction.
+        """The state after a compaction; of several layers at once where `score` sees several.
 
         Args:
             state: what `observe` returned last.
             kept: `[H, W]` int64, the old column of every new one; -1 for padding.
         """
         return state
+
+    def stack(self, states: list[Any]) -> Any:
+        """The states of layers that are scored at once; here of `[H, W]`, aligned at their last columns.
+
+        Args:
+            states: what `observe` returned last, of each layer; None for all of them if it was never called.
+        """
+        if len(states) == 1 or all(state is None for state in states):
+            return states[0]
+        widths, device = [state.shape[1] for state in states], states[0].device
+        width = max(widths)
+        if min(widths) == width:
+            return torch.cat(states)
+        held = torch.tensor(widths, pin_memory=device.type == "cuda").to(device, non_blocking=True)[:, None]
+        column = held + torch.arange(-width, 0, device=device)  # of each layer's own, below 0 in padding
+        whole = torch.cat(states, 1)[:, (held.cumsum(0) - held + column.clamp(min=0)).flatten()]
+        aligned = whole.view(-1, len(states), width).transpose(0, 1)  # [l, H, W]
+        return aligned.masked_fill(column[:, None] < 0, 0.0).flatten(0, 1)
+
+    @property
+    def scored_by(self) -> "Policy":
+        """The policy whose `score` answers: this one, unless it only refines another's."""
+        return self
 
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
         """Change scores once the number of tokens that each head keeps is known.

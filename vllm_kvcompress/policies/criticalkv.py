@@ -52,6 +52,10 @@ class CriticalKV(Policy):
         return self.base.window
 
     @property
+    def scored_by(self) -> Policy:
+        return self.base.scored_by
+
+    @property
     def reads_keys(self) -> bool:  # type: ignore[override]
         return self.base.reads_keys
 
@@ -88,6 +92,9 @@ class CriticalKV(Policy):
 
     def carry(self, state: Any, kept: Tensor) -> Any:
         return self.base.carry(state, kept)
+
+    def stack(self, states: list[Any]) -> Any:
+        return self.base.stack(states)
 
     def score(self, observation: LayerObservation) -> Tensor:
         return self.base.score(observation)

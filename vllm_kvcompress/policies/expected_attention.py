@@ -52,6 +52,7 @@ class ExpectedAttention(Policy):
     cost: ClassVar[str] = "moments of all queries; a D x D form per key"
     accumulates: ClassVar[bool] = True
     observes_keys: ClassVar[bool] = False
+    stacks_layers: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
     future: int = 512
     skip: int = 4
@@ -76,6 +77,13 @@ class ExpectedAttention(Policy):
         new = QueryStatistics(len(queries), mean, scatter)
         return new if old is None else _merged(old, new)
 
+    def stack(self, states: list[QueryStatistics | None]) -> QueryStatistics | None:
+        found = [state for state in states if state is not None]  # all or none of them
+        if not found:
+            return None
+        mean, scatter = (torch.cat(part) for part in ([s.mean for s in found], [s.scatter for s in found]))
+        return QueryStatistics(found[0].seen, mean, scatter)
+
     def score(self, observation: LayerObservation) -> Tensor:
         assert observation.rotary is not None
         keys, size = observation.keys.float(), observation.keys.shape[-1]
@@ -85,8 +93,9 @@ class ExpectedAttention(Policy):
         rotation = observation.rotary.mean_matrix(observation.num_tokens, self.future, size)
         mean = queries.mean @ rotation.T
         covariance = rotation @ (queries.scatter / queries.seen) @ rotation.T
-        logits = torch.einsum("hwd,hgd->hgw", keys, mean) * observation.scale
-        logits += ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) * (observation.scale**2 / 2)
+        logits = mean @ keys.transpose(1, 2) * observation.scale  # [H, G, W]
+        for own, form in zip(logits.unbind(1), covariance.unbind(1), strict=True):
+            own += (keys @ form).mul_(keys).sum(-1) * (observation.scale**2 / 2)
         column = torch.arange(keys.shape[1], device=keys.device)
         first = 0 if observation.padding is None else observation.padding[:, None]
         logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)

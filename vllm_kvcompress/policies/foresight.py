@@ -38,6 +38,7 @@ class Foresight(Policy):
         "learned here; target of KVzip (arXiv 2505.23416), idea of KVzap (arXiv 2601.07891)"
     )
     cost: ClassVar[str] = "two small matrix products per token; a scorer of the model, trained once"
+    stacks_layers: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
     needs_known_shape: ClassVar[bool] = True
     scorer: str = ""
@@ -66,7 +67,7 @@ class Foresight(Policy):
         dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else observation.values.dtype
         own = _on(self.scorer, keys.device)
         scores = own.log_scores(
-            observation.layer, observation.first_head, keys.to(dtype), observation.values.to(dtype)
+            observation.layers, observation.first_head, keys.to(dtype), observation.values.to(dtype)
         )[:, : observation.num_scored]
         if self.pooling > 1:
             if observation.padding is not None:

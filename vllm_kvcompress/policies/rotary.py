@@ -25,6 +25,12 @@ class Rotary:
         """The rotation by no angle, of layers without position embedding."""
         return cls(torch.tensor([1.0, 0.0], device=device).expand(positions, 2), True)
 
+    def same_as(self, other: "Rotary | None") -> bool:
+        """Whether it is the same, its table the same in memory."""
+        if other is None or other.cos_sin is not self.cos_sin:
+            return False
+        return (other.is_neox, other.first) == (self.is_neox, self.first)
+
     def at(self, positions: Tensor) -> "Rotary":
         """The same for these positions alone, `[n]`, counted from 0."""
         return replace(self, cos_sin=self.cos_sin[positions])

@@ -35,5 +35,5 @@ class TOVA(Policy):
 
     def score(self, observation: LayerObservation) -> Tensor:
         attention = window_attention(observation)[:, :, -1, : observation.num_scored]  # [H, G, T]
-        layers = attention.unflatten(0, (observation.num_layers, -1))
+        layers = attention.unflatten(0, (len(observation.layers), -1))
         return layers.mean((1, 2), keepdim=True).squeeze(2).expand(-1, layers.shape[1], -1).flatten(0, 1)

@@ -137,7 +137,8 @@ class QuerySpan:
         """Whether it is one token whose policy may observe others' with it, as those of more heads."""
         one = self.tokens.stop - self.tokens.start == 1 and not self.num_drafts and not self.observed.drafts
         policy = self.observed.policy
-        return one and policy.accumulates and policy.stacks_layers and not (self.ring and policy.window)
+        sums = policy.accumulates and policy.stacks_layers and type(policy).stack is Policy.stack
+        return one and sums and not (self.ring and policy.window)
 
 
 class DecodingSpan:
@@ -182,7 +183,7 @@ class DecodingSpan:
             logits_soft_cap=attention.logits_soft_cap,
             padding=self._empty[layer] - (self._most * block_size - width),
             state=before,
-            layer=attention.index,
+            layers=(attention.index,),
         )
         after = self.rows[0].observed.policy.observe(seen).split(heads)
         for row, own, pages, slack in zip(self.rows, after, widths, self._slack, strict=True):
@@ -262,7 +263,7 @@ class RowContext:
             logits_soft_cap=attention.logits_soft_cap,
             padding=padding if bool(padding.any()) else None,
             rotary=attention.rotary,
-            layer=attention.index,
+            layers=(attention.index,),
             first_head=attention.first_head,
             kept_positions=None
             if self.table is None

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,20 +76,23 @@ class Scorer:
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **tensors)
 
-    def log_scores(self, layer: int, first_head: int, keys: Tensor, values: Tensor) -> Tensor:
+    def log_scores(self, layers: Sequence[int], first_head: int, keys: Tensor, values: Tensor) -> Tensor:
         """What tokens are worth.
 
         Args:
-            layer: the layer's number in the model.
-            first_head: number of the first of the heads that are shown, among the layer's.
-            keys: `[H', W, D]` without rotation, in the dtype to compute in.
-            values: `[H', W, D]`, likewise.
+            layers: the layers' numbers in the model.
+            first_head: number of the first of the heads that are shown, among a layer's.
+            keys: `[l·H', W, D]` without rotation, in the dtype to compute in, layer after layer.
+            values: `[l·H', W, D]`, likewise.
 
         Returns:
-            `[H', W]` float32.
+            `[l·H', W]` float32.
         """
-        own = slice(first_head, first_head + len(keys))
-        up, up_bias, down, down_bias = (getattr(self, name)[layer, own] for name in TENSORS)
+        own = slice(first_head, first_head + len(keys) // len(layers))
+        some = [*layers]
+        if some == [*range(some[0], some[0] + len(some))]:
+            some = slice(some[0], some[0] + len(some))  # a view, of consecutive ones
+        up, up_bias, down, down_bias = (getattr(self, name)[some, own].flatten(0, 1) for name in TENSORS)
         size, dtype = keys.shape[2], keys.dtype
         hidden = torch.baddbmm(up_bias[:, None].to(dtype), keys, up[:, :size].to(dtype))
         hidden = torch.baddbmm(hidden, values.to(dtype), up[:, size:].to(dtype))

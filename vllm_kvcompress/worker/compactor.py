@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,9 +185,9 @@ class Compactor:
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
-    def _slices(self, task: _Task) -> Iterator[_Candidates]:
+    def _slices(self, task: _Task, policy: Policy) -> Iterator[_Candidates]:
         """The layers, as many at a time as the policy scores at once and memory is meant for."""
-        job, policy, observed = task.work.job, task.policy, task.work.observed
+        job, observed = task.work.job, task.work.observed
         at_once, heads = 1, self.grid.num_heads
         if policy.stacks_layers:
             longest = task.work.table.longest(slice(None)) if task.work.table else 0
@@ -200,32 +199,34 @@ class Compactor:
         begin = 0
         while begin < len(self.layers):
             end = begin + 1
-            while end < min(begin + at_once, len(self.layers)) and self._alike(begin, end):
+            while end < min(begin + at_once, len(self.layers)) and self._alike(policy, begin, end):
                 end += 1
             yield self._candidates(task, slice(begin, end))
             begin = end
 
-    def _alike(self, one: int, other: int) -> bool:
+    def _alike(self, policy: Policy, one: int, other: int) -> bool:
         """Whether two layers may be scored as one with more heads."""
         a, b = self.layers[one], self.layers[other]
+        if policy.needs_rotary and a.rotary is not None and not a.rotary.same_as(b.rotary):
+            return False
         return (a.scale, a.logits_soft_cap) == (b.scale, b.logits_soft_cap)
 
     def _scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
         """The policy's scores `[X, T]`, ready to be compared: padding lowest, then what is no number."""
-        sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy
+        sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy.scored_by
         if self.cache.scores_windows(policy):
-            scores = self._window_scores(tasks, together)
+            scores = self._window_scores(policy, tasks, together)
         else:
             shape = len(together.pages), together.num_scored
             scores = torch.full(shape, -torch.inf, device=self.cache.device)
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
-                for part in self._slices(task):
-                    self._of(own, part)[:] = policy.score(self._observe(task, part))
+                for part in self._slices(task, policy):
+                    self._of(own, part)[:] = policy.score(self._observe(policy, task, part))
         # One broken score must not rank a token below what does not exist, nor above what is protected.
         self.cache.rank(scores, together.padding, sinks)
         return scores
 
-    def _window_scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
+    def _window_scores(self, policy: Policy, tasks: list[_Task], together: _Candidates) -> Tensor:
         """The scores that the cache itself makes of all layers and requests."""
         jobs, queries = [task.work.job for task in tasks], []
         for task in tasks:
@@ -233,7 +234,7 @@ class Compactor:
             queries.append(task.work.observed.window(slice(None), task.work.job.num_tokens).transpose(0, 1))
         ends = [together.num_scored + job.num_tokens - job.boundary for job in jobs]
         return self.cache.window_scores(
-            tasks[0].policy,
+            policy,
             together.pages,
             queries[0] if len(queries) == 1 else torch.cat(queries),
             [layer.scale for layer in self.layers],
@@ -251,16 +252,16 @@ class Compactor:
     def _refine(self, tasks: list[_Task], together: _Candidates, scores: Tensor, counts: Tensor) -> None:
         """Have the policy change its scores `[X, T]` by how many pages each head keeps, `[J, L, H]`."""
         for task, of_request, pages in zip(tasks, scores.chunk(len(tasks)), counts, strict=True):
-            for part in self._slices(task):
+            for part in self._slices(task, task.policy):
                 own = self._of(of_request, part)
                 num_kept = pages[part.layers].flatten() * self.grid.block_size
-                own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task, part))
+                own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task.policy, task, part))
         least = torch.finfo(torch.float32).min
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
         protect(scores, together.padding, tasks[0].work.job.config.sink_tokens)
 
-    def _observe(self, task: _Task, part: _Candidates) -> LayerObservation:
-        job, policy, observed = task.work.job, task.policy, task.work.observed
+    def _observe(self, policy: Policy, task: _Task, part: _Candidates) -> LayerObservation:
+        job, observed = task.work.job, task.work.observed
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
@@ -282,28 +283,39 @@ class Compactor:
             num_tokens=job.num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
             padding=part.padding,
-            state=None if observed is None else _stacked(observed.states[part.layers]),
+            state=None if observed is None else policy.stack(observed.states[part.layers]),
             rotary=attention.rotary,
             output_projection=attention.output_projection,
-            layer=attention.index,
+            layers=tuple(layer.index for layer in self.layers[part.layers]),
             first_head=attention.first_head,
             kept_positions=part.positions,
-            num_layers=part.layers.stop - first,
         )
 
     def _carry(self, task: _Task, new: RequestTable, from_end: Tensor) -> None:
         """Give the policy's states the columns of the new table; `from_end`, below 0, are its old ones."""
         job, table, observed = task.work.job, task.work.table, task.work.observed
         assert observed is not None
-        raw = torch.arange(job.num_tokens - job.boundary, device=from_end.device)
-        raw = raw.expand(self.grid.num_heads, -1)
-        for layer, state in enumerate(observed.states):
-            if state is None:
+        policy, states = task.policy.scored_by, observed.states
+        if type(policy).carry is Policy.carry or states[0] is None:
+            return
+        block_size, heads, num_raw = self.grid.block_size, self.grid.num_heads, job.num_tokens - job.boundary
+        raw = torch.arange(num_raw, device=from_end.device)
+        together = policy.stacks_layers and type(policy).stack is Policy.stack  # so they are `[H, W]`
+        at_once = 1
+        if together:
+            columns = max(state.shape[1] for state in states)
+            at_once = max(1, self.cache.slice_bytes // (8 * heads * columns))
+        for begin in range(0, len(states), at_once):
+            some = slice(begin, min(begin + at_once, len(states)))
+            width = (len(job.source) + (table.longest(some) if table else 0)) * block_size
+            old = new.align(some, from_end, -width - 1) + width
+            kept = torch.cat([old, (raw + width).expand(len(old), -1)], 1)
+            if not together:
+                states[begin] = policy.carry(states[begin], kept)
                 continue
-            own = slice(layer, layer + 1)
-            width = (len(job.source) + (table.longest(own) if table else 0)) * self.grid.block_size
-            old = new.align(own, from_end, -width - 1) + width
-            observed.states[layer] = task.policy.carry(state, torch.cat([old, raw + width], 1))
+            after = policy.carry(policy.stack(states[some]), kept)
+            for layer, own in zip(range(some.start, some.stop), after.split(heads), strict=True):
+                states[layer] = own[:, -(new.longest(slice(layer, layer + 1)) * block_size + num_raw) :]
 
 
 def _aligned(requests: list[_Candidates], block_size: int) -> _Candidates:
@@ -320,11 +332,3 @@ def _aligned(requests: list[_Candidates], block_size: int) -> _Candidates:
     )
     padding = (pages[:, : max(before)] < 0).sum(1) * block_size
     return _Candidates(requests[0].layers, pages, max(before) * block_size, padding)
-
-
-def _stacked(states: list[Any]) -> Any:
-    """States of layers that are scored at once, aligned at their last columns."""
-    if len(states) == 1 or all(state is None for state in states):
-        return states[0]
-    width = max(state.shape[1] for state in states)
-    return torch.cat([torch.nn.functional.pad(state, (width - state.shape[1], 0)) for state in states])

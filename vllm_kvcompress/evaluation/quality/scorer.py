@@ -207,7 +207,7 @@ def train(
         parts.append(part)
         own = Scorer("", "", *(tensor[None] for tensor in part))
         size = inputs.shape[2] // 2
-        answers = [own.log_scores(0, 0, x[..., :size], x[..., size:]) for x, _ in shown[-held_out:]]
+        answers = [own.log_scores((0,), 0, x[..., :size], x[..., size:]) for x, _ in shown[-held_out:]]
         wanted = [y for _, y in shown[-held_out:]]
         answer, want = torch.cat(answers, 1), torch.cat(wanted, 1)
         losses.append((answer - want).square().mean(1) / want.var(1, unbiased=False).clamp(min=1e-6))
