@@ -362,6 +362,10 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
         ("snapkv:max_tokens_kept=3", "max_tokens_kept must be at least 1 and sink_tokens"),
         ("snapkv:max_compaction_tokens=0", "max_compaction_tokens must be at least 1, got 0"),
         ("snapkv:min_freed_tokens=0", "min_freed_tokens must be at least 1, got 0"),
+        ("foresight:threshold=0", "threshold must be a score above 0, got 0.0"),
+        ("foresight:threshold=-1", "threshold must be a score above 0, got -1.0"),
+        ("snapkv:threshold=0.1", "scores of snapkv mean nothing across prompts: use threshold with one"),
+        ("kvzip:threshold=0.1,allocation=uniform", "use allocation=global"),
         ("snapkv:when=never", "when must be"),
         ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),
         ("kvzip:when=streaming", "remove when=streaming and recompact_every"),
@@ -376,6 +380,15 @@ def test_mistakes_in_what_goes_on_are_one_line(text, said):
     with pytest.raises(KVCompressionError, match=said) as error:
         KVCompressionConfig.parse(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_threshold_goes_with_its_method():
+    engine = KVCompressionConfig.parse("kvzip:budget=0.5,threshold=0.1")
+    assert engine.for_request("kvzip:budget=0.3").threshold == 0.1
+    assert engine.for_request({"threshold": "none"}).threshold is None
+    assert engine.for_request("snapkv").threshold is None and engine.for_request("snapkv").budget == 0.5
+    with pytest.raises(KVCompressionError, match="allocation=global"):
+        engine.for_request("kvzip:allocation=uniform")
 
 
 def test_a_policy_on_top_of_another_takes_its_options():

@@ -44,6 +44,17 @@ def test_nothing_is_planned_that_frees_nothing():
     assert Plan.of(parse("snapkv:budget=0.25"), 32 + 272, 16, held) is None  # 5 of 5 blocks
 
 
+def test_a_threshold_plans_for_the_most_that_it_may_keep():
+    config = parse("foresight:budget=0.5,threshold=0.1")
+    assert Plan.of(config, 32 + 256, 16) == Plan(256, 16, 8)
+    # It kept 3 of 16 blocks. With four more it may keep all 7, though the budget has 10.
+    held = Plan(256, 16, 3)
+    assert Plan.of(config, 32 + 320, 16, held) == Plan(320, 20, 7)
+    assert Plan.of(config, 32 + 256 + 15, 16, held) is None  # no block is new
+    assert Plan.of(config, 32 + 640, 16, held) == Plan(640, 40, 20)  # of 27
+    assert Plan.of(parse("foresight:budget=1,threshold=0.1"), 1000, 16) is None
+
+
 # Of 384 tokens 22 blocks lie below the window, 6 of which are kept: 256 tokens are freed.
 LEAST = "snapkv:budget=0.25,min_freed_tokens=256"
 

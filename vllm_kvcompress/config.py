@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
-from vllm_kvcompress.allocation import ALLOCATIONS, Allocation
+from vllm_kvcompress.allocation import ALLOCATIONS, Allocation, Global
 from vllm_kvcompress.policies import POLICIES, Policy
 from vllm_kvcompress.policies.foresight import Foresight
 
@@ -77,7 +77,8 @@ class KVCompressionConfig:
 
     Attributes:
         method: a name listed by `vllm-kvcompress methods`.
-        budget: fraction of the raw bytes below the boundary that is kept, 0 < budget <= 1.
+        budget: fraction of the raw bytes below the boundary that is kept, 0 < budget <= 1; with a threshold,
+            the most that is.
         allocation: how pages are shared among heads, `NAME` or `profile:PATH`; None for the method's own.
         sink_tokens: first tokens of a prompt, never dropped.
         window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
@@ -94,6 +95,9 @@ class KVCompressionConfig:
             whatever it reads; None for `max_num_batched_tokens`. The engine's: a request may not give it.
         scorer: of the method `foresight`, a file or the name of a packaged one; None for the one that is
             found for the model: beside its checkpoint, in the cache folder, or packaged.
+        threshold: score above which a token is kept, so that each request keeps as much as it needs: as many
+            blocks as hold every page with a better token. For methods whose scores mean the same in every
+            prompt. None for all that the budget allows.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -112,6 +116,7 @@ class KVCompressionConfig:
     min_freed_tokens: int = 256
     max_compaction_tokens: int | None = None
     scorer: str | None = None
+    threshold: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
@@ -126,6 +131,8 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"budget must be a fraction of the cache to keep, 0 < budget <= 1, got {self.budget}"
             )
+        if self.threshold is not None and self.threshold <= 0:
+            raise KVCompressionError(f"threshold must be a score above 0, got {self.threshold}")
         if self.sink_tokens < 0:
             raise KVCompressionError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if self.window is not None and not 1 <= self.window <= MOST_WINDOW:
@@ -155,6 +162,16 @@ class KVCompressionConfig:
             raise
         except ValueError as error:
             raise KVCompressionError(f"{self.method}: {error}") from None
+        if self.threshold is not None and not self.build_policy().absolute:
+            able = ", ".join(name for name, policy in POLICIES.items() if policy.absolute)
+            raise KVCompressionError(
+                f"scores of {self.method} mean nothing across prompts: use threshold with one of {able}, "
+                "or budget alone"
+            )
+        if self.threshold is not None and not isinstance(self.build_allocation(), Global):
+            raise KVCompressionError(
+                "threshold counts the pages of all heads together: use allocation=global"
+            )
         if self.repeats and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
@@ -191,9 +208,9 @@ class KVCompressionConfig:
     def for_request(self, value: "str | Mapping | None") -> "KVCompressionConfig":
         """This configuration with a request's own options on top.
 
-        Naming another method drops this one's allocation and the hyper-parameters that the other does not
-        have; budget, sink_tokens and window stay. `"off"` disables compression; any other value enables it
-        where the engine's default is off.
+        Naming another method drops this one's allocation and threshold, and the hyper-parameters that the
+        other does not have; budget, sink_tokens and window stay. `"off"` disables compression; any other
+        value enables it where the engine's default is off.
 
         Raises:
             KVCompressionError: as for `parse`.
@@ -329,7 +346,7 @@ def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConf
         )
     flat = engine.to_dict() | {"enabled": True}
     if override.get("method", engine.method) != engine.method:
-        flat.pop("allocation", None)
+        flat.pop("allocation", None), flat.pop("threshold", None)
     own = {name: value for name, value in (flat | override).items() if name in ("method", "allocation")}
     kept = KVCompressionConfig(**own)._option_types().keys() | _OWN_TYPES.keys()
     return KVCompressionConfig._of({name: flat[name] for name in flat.keys() & kept} | override)

@@ -20,7 +20,7 @@ class Plan:
     Attributes:
         boundary: first token that stays raw, a multiple of the block size.
         source_blocks: blocks below the boundary, as if all of them were raw.
-        kept_blocks: blocks of compacted pages that stand for them.
+        kept_blocks: blocks of compacted pages that stand for them; with a threshold, at most.
     """
 
     boundary: int
@@ -34,7 +34,8 @@ class Plan:
         """What compacting a request would do; None if it is left alone.
 
         That is: if it is disabled, if nothing would be freed, or if a first compaction would free less than
-        `min_freed_tokens`, unless the request is streaming.
+        `min_freed_tokens`, unless the request is streaming. A threshold keeps `kept_blocks` at most: a later
+        compaction may find that it frees nothing.
 
         Args:
             config: its options.
@@ -48,6 +49,8 @@ class Plan:
         kept = _kept_blocks(config, source, block_size)
         now = held.kept_blocks + source - held.source_blocks if held else source
         least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
+        if held is not None and config.threshold is not None and source > held.source_blocks:
+            kept, least = min(kept, now), 0  # how much of it scores above the threshold is known only then
         if (now - kept) * block_size < least:
             return None
         return cls(source * block_size, source, kept)

@@ -66,6 +66,10 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
         )
     parallel = vllm_config.parallel_config
+    if config.threshold is not None and parallel.pipeline_parallel_size > 1:
+        raise KVCompressionError(
+            "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
+        )
     try:
         config.build_allocation().check_model(
             model.get_num_layers(parallel), model.get_num_kv_heads(parallel)

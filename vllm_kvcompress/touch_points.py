@@ -192,6 +192,7 @@ TABLE: dict[str, Touched] = {
             "add_request": "(self, request)",
             "finish_requests": "(self, request_ids, finished_status)",
             "schedule": "(self, throttle_prefills=...)",
+            "update_from_output": "(self, scheduler_output, model_runner_output)",
         },
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": Touched(reads="__init__"),
@@ -320,8 +321,12 @@ TABLE: dict[str, Touched] = {
             "execute_model": "(self, scheduler_output)",
             "initialize_from_config": "(self, kv_cache_config)",
             "load_model": "(self, *, load_dummy_weights=...)",
+            "sample_tokens": "(self, grammar_output)",
         },
     ),
+    "vllm.v1.outputs:AsyncModelRunnerOutput": Touched(overrides={"get_output": "(self)"}),
+    "vllm.v1.outputs:ModelRunnerOutput": Touched(),
+    "vllm.v1.engine:EngineCoreOutputs": Touched(),
     "vllm.v1.worker.cpu_worker:CPUWorker": Touched(
         reads="model_runner",
         overrides={

@@ -33,7 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionStep, Job
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.plan import SPARE_QUERIES
@@ -201,8 +201,11 @@ class FakeWorker:
             self._forget(name)
         for name in output.preempted_req_ids or ():
             self.rows[name].blocks, self.rows[name].keys = [], []
+        kept_blocks = {}
         for job in step.jobs:
-            self._run(job)
+            kept = self._run(job)
+            if job.config.threshold is not None:
+                kept_blocks[job.request_id] = kept
         self.late |= set(step.late)
         for name in step.late:
             if name in self.records:
@@ -220,11 +223,14 @@ class FakeWorker:
         self._check_owners()
         sampled = {name: self._forward(name, n, output) for name, n in output.num_scheduled_tokens.items()}
         names = list(sampled)
-        return ModelRunnerOutput(
+        result = ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=[sampled[name] for name in names],
         )
+        if kept_blocks:
+            result.kv_compression = CompressionReport(kept_blocks)
+        return result
 
     def take_drafts(self) -> DraftTokenIds:
         drafting = {name: row.drafts for name, row in self.rows.items() if row.drafts}
@@ -317,7 +323,8 @@ class FakeWorker:
 
     # ------------------------------------------------------------------ compaction
 
-    def _run(self, job: Job) -> None:
+    def _run(self, job: Job) -> int:
+        """Compact a request; into how many blocks, which with a threshold depends on what it holds."""
         row, blocks = self.rows[job.request_id], self.scheduler.kv_cache_manager.block_pool.blocks
         assert job.num_tokens <= len(row.keys), "a Job looks at tokens that are not computed"
         assert job.previous == row.destination and job.previous_boundary == row.boundary
@@ -336,9 +343,12 @@ class FakeWorker:
                 if name != job.request_id and block in self._readable(name):
                     raise AssertionError(f"{name} can read a destination of {job.request_id}")
         assert not set(job.tail) & set(job.destination)
-        row.history = hash((row.history, job.boundary, job.num_tokens, len(job.destination)))
-        row.destination, row.boundary = job.destination, job.boundary
-        for block in job.destination:
+        kept = len(job.destination)
+        if job.config.threshold is not None:
+            kept = 1 + hash((row.history, row.keys[job.num_tokens - 1])) % kept
+        row.history = hash((row.history, job.boundary, job.num_tokens, kept))
+        row.destination, row.boundary = job.destination[:kept], job.boundary
+        for block in job.destination:  # also what is not kept may be written
             self.blocks.pop(block, None)
             self.compacted[block] = (job.request_id, row.history)
         if job.config.interval is None:
@@ -346,6 +356,7 @@ class FakeWorker:
         elif job.request_id in self.records:
             self.records[job.request_id].resume(len(row.keys))
         self.jobs.append(job)
+        return kept
 
     def _check_queries(self, job: Job, row: Row) -> None:
         policy, record = job.config.build_policy(), self.records.get(job.request_id)

@@ -40,6 +40,14 @@ class ByKey(Policy):
 
 
 @dataclass(frozen=True)
+class Absolute(ByKey):
+    """Scores that may be compared with a threshold."""
+
+    name: ClassVar[str] = "absolute"
+    absolute: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class ByTable(Policy):
     """Scores by layer and position: `TABLE[layer][head, position]`."""
 
@@ -209,6 +217,15 @@ class Request:
         """Run the Job and check everything it leaves: `wanted` are the kept positions per layer and head."""
         run_together([self], [job], [wanted])
 
+    def _filled(self, job: Job, wanted: list[list[list[int]]]) -> tuple[Job, list[int]]:
+        """The Job with what of its destination is filled, and the pages of the rest, which are freed."""
+        pages = sum(len(own) for heads in wanted for own in heads) // self.grid.block_size
+        filled, rest = divmod(pages, self.grid.pages_per_block)
+        assert rest == 0 and (filled == len(job.destination) or job.config.threshold is not None)
+        self.free += job.destination[filled:]
+        unused = self.linear(list(job.destination[filled:]))
+        return dataclasses.replace(job, destination=job.destination[:filled]), unused
+
     def _write(self, pages: Tensor, job: Job, wanted: list[list[list[int]]]) -> None:
         """Put the kept tokens where the Job should have put them."""
         target, size = iter(self.linear(list(job.destination))), self.grid.block_size
@@ -222,15 +239,17 @@ class Request:
         self, job: Job, wanted: list[list[list[int]]], new: RequestTable, counts: Tensor, kept: Tensor
     ) -> None:
         """Check what the Job says that it left, and go on with it."""
-        runs, size = kept.split(counts.flatten().tolist()), self.grid.block_size
+        lengths, size = counts.flatten().tolist(), self.grid.block_size
+        kept = kept[: sum(lengths)]
+        runs = kept.split(lengths)
         got = [run.flatten().tolist() for run in runs]
         assert got == [own for heads in wanted for own in heads]
         assert torch.equal(new.counts, counts) and new.boundary == job.boundary
-        assert new.destination.tolist() == list(job.destination)
+        assert new.destination.tolist()[: new.num_blocks] == list(job.destination)
         if job.config.interval is None:
             assert new.positions is None
         else:
-            assert new.positions.dtype == torch.int32 and new.positions.tolist() == kept.tolist()
+            assert new.positions.dtype == torch.int32 and new.positions.tolist()[: len(kept)] == kept.tolist()
         self.observer.tables["r"] = new
         self.held, self.destination = wanted, list(job.destination)
         for index in range(self.boundary // size, job.boundary // size):
@@ -269,9 +288,12 @@ def run_together(requests: list[Request], jobs: list[Job], wanted: list[list[lis
     tables = compactor.run(works)
     for request in requests:
         request.taken = {block for job in jobs for block in job.destination}
-    each = list(zip(requests, jobs, wanted, strict=True))
-    for request, job, kept in each:
+    each = []
+    for request, job, kept in zip(requests, jobs, wanted, strict=True):
+        job, unused = request._filled(job, kept)
+        expected[unused] = cache.pages[unused]  # nobody reads them
         request._write(expected, job, kept)
+        each.append((request, job, kept))
     assert torch.equal(cache.pages, expected), "no other page is touched"
     said = requests[0].kept[told:]
     for (request, job, kept), new, (counts, positions) in zip(each, tables, said, strict=True):

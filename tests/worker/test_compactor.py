@@ -1,13 +1,24 @@
 """A compaction keeps what an independent selection over token lists keeps, where the layout says it is."""
 
 import dataclasses
+import itertools
 import json
 import math
 from typing import ClassVar
 
 import pytest
 import torch
-from compaction import FIRST_LAYER, SCALE, ByKey, ByTable, Request, counts_of, kept_of
+from compaction import (
+    FIRST_LAYER,
+    SCALE,
+    Absolute,
+    ByKey,
+    ByTable,
+    Request,
+    counts_of,
+    kept_of,
+    run_together,
+)
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import Repetition
@@ -59,7 +70,7 @@ class Against(ByKey):
 
 @pytest.fixture(scope="module", autouse=True)
 def policies():
-    mine = (ByKey, ByTable, Spy, Against)
+    mine = (Absolute, ByKey, ByTable, Spy, Against)
     for policy in mine:
         register_policy(policy)
     yield
@@ -231,6 +242,61 @@ def test_scores_that_are_no_numbers_rank_last_and_infinite_ones_behind_what_is_p
     for tokens, blocks in ((46, 4), (20, 5), (13, 5)):
         request.compute(tokens)
         compact(request, config, blocks, meant)
+
+
+# ---------------------------------------------------------------------- as much as scores above a threshold
+
+
+def blocks_above(scores, threshold: float, most: int, grid) -> int:
+    """Blocks that hold every page with a token above the threshold, and a page of each head."""
+    pages = 0
+    for heads in scores:
+        for own in heads:
+            above = sum(score > threshold for score in own.values())
+            pages += max(1, math.ceil(above / grid.block_size))
+    return min(math.ceil(pages / grid.pages_per_block), most)
+
+
+def compact_above(request, config, most: int, reuse="none") -> int:
+    job = request.job(config, most, 3, reuse)
+    candidates = request.candidates(job)
+    scores = protected(key_scores(request, candidates), candidates, config.sink_tokens)
+    kept = blocks_above(scores, config.threshold, most, request.grid)
+    num_pages = kept * request.grid.pages_per_block
+    counts = counts_of(config, candidates, scores, num_pages, request.grid.block_size)
+    request.run(job, kept_of(candidates, scores, counts, request.grid.block_size))
+    return kept
+
+
+@pytest.mark.parametrize("reuse", ["none", "source", "previous"])
+def test_a_threshold_keeps_the_pages_with_a_better_token_and_fills_their_blocks(reuse):
+    sizes = set()
+    for seed, threshold in itertools.product(range(3), (0.2, 1.0, 2.5, 1000.0)):
+        request = Request(seed)
+        config = configure(f"absolute:threshold={threshold}", "global")
+        for tokens, most in ((43, 7), (17, 9), (12, 3)):
+            request.compute(tokens)
+            sizes.add((compact_above(request, config, most, reuse), most))
+    assert {(1, 7), (7, 7)} & sizes and len(sizes) > 6, "few and many tokens are above it"
+
+
+def test_the_largest_of_all_ranks_is_kept_and_no_others_are_run_with_it():
+    requests = [Request(20 + index, most=200) for index in range(2)]
+    requests[1].move_in_with(requests[0])
+    config = configure("absolute:threshold=1000", "global")
+    asked = []
+    requests[0].compactor._largest = lambda own: asked.append(own.tolist()) or own + 2
+    jobs, wanted = [], []
+    for request in requests:
+        request.compute(43)
+        job = request.job(config, 5, 3)
+        candidates = request.candidates(job)
+        scores = protected(key_scores(request, candidates), candidates, config.sink_tokens)
+        counts = counts_of(config, candidates, scores, 3 * request.grid.pages_per_block, BLOCK_SIZE)
+        jobs.append(job)
+        wanted.append(kept_of(candidates, scores, counts, BLOCK_SIZE))
+    run_together(requests, jobs, wanted)
+    assert asked == [[1], [1]]
 
 
 # ---------------------------------------------------------------------- scores refined

@@ -150,7 +150,9 @@ def whole_pages(wanted: Tensor | None, num_pages: Tensor, smallest: Tensor, larg
     return counts
 
 
-def select_columns(scores: Tensor, counts: Tensor, page_size: int, total_pages: int) -> tuple[Tensor, Tensor]:
+def select_columns(
+    scores: Tensor, counts: Tensor, page_size: int, total_pages: int, exact: bool = True
+) -> tuple[Tensor, Tensor]:
     """The columns that fill each row's pages, the highest-scored ones in order: `allocation.select`.
 
     Args:
@@ -158,14 +160,17 @@ def select_columns(scores: Tensor, counts: Tensor, page_size: int, total_pages: 
         counts: `[X]` int64, pages of each row, at most T / N.
         page_size: N.
         total_pages: M, which the counts sum to.
+        exact: whether they do; else they may sum to less.
 
     Returns:
-        Columns `[M, N]` int64, run after run and ascending in each, and the row `[M]` int64 of every page.
+        Columns `[M, N]` int64, run after run and ascending in each, and the row `[M]` int64 of every page; 0
+        behind the last one.
     """
     num_rows, num_columns = scores.shape
     assert scores.is_contiguous() and counts.is_contiguous()
-    columns = torch.empty(total_pages, page_size, dtype=torch.int64, device=scores.device)
-    rows = torch.empty(total_pages, dtype=torch.int64, device=scores.device)
+    make = torch.empty if exact else torch.zeros
+    columns = make(total_pages, page_size, dtype=torch.int64, device=scores.device)
+    rows = make(total_pages, dtype=torch.int64, device=scores.device)
     _select_kernel[(num_rows,)](
         scores,
         counts,

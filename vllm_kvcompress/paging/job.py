@@ -1,4 +1,4 @@
-"""What the scheduler tells the workers, attached to each `SchedulerOutput` as `kv_compression`."""
+"""What the scheduler tells the workers, attached to each `SchedulerOutput` as `kv_compression`, and hears."""
 
 from dataclasses import dataclass, field
 
@@ -18,7 +18,8 @@ class Job:
         previous: block ids of its last compaction's pages; freed once the Job has run.
         source: block ids that hold tokens `[previous_boundary, boundary)`, raw; likewise freed.
         tail: block ids that hold tokens `[boundary, num_tokens)`, raw; they stay.
-        destination: block ids that receive the kept pages; may overlap `previous` and `source`.
+        destination: block ids that receive the kept pages; may overlap `previous` and `source`. With a
+            threshold, as many as may be needed.
     """
 
     request_id: str
@@ -30,6 +31,18 @@ class Job:
     source: tuple[int, ...]
     tail: tuple[int, ...]
     destination: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What a worker tells the scheduler, attached to the `ModelRunnerOutput` of a step as `kv_compression`.
+
+    Attributes:
+        kept_blocks: of the step's Jobs with a threshold, by request id: the first so many blocks of the
+            destination hold all that is kept. The others are read by nobody.
+    """
+
+    kept_blocks: dict[str, int]
 
 
 @dataclass(frozen=True)

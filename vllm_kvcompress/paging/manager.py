@@ -57,6 +57,12 @@ class CompactingManager(FullAttentionManager):
         ids = (tuple(block.block_id for block in blocks) for blocks in (previous, source, destination))
         return next(ids), next(ids), next(ids)
 
+    def shrink(self, request_id: str, num_kept: int) -> None:
+        """Free what of a request's compacted blocks holds nothing: all but the first `num_kept`."""
+        destination = self.compacted[request_id]
+        self.block_pool.free_blocks(destination[num_kept:])
+        self.compacted[request_id] = destination[:num_kept]
+
     def _take_destination(
         self, previous: list[KVCacheBlock], source: list[KVCacheBlock], num_kept: int, in_place: bool
     ) -> list[KVCacheBlock] | None:

@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionStep, Job, Observation
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.plan import (
@@ -37,6 +39,7 @@ class _Tracked:
         held: its last compaction.
         late: whether it goes on raw, past its point, until it can be compacted.
         due_since: number of the step in which it was found due; None while it is not.
+        uncounted: its last Job, if that has a threshold and how much it keeps is not known yet.
     """
 
     config: KVCompressionConfig
@@ -44,6 +47,7 @@ class _Tracked:
     held: Plan | None = None
     late: bool = False
     due_since: int | None = None
+    uncounted: Job | None = None
 
 
 class _Compression:
@@ -65,6 +69,10 @@ class _Compression:
     prompt is being computed, but only for as long as somebody else moves on: else it, too, goes on, until
     vLLM preempts somebody. One that is alone has room: for all its raw blocks, or for a peak that counts
     compacted pages twice.
+
+    How much a threshold keeps is known only where the scores are. Such a Job is given as many blocks as its
+    budget allows; with the step's output comes the number that it filled, and the others are freed. Until
+    then the request waits if it is due again: what it keeps must not depend on when the answer comes.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -237,11 +245,28 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
-            tracked.held, tracked.late, tracked.due_since = None, False, None
+            tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
             self._abandoned += self._repetitions.abandon(request.request_id)
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        report: CompressionReport | None = getattr(model_runner_output, "kv_compression", None)
+        for job in scheduler_output.kv_compression.jobs:
+            tracked = self._tracked.get(job.request_id)
+            # It may have ended or been preempted since; then all its blocks are free.
+            if job.config.threshold is None or tracked is None or tracked.uncounted is not job:
+                continue
+            if report is None or job.request_id not in report.kept_blocks:
+                raise RuntimeError("kv-compression: a step ended without word of what a threshold keeps")
+            kept = report.kept_blocks[job.request_id]
+            self.compacting_manager.shrink(job.request_id, kept)
+            assert tracked.held is not None
+            tracked.held, tracked.uncounted = replace(tracked.held, kept_blocks=kept), None
+        return super().update_from_output(scheduler_output, model_runner_output)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
@@ -290,7 +315,8 @@ class _Compression:
             waiting = []
         for request in filter(self._due, due):
             tracked = self._tracked[request.request_id]
-            if tracked.late or self._is_being_repeated(request) or request in waiting:
+            awaits_answer = tracked.uncounted is not None or self._is_being_repeated(request)
+            if tracked.late or awaits_answer or request in waiting:
                 continue
             tracked.late = True
             late.append(request.request_id)
@@ -350,6 +376,8 @@ class _Compression:
         if plan is None:
             self._pass_point(request, tracked)
             return None
+        if tracked.uncounted is not None:  # the answer is on its way
+            return None
         if config.repeats and not self._repeated(request, config):
             return None
         reads = tokens_read(point, manager.block_size, held)
@@ -370,7 +398,7 @@ class _Compression:
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan
         self._pass_point(request, tracked)
-        return Job(
+        job = Job(
             request_id=request.request_id,
             config=config,
             num_tokens=point,
@@ -381,6 +409,8 @@ class _Compression:
             tail=tail,
             destination=destination,
         )
+        tracked.uncounted = job if config.threshold is not None else None
+        return job
 
     def _pass_point(self, request: Request, tracked: _Tracked) -> None:
         """Go on to a request's next compaction point."""

@@ -95,6 +95,7 @@ class Policy(ABC):
             scores depend on nothing but its keys, values and queries, the scale, the soft cap, the layer's
             number and what `stack` makes of its state. Layers of other rotary embeddings are others'
             if it `needs_rotary`.
+        absolute: True if a score means the same in every prompt, so that it may be compared with a threshold.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
         repeats: True if it must `observe` the queries with which the model repeats the context.
@@ -114,6 +115,7 @@ class Policy(ABC):
     reads_values: ClassVar[bool] = True
     observes_keys: ClassVar[bool] = True
     stacks_layers: ClassVar[bool] = False
+    absolute: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
     needs_rotary: ClassVar[bool] = False

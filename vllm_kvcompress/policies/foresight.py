@@ -39,6 +39,7 @@ class Foresight(Policy):
     )
     cost: ClassVar[str] = "two small matrix products per token; a scorer of the model, trained once"
     stacks_layers: ClassVar[bool] = True
+    absolute: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
     needs_known_shape: ClassVar[bool] = True
     scorer: str = ""

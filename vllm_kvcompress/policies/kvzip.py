@@ -37,6 +37,7 @@ class KVzip(Policy):
     reads_keys: ClassVar[bool] = False  # but for `observe`
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
+    absolute: ClassVar[bool] = True
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
 

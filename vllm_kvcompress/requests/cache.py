@@ -125,7 +125,7 @@ class PagedCache(ABC):
         self,
         allocation: Allocation,
         scores: Tensor,
-        num_pages: list[int],
+        num_pages: list[int] | Tensor,
         widths: list[int],
         sinks: int,
         capacity: Tensor | None,
@@ -135,7 +135,7 @@ class PagedCache(ABC):
         Args:
             allocation: one of all.
             scores: `[J, L, H, T]` as `Allocation.allocate` takes them, without NaN.
-            num_pages: pages that each request may spend.
+            num_pages: pages that each request spends, as `numbers` has them.
             widths: columns that each request has, the last ones.
             sinks: tokens of each head that are protected.
             capacity: `[J, L, H]` int64, or None, likewise.
@@ -144,6 +144,7 @@ class PagedCache(ABC):
             `[J, L, H]` int64.
         """
         capacities = [None] * len(scores) if capacity is None else capacity
+        assert not isinstance(num_pages, Tensor)
         of_requests = zip(scores, num_pages, widths, capacities, strict=True)
         return torch.stack(
             [
@@ -152,17 +153,40 @@ class PagedCache(ABC):
             ]
         )
 
-    def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
+    def num_blocks_above(self, scores: Tensor, threshold: float, most: int) -> Tensor:
+        """Blocks that hold every page with a token above a threshold, and one page of each head.
+
+        Args:
+            scores: `[X, T]` as in `allocate`, of one request.
+            threshold: tokens above it are to be kept.
+            most: at most so many blocks.
+
+        Returns:
+            `[1]` int64.
+        """
+        pages = ((scores > threshold).sum(1) + self.grid.block_size - 1) // self.grid.block_size
+        total = pages.clamp(min=1).sum(0, keepdim=True)
+        return ((total + self.grid.pages_per_block - 1) // self.grid.pages_per_block).clamp(max=most)
+
+    def numbers(self, computed: Tensor) -> list[int] | Tensor:
+        """Numbers that a device has computed, on the host unless it would have to wait for them."""
+        return computed.tolist()
+
+    def select(
+        self, scores: Tensor, counts: Tensor, num_pages: int, exact: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """The columns that fill each head's pages, and the row of each page.
 
         Args:
             scores: `[X, T]`, as in `allocate`.
             counts: `[X]` int64, pages of each row.
             num_pages: M, their sum.
+            exact: whether it is; else the host does not know it, and they may sum to less.
 
         Returns:
-            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its row.
+            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its row; 0 behind the last one.
         """
+        assert exact
         rows = torch.arange(len(counts), device=counts.device)
         row = rows.repeat_interleave(counts, output_size=num_pages)
         return select(scores[None], counts[None], self.grid.block_size), row

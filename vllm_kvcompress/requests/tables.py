@@ -33,18 +33,23 @@ class RequestTable:
         self.boundary = boundary
         self.positions = positions
         self.num_tail = 0
-        self._longest_on_host, self._arrived = counts.amax(1), None
-        if counts.is_cuda:  # asked for when the request is compacted again: by then it has come
-            self._longest_on_host = self._longest_on_host.to("cpu", non_blocking=True)
+        self._on_host, self._arrived = torch.cat([counts.amax(1), counts.sum()[None]]), None
+        if counts.is_cuda:  # asked for once the step is done or the request is compacted again
+            self._on_host = self._on_host.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
     @functools.cached_property
-    def _longest(self) -> list[int]:
-        """Pages of the longest run of each layer."""
+    def _numbers(self) -> list[int]:
+        """Pages of the longest run of each layer, and of all runs."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        return self._longest_on_host.tolist()
+        return self._on_host.tolist()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the destination that hold anything, the first ones."""
+        return -(-self._numbers[-1] // self.grid.pages_per_block)
 
     @functools.cached_property
     def _ends(self) -> Tensor:
@@ -62,7 +67,7 @@ class RequestTable:
 
         Entries past a head's length are 0.
         """
-        width = max(self._longest) + SPARE_COLUMNS
+        width = max(self._numbers[:-1]) + SPARE_COLUMNS
         pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
         in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
@@ -71,7 +76,7 @@ class RequestTable:
 
     def longest(self, layers: slice) -> int:
         """Pages of the longest run of some layers."""
-        return max(self._longest[layers])
+        return max(self._numbers[:-1][layers])
 
     def right_aligned(self, layers: slice) -> Tensor:
         """Pages of some layers' runs, every head's last page in the last column.

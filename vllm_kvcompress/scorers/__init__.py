@@ -89,9 +89,8 @@ class Scorer:
             `[l·H', W]` float32.
         """
         own = slice(first_head, first_head + len(keys) // len(layers))
-        some = [*layers]
-        if some == [*range(some[0], some[0] + len(some))]:
-            some = slice(some[0], some[0] + len(some))  # a view, of consecutive ones
+        consecutive = slice(layers[0], layers[0] + len(layers))  # makes a view
+        some = consecutive if [*layers] == [*range(consecutive.start, consecutive.stop)] else [*layers]
         up, up_bias, down, down_bias = (getattr(self, name)[some, own].flatten(0, 1) for name in TENSORS)
         size, dtype = keys.shape[2], keys.dtype
         hidden = torch.baddbmm(up_bias[:, None].to(dtype), keys, up[:, :size].to(dtype))

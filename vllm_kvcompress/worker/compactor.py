@@ -33,7 +33,8 @@ class Work:
     def method(self) -> tuple[object, ...]:
         """What works must have in common to run together."""
         config = self.job.config
-        return config.build_policy(), config.build_allocation(), config.sink_tokens
+        alone = self.job if config.threshold is not None else None  # how much it keeps is not known before
+        return config.build_policy(), config.build_allocation(), config.sink_tokens, alone
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,21 @@ class Compactor:
             `[pages, N]` in run order, all int64.
     """
 
-    def __init__(self, cache: PagedCache, layers: list[LayerAttention]) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        layers: list[LayerAttention],
+        largest: Callable[[Tensor], Tensor] = lambda own: own,
+    ) -> None:
         """Bind to a cache.
 
         Args:
             cache: every page of every layer.
             layers: one per layer of its grid.
+            largest: makes of a number `[1]` int64 the largest of all tensor-parallel ranks, which have the
+                same blocks but other heads.
         """
+        self._largest = largest
         self.cache = cache
         self.grid = cache.grid
         self.layers = layers
@@ -131,7 +140,13 @@ class Compactor:
         together = _aligned(own, self.grid.block_size)
         shape = len(jobs), self.grid.num_layers, self.grid.num_heads
         scores = self._scores(tasks, together)
-        num_pages = [len(job.destination) * self.grid.pages_per_block for job in jobs]
+        most_pages = [len(job.destination) * self.grid.pages_per_block for job in jobs]
+        num_pages: list[int] | Tensor = most_pages
+        if (threshold := jobs[0].config.threshold) is not None:
+            blocks = self.cache.num_blocks_above(scores, threshold, len(jobs[0].destination))
+            num_pages = self.cache.numbers(self._largest(blocks) * self.grid.pages_per_block)
+        known = num_pages if isinstance(num_pages, list) else None
+        room = known or most_pages  # pages of each
         capacity = None
         if together.padding is not None:
             capacity = ((together.num_scored - together.padding) // self.grid.block_size).view(shape)
@@ -140,11 +155,11 @@ class Compactor:
         counts = self.cache.allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
         if type(tasks[0].policy).refine is not Policy.refine:
             self._refine(tasks, together, scores, counts)
-        columns, row = self.cache.select(scores, counts.flatten(), sum(num_pages))
-        target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))
+        columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
+        target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))[: sum(room)]
         overlaps = any(not {*job.previous, *job.source}.isdisjoint(job.destination) for job in jobs)
         self.cache.rewrite(Kept(together.pages, row, columns), target, overlaps)
-        parts = columns.split(num_pages), row.split(num_pages)
+        parts = columns.split(room), row.split(room)
         for index, (task, held, kept, rows) in enumerate(zip(tasks, own, *parts, strict=True)):
             # As columns of the request's own.
             if len(tasks) > 1:
@@ -160,8 +175,9 @@ class Compactor:
         for listener in self.listeners:
             listener(job, counts, positions)
         again = job.config.interval is not None
+        destination = task.destination[: len(columns) // self.grid.pages_per_block]
         new = RequestTable(
-            self.grid, task.destination, counts, job.boundary, positions.to(torch.int32) if again else None
+            self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
         )
         if observed is not None and again:
             self._carry(task, new, columns - held.num_scored)

@@ -101,7 +101,7 @@ class PlainCache(PagedCache):
         self,
         allocation: Allocation,
         scores: Tensor,
-        num_pages: list[int],
+        num_pages: list[int] | Tensor,
         widths: list[int],
         sinks: int,
         capacity: Tensor | None,
@@ -110,7 +110,7 @@ class PlainCache(PagedCache):
         if capacity is None:
             capacity = torch.full((jobs, layers, heads), width // block_size, device=self.device)
         smallest = capacity.clamp(max=max(1, -(-sinks // block_size)))
-        pages = self.on_device(num_pages)
+        pages = num_pages if isinstance(num_pages, Tensor) else self.on_device(num_pages)
         kind = type(allocation)
         if kind is Global:
             return global_counts(scores, pages, block_size, smallest, capacity)
@@ -119,6 +119,7 @@ class PlainCache(PagedCache):
         bounds = smallest.flatten(1), capacity.flatten(1)
         if kind is Uniform:
             return whole_pages(None, pages, *bounds).view_as(capacity)
+        assert not isinstance(num_pages, Tensor), "only the global allocation goes with a threshold"
         if kind is Pyramid:
             each = zip(widths, num_pages, strict=True)
             wanted = [allocation.wanted(layers, heads, own, total, block_size) for own, total in each]
@@ -128,8 +129,13 @@ class PlainCache(PagedCache):
             return whole_pages(allocation.wanted(pages, *bounds), pages, *bounds).view_as(capacity)
         return super().allocate(allocation, scores, num_pages, widths, sinks, capacity)
 
-    def select(self, scores: Tensor, counts: Tensor, num_pages: int) -> tuple[Tensor, Tensor]:
-        return select_columns(scores, counts, self.grid.block_size, num_pages)
+    def numbers(self, computed: Tensor) -> list[int] | Tensor:
+        return computed
+
+    def select(
+        self, scores: Tensor, counts: Tensor, num_pages: int, exact: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        return select_columns(scores, counts, self.grid.block_size, num_pages, exact)
 
     def _of_layers(self, numbers: list[float]) -> Tensor:
         return self._sent(torch.tensor(numbers, dtype=torch.float32))

@@ -3,24 +3,30 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.paging.job import CompressionStep, Job
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.layers import probe_layers
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
+from vllm_kvcompress.requests.tables import RequestTable
 from vllm_kvcompress.worker.compactor import Compactor, Work
 
 
@@ -41,6 +47,7 @@ class CompressionWorker(Worker):
     builder: Any
     lacks: dict[str, str]
     _serving = False
+    _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -81,7 +88,7 @@ class CompressionWorker(Worker):
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, first.dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
-        self.compactor = Compactor(cache, probed.layers)
+        self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
 
     def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
         """Prepare the model for a batch of so many tokens of one request that uses no adapter."""
@@ -110,10 +117,22 @@ class CompressionWorker(Worker):
                 f"kv-compression: an earlier step failed ({self._failure}); start the engine again"
             ) from self._failure
         try:
-            return self._execute(scheduler_output)
+            return self._reported(self._execute(scheduler_output))
         except Exception as error:
             self._failure = error
             raise
+
+    def sample_tokens(self, grammar_output):
+        return self._reported(super().sample_tokens(grammar_output))
+
+    def _reported(self, output):
+        """The step's output, with the word of what its thresholds keep."""
+        if not self._counting or not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+            return output
+        tables, self._counting = self._counting, MappingProxyType({})
+        if isinstance(output, AsyncModelRunnerOutput):
+            return _ReportedLater(output, tables)
+        return _with_report(output, tables)
 
     def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
@@ -157,6 +176,32 @@ class CompressionWorker(Worker):
                 state.observer.forget(work.job.request_id)
             elif work.observed is not None:
                 work.observed.paused = False
+        counting = (job.request_id for job in jobs if job.config.threshold is not None)
+        self._counting = {name: state.tables[name] for name in counting}
+
+
+class _ReportedLater(AsyncModelRunnerOutput):
+    """An output that is on its way, and what goes with it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, tables: Mapping[str, RequestTable]) -> None:
+        self._output, self._tables = output, tables
+
+    def get_output(self) -> ModelRunnerOutput:
+        return _with_report(self._output.get_output(), self._tables)
+
+
+def _with_report(output: ModelRunnerOutput, tables: Mapping[str, RequestTable]) -> ModelRunnerOutput:
+    output = copy(output)  # an empty one is everybody's
+    output.kv_compression = CompressionReport({name: table.num_blocks for name, table in tables.items()})
+    return output
+
+
+def largest_of_ranks(own: Tensor) -> Tensor:
+    """The largest of the tensor-parallel ranks' numbers, `[1]` int64; the host does not wait for it."""
+    group = get_tp_group()
+    if group.world_size > 1:
+        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=group.device_group)
+    return own
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import compaction
 from test_compactor import (  # noqa: F401 (fixtures, and a test that pytest finds here)
     ALLOCATIONS,
     compact,
+    compact_above,
     configure,
     draw_table,
     policies,
@@ -100,3 +101,12 @@ def test_all_layers_windows_are_scored_on_the_pages():
     for tokens, blocks in ((41, 4), (23, 4)):
         request.compute(tokens)
         compact(request, config, blocks, window_scores(request, 5, 3, squared=True), raw_tail=5)
+
+
+@pytest.mark.parametrize("threshold", [0.2, 1.0, 1000.0])
+def test_as_much_is_kept_as_scores_above_a_threshold(threshold):
+    request = compaction.Request(2)
+    config = configure(f"absolute:threshold={threshold}", "global")
+    for tokens, most, reuse in ((43, 7, "none"), (17, 9, "previous"), (12, 3, "none")):
+        request.compute(tokens)
+        compact_above(request, config, most, reuse)
