@@ -96,9 +96,8 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
     A random scorer lies beside it.
     """
     import torch
-    from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
-
-    from vllm_kvcompress import scorers
+    from drawn import draw_scorer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -118,11 +117,7 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
         layer.self_attn.k_proj.weight.data *= sharpness.repeat_interleave(32)[:, None]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    shapes = (64, 16), (16,), (16,), ()
-    networks = (torch.randn(4, 3, *shape) / 2 for shape in shapes)
-    own = scorers.Scorer("random-llama", scorers.fingerprint(AutoConfig.from_pretrained(folder)), *networks)
-    (folder / scorers.BESIDE).parent.mkdir()
-    scorers.write(folder / scorers.BESIDE, own)
+    draw_scorer(folder, config, 4, 3, 32)
     return folder
 
 

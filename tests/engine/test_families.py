@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drawn import draw_scorer
 from harness import BLOCK_SIZE, Engine, sampling
 from vllm import LLM
 from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import dummy_loader
 
-from vllm_kvcompress import KVCompressionConfig, plugin, scorers
+from vllm_kvcompress import KVCompressionConfig, plugin
 from vllm_kvcompress.config import METHODS, KVCompressionError
 from vllm_kvcompress.evaluation.host import model_config
 from vllm_kvcompress.support import LACKS
@@ -262,17 +263,6 @@ def write(folder: Path, config: dict) -> Path:
     return folder
 
 
-def draw_scorer(folder: Path) -> None:
-    """A scorer of random weights beside a model, by its configuration as vLLM reads it."""
-    model = model_config(str(folder))
-    config, size = model.hf_text_config, model.get_head_size()
-    shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads()
-    networks = (torch.randn(*shape, *part) / 4 for part in ((2 * size, 4), (4,), (4,), ()))
-    path = folder / scorers.BESIDE
-    path.parent.mkdir(exist_ok=True)
-    scorers.write(path, scorers.Scorer("drawn", scorers.fingerprint(config), *networks))
-
-
 @pytest.fixture
 def start(tmp_path, monkeypatch):
     """Starts an engine for a family; weights large enough for attention to prefer some tokens."""
@@ -297,7 +287,9 @@ def start(tmp_path, monkeypatch):
             **options,
         }
         folder = write(tmp_path, family.config)
-        draw_scorer(folder)
+        model = model_config(str(folder))  # as vLLM reads it
+        shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()
+        draw_scorer(folder, model.hf_text_config, *shape)
         return LLM(
             str(folder),
             **KVCompressionConfig(min_freed_tokens=1).for_request(compression).engine_kwargs(),

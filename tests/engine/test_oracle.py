@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from vllm import RequestOutput
 
+from vllm_kvcompress import KVCompressionConfig
+
 # Two float32 implementations of one model agree to about this much in a score.
 NEAR_TIE = 1e-4
 
@@ -54,6 +56,7 @@ CASES = {
     "criticalkv": ("criticalkv", "uniform", 0.25, 640, "criticalkv:budget=0.25"),
     "criticalkv, global": ("criticalkv", "global", 0.25, 640, "criticalkv:budget=0.25,allocation=global"),
     "foresight": ("foresight", "global", 0.25, 640, "foresight:budget=0.25"),
+    "foresight, threshold": ("foresight", "global", 0.9, 640, "foresight:budget=0.9,threshold=1e4"),
     # In three parts, the last of which is short.
     "kvzip": ("kvzip", "global", 0.25, 640, f"kvzip:budget=0.25,chunk={CHUNK}"),
 }
@@ -455,6 +458,13 @@ COUNTS = {
 }
 
 
+def blocks_above(scores: Tensor, threshold: float) -> int:
+    """Blocks for the pages that hold whatever scores above the threshold, and one of each head."""
+    heads = [head.tolist() for layer in scores for head in layer]
+    pages = [max(1, math.ceil(sum(score > threshold for score in head) / BLOCK_SIZE)) for head in heads]
+    return math.ceil(sum(pages) / len(heads))
+
+
 # ---------------------------------------------------------------------- the tests
 
 
@@ -466,6 +476,7 @@ class Case:
         scores: `[L, H, T]` by which pages are shared out.
         chosen: `[L, H, T]` by which a head's tokens are chosen.
         blocks: that are kept.
+        most: that the budget allows.
     """
 
     reference: PreTrainedModel
@@ -474,6 +485,7 @@ class Case:
     chosen: Tensor
     allocation: str
     blocks: int
+    most: int
     compaction: Compaction
     output: RequestOutput
 
@@ -493,19 +505,30 @@ def case(request, engines, models, long_ids, tokenizer):
     name = engine.add(prompt.ids, sampling(NUM_TOKENS, options, logprobs=5))
     engine.finish()
     boundary = (num_tokens - WINDOW) // BLOCK_SIZE * BLOCK_SIZE
-    blocks = math.ceil(Fraction(str(budget)) * (boundary // BLOCK_SIZE))
+    most = blocks = math.ceil(Fraction(str(budget)) * (boundary // BLOCK_SIZE))
     scores = scores_of(method, prompt, boundary, model.reference, tokenizer)
     compaction = engine.compaction_of(name)
+    if (threshold := KVCompressionConfig.parse(options).threshold) is not None:
+        blocks = blocks_above(scores, threshold)
+        assert 2 < blocks < most - 2, "as few, or as many, would be kept without one"
     chosen = selecting_scores(method, options, model.reference, prompt, scores, compaction.counts)
     return Case(
-        model.reference, prompt, scores, chosen, allocation, blocks, compaction, engine.outputs.pop(name)
+        model.reference,
+        prompt,
+        scores,
+        chosen,
+        allocation,
+        blocks,
+        most,
+        compaction,
+        engine.outputs.pop(name),
     )
 
 
 def test_page_counts_are_those_of_the_allocation(case):
     scores, allocation, blocks, compaction = case.scores, case.allocation, case.blocks, case.compaction
     layers, heads, num_tokens = scores.shape
-    assert len(compaction.job.destination) == blocks
+    assert len(compaction.job.destination) == case.most
     assert compaction.job.boundary == num_tokens
     assert compaction.counts.shape == (layers, heads)
     assert int(compaction.counts.sum()) == blocks * layers * heads

@@ -27,8 +27,9 @@ REQUESTS = {
     "off": "off",
     "expected_attention": "expected_attention:budget=0.4",  # needs the rotary embedding of the rank's layers
     "foresight": "foresight:budget=0.4,allocation=uniform",  # needs the networks of the rank's heads
+    "threshold": "foresight:budget=0.8,threshold=1e4",  # not on pipeline ranks, whose layers are not all
 }
-COMPACTED = [name for name in REQUESTS if name != "off"]
+COMPACTED = [name for name in REQUESTS if name not in ("off", "threshold")]
 # What a head keeps depends on nothing outside the head, or outside its layer.
 OF_HEADS = [name for name in COMPACTED if name not in ("adakv", "kv_compress")]
 OF_LAYERS = [*OF_HEADS, "adakv"]
@@ -89,12 +90,14 @@ def watch(wrapper) -> None:
     def watched(works):
         jobs = [work.job for work in works]
         read = {block for job in jobs for block in (*job.previous, *job.source, *job.tail)}
-        elsewhere = [job for job in jobs if read.isdisjoint(job.destination)]
-        written = [compactor.grid.linear_pages(torch.tensor(job.destination)) for job in elsewhere]
-        for pages in written:
-            compactor.cache.pages[pages] = torch.nan
+        elsewhere = [index for index, job in enumerate(jobs) if read.isdisjoint(job.destination)]
+        pages = [compactor.grid.linear_pages(torch.tensor(job.destination)) for job in jobs]
+        for index in elsewhere:
+            compactor.cache.pages[pages[index]] = torch.nan
         tables = run(works)
-        worker.whole += [bool(compactor.cache.pages[pages].isfinite().all()) for pages in written]
+        for index in elsewhere:
+            filled = pages[index][: int(tables[index].counts.sum())]
+            worker.whole.append(bool(compactor.cache.pages[filled].isfinite().all()))
         return tables
 
     compactor.run = watched
@@ -141,6 +144,8 @@ def serve(folder: Path, model: str, kind: str) -> None:
     scheduler.schedule = recorded
     llm.collective_rpc(watch)
     for name, prompt in prompts.items():
+        if name == "threshold" and kind == "pipeline":
+            continue
         params = sampling(NUM_TOKENS, REQUESTS[name])
         llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
     finish()
@@ -229,7 +234,7 @@ def test_each_rank_holds_its_part(parallel):
 
 def test_every_rank_runs_every_job_once_in_order(parallel, kind):
     sent = parallel[kind].sent
-    assert {external_id(job.request_id) for job in sent} == {*COMPACTED}
+    assert {external_id(job.request_id) for job in sent} - {"threshold"} == {*COMPACTED}
     assert any(job.previous for job in sent)
     for rank in parallel[kind].ranks:
         assert [compaction.job for compaction in rank.compactions] == sent
@@ -239,6 +244,9 @@ def test_every_rank_fills_exactly_its_pages(parallel, kind):
     for rank in parallel[kind].ranks:
         for compaction in rank.compactions:
             pages = len(compaction.job.destination) * compaction.counts.numel()
+            if compaction.request == "threshold":
+                pages = int(compaction.counts.sum())
+                assert pages % compaction.counts.numel() == 0
             assert int(compaction.counts.sum()) == len(compaction.kept) == pages
             assert int(compaction.counts.min()) >= 1
         assert len(rank.whole) >= len(COMPACTED) and all(rank.whole)
@@ -282,6 +290,15 @@ def test_heads_of_one_layer_on_several_ranks_get_the_same_number_of_pages(parall
     assert len(single[1]["adakv"][0].counts.unique()) > 1
     for rank in parallel["pipeline"].ranks:
         assert len(of(rank.compactions, "kv_compress")[0].counts.unique()) > 1
+
+
+def test_all_ranks_keep_what_the_one_that_needs_most_needs(parallel, single):
+    (alone,) = single[1]["threshold"]
+    (on_each,) = zip(*(of(rank.compactions, "threshold") for rank in parallel["tensor"].ranks), strict=True)
+    blocks = {int(compaction.counts.sum()) // compaction.counts.numel() for compaction in on_each}
+    most = len(alone.job.destination)
+    # Alone, heads that need little leave their pages to the others.
+    assert len(blocks) == 1 and int(alone.counts.sum()) // alone.counts.numel() < min(blocks) < most
 
 
 def test_every_block_comes_back_and_no_rank_remembers_anything(parallel, kind):

@@ -20,6 +20,7 @@ OPTIONS = [
     {"budget": 0.4, "allocation": "global"},
     "adakv:budget=0.3",
     "foresight:budget=0.5,recompact_every=8",
+    "foresight:budget=0.9,threshold=1e4,recompact_every=8",
     "snapkv:budget=0.3,recompact_every=6",
     "h2o:budget=0.4,recompact_every=8",
     "kv_compress:budget=0.25,when=streaming,recompact_every=96",

@@ -30,6 +30,7 @@ STOCK_BACKEND = "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend"
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A random Llama: 2 layers, 2 KV heads, groups of 2, head size 32."""
+    from drawn import draw_scorer
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -45,6 +46,7 @@ def tiny(tmp_path_factory) -> Path:
     )
     path = tmp_path_factory.mktemp("tiny")
     LlamaForCausalLM(config).save_pretrained(path)
+    draw_scorer(path, config, 2, 2, 32)
     return path
 
 

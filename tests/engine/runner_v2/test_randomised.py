@@ -11,6 +11,7 @@ OPTIONS = [
     "kv_compress:budget=0.3,window=8",
     "snapkv:budget=0.3,window=8,recompact_every=3",
     "h2o:budget=0.4,window=8",
+    "foresight:budget=0.8,window=8,threshold=30,recompact_every=3",
     "off",
 ]
 POOL = 9  # blocks; the longest prompt needs 5
@@ -42,7 +43,7 @@ def engine(tiny, start_engine):
 def test_a_crowd_in_a_small_pool(engine):
     random_ = random.Random(3)
     members = {}
-    for index in range(12):
+    for index in range(14):
         generator = torch.Generator().manual_seed(index // 2)  # every two share their prefix
         prompt = torch.randint(3, 300, (random_.randint(60, 140),), generator=generator).tolist()
         steps_to_live = 4 if index in (3, 8) else None
@@ -53,6 +54,7 @@ def test_a_crowd_in_a_small_pool(engine):
     assert run.sent == [compaction.job for compaction in run.compactions]
     assert run.preemptions or engine.late, "the pool was large enough"
     assert run.most_running > 1
+    assert any(job.config.threshold is not None for job in run.sent)
     ended = [name for name in members if finished(run, name)]
     assert 8 <= len(ended) < len(members)
     chosen = list(in_time(compacted(run), engine))
