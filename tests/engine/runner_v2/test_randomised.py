@@ -11,7 +11,7 @@ OPTIONS = [
     "kv_compress:budget=0.3,window=8",
     "snapkv:budget=0.3,window=8,recompact_every=3",
     "h2o:budget=0.4,window=8",
-    "foresight:budget=0.8,window=8,threshold=30,recompact_every=3",
+    "foresight:budget=0.6,window=8,threshold=30,recompact_every=3",
     "off",
 ]
 POOL = 9  # blocks; the longest prompt needs 5
