@@ -14,6 +14,7 @@ from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.engine import Divergence, Outcome, Reference
 from vllm_kvcompress.evaluation.quality import calibrate, evaluate, retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, first_number, opening, starts_with
+from vllm_kvcompress.evaluation.quality.texts import KINDS
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import Variant
 
@@ -127,6 +128,43 @@ def test_documents_beyond_the_context_are_left_out_and_named(monkeypatch):
     settings = {"model": "m", "lengths": [2500, 5000], "block_size": 32, "seed": 0}
     settings |= {"too_long": work.too_long, "context": work.limit}
     assert "needle/5000/0 (" in report.table(report.summarise(settings, ROWS, {}))
+
+
+def test_in_turn_each_question_comes_after_those_before_and_their_answers(monkeypatch):
+    work = work_of(monkeypatch, 9000, [2500], tasks=["needle", "passkey", "recall", "turns"])
+    needle, passkey, recall, *turns = work.samples
+    assert [sample.task for sample in turns] == ["turns"] * 5 and len({sample.id for sample in turns}) == 5
+    assert turns[0].question == f"{needle.question} {needle.answers[0]}.{passkey.question}"
+    assert turns[0].answers == passkey.answers and turns[0].document == needle.document
+    last = turns[-1]
+    assert last.question.endswith(recall.question) and last.answers == recall.answers
+    for question in (needle.question, passkey.question, turns[2].question):
+        assert last.question.count(question) == 1
+
+
+def test_passages_of_documents_of_every_kind_are_repeated(monkeypatch, store):
+    length = 2500
+    work = work_of(monkeypatch, 9000, [length], tasks=["kl_kinds"], repetitions=2)
+    assert [text["kind"] for text in work.texts] == 2 * list(KINDS)
+    for text in work.texts:
+        document, cue = text["prompt"][:length], text["prompt"][length:]
+        assert cue + text["tokens"] == document[length // 3 :][: len(cue) + 9] and len(cue) == evaluate.KL_CUE
+    tables = dict(prose=[0.1, 0.3], json=[0.2, 0.2])
+    results = {}
+    for row, fraction in zip(ROWS, (1.0, 0.25), strict=True):
+        for kind, values in tables.items():
+            for index, value in enumerate(values):
+                results["kl", f"{kind}/{index}", row.spec] = {
+                    "task": "kl_kinds", "kind": kind, "kl": [value * (fraction < 1)], "surprise": [1.0],
+                    "kept_fraction": fraction, "length": 400, "seconds": 1.0,
+                }  # fmt: skip
+    settings = {"model": "m", "lengths": [400], "block_size": 32, "seed": 0}
+    summary = report.summarise(settings, ROWS, results)
+    assert summary["rows"][1]["kinds"]["prose"]["kl"]["value"] == pytest.approx(0.2)
+    (line,) = [
+        line for line in report.table(summary).splitlines() if line.startswith("| snapkv") and ";" in line
+    ]
+    assert "0.200 [0.004, 0.396]; 25 %" in line and "0.200 [0.200, 0.200]; 25 %" in line
 
 
 def test_a_document_that_just_fits_is_asked(monkeypatch):

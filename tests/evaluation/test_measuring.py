@@ -24,18 +24,19 @@ def test_methods_are_split_where_a_method_begins():
 
 
 def test_variants_start_with_the_full_cache():
-    rows = variants(["snapkv:window=16", "adakv"], [0.5, 0.125])
+    rows = variants(["snapkv:window=16", "adakv", "kvzip:budget=0.9,threshold=0.1"], [0.5, 0.125])
     assert [row.spec for row in rows] == [
         "off",
         "snapkv:window=16,budget=0.5",
         "snapkv:window=16,budget=0.125",
         "adakv:budget=0.5",
         "adakv:budget=0.125",
+        "kvzip:budget=0.9,threshold=0.1",
     ]
-    assert [row.budget for row in rows] == [None, 0.5, 0.125, 0.5, 0.125]
+    assert [row.budget for row in rows] == [None, 0.5, 0.125, 0.5, 0.125, 0.9]
 
 
-@pytest.mark.parametrize("method", ["snapkw", "snapkv:windwo=3", "snapkv:budget=0.5"])
+@pytest.mark.parametrize("method", ["snapkw", "snapkv:windwo=3", "snapkv:budget=5"])
 def test_a_wrong_method_is_one_line(method):
     with pytest.raises(KVCompressionError) as error:
         variants([method], [0.25])

@@ -83,6 +83,7 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results
             entry[mode] = share([s for task in solved[mode] for s in scores.get(task, [])])
         entry["kl"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "kl")) for kind in KINDS}
         entry["nll"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "surprise")) for kind in KINDS}
+        entry["kinds"] = _by_kind(diverged.get(row.spec, []))
         entry["kept_fraction"] = _mean_of(both or diverged.get(row.spec, []), "kept_fraction")
         entry["kept_bytes"] = _mean_of(both, "kept_bytes")
         entry["compaction_seconds"] = _longest_mean(both, "compaction_seconds")
@@ -92,6 +93,21 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results
 
 
 KINDS = ("prose", "repeat")
+
+
+def _by_kind(results: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """KL divergence and kept fraction of repeated passages, by kind of document."""
+    of_kind: dict[str, list[Mapping[str, Any]]] = {}
+    for result in results:
+        if "kind" in result:
+            of_kind.setdefault(result["kind"], []).append(result)
+    return {
+        kind: {
+            "kl": mean([statistics.fmean(result["kl"]) for result in own]),
+            "kept_fraction": _mean_of(own, "kept_fraction"),
+        }
+        for kind, own in of_kind.items()
+    }
 
 
 def _by_task(results: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
@@ -212,6 +228,20 @@ def table(summary: Mapping[str, Any]) -> str:
                     for row in rows
                 ],
             )
+    if kinds := list(full["kinds"]):
+        number = full["kinds"][kinds[0]]["kl"]["n"]
+        lines += ["", f"KL divergence on a repeated passage by kind of document, n={number}; kept KV:", ""]
+        lines += _markdown(
+            ["method", "budget", *kinds],
+            [
+                [
+                    row["label"],
+                    "" if row["budget"] is None else f"{row['budget']:g}",
+                    *(_of_kind(row["kinds"].get(kind)) for kind in kinds),
+                ]
+                for row in rows
+            ],
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -287,6 +317,10 @@ def _interval(value: Mapping[str, float] | None, scale: float, digits: int) -> s
     numbers = [value["value"], value["low"], value["high"]]
     middle, low, high = (f"{scale * number:.{digits}f}" for number in numbers)
     return middle if math.isnan(value["low"]) else f"{middle} [{low}, {high}]"
+
+
+def _of_kind(found: Mapping[str, Any] | None) -> str:
+    return "" if found is None else f"{_interval(found['kl'], 1, 3)}; {_percent(found['kept_fraction'])}"
 
 
 def _percent(value: float | None) -> str:

@@ -23,7 +23,7 @@ class Variant:
 
 
 def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
-    """The full cache, then each method at each budget.
+    """The full cache, then each method at each budget, or at its own.
 
     Raises:
         KVCompressionError: a method or an option of it is wrong.
@@ -31,7 +31,8 @@ def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
     rows = [Variant(FULL)]
     for method in methods:
         if "budget=" in method:
-            raise KVCompressionError(f"{method}: give budgets with --budgets")
+            rows.append(Variant(method, method, KVCompressionConfig.parse(method).budget))
+            continue
         for budget in budgets:
             spec = f"{method}{',' if ':' in method else ':'}budget={budget:g}"
             KVCompressionConfig.parse(spec)

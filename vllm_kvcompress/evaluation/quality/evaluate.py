@@ -18,6 +18,8 @@ from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, opening
+from vllm_kvcompress.evaluation.quality.texts import KINDS
+from vllm_kvcompress.evaluation.quality.texts import documents as documents_of_kinds
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import (
     EVERY_PROMPT,
@@ -31,10 +33,13 @@ from vllm_kvcompress.evaluation.variants import (
 
 MODES = ("inside", "after")
 KL_TASKS = ("kl_prose", "kl_repeat")
+KL_KINDS = "kl_kinds"
+RETRIEVAL = [task for task in retrieval.TASKS if task != "turns"]
 SUITES = ("longbench", "ruler", "harness")
 KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
 STEP_ROOM = 4 * STEPS + 64  # tokens that requests whose steps are timed may output
+CHARACTERS, OTHER_SEED = 12, 1000  # a token's, at most; beside what a scorer is trained on
 REPETITION_ROOM = 320  # that a repetition needs beside the context and itself, at most
 
 
@@ -61,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tasks",
         default="retrieval,kl",
-        help=f"of {', '.join(['retrieval', 'kl', *retrieval.TASKS, *KL_TASKS])}, longbench[:NAME+NAME] or "
+        help=f"of {', '.join(['retrieval', 'kl', *retrieval.TASKS, *KL_TASKS])}, {KL_KINDS} (passages of "
+        "documents of several kinds, repeated), longbench[:NAME+NAME] or "
         "ruler[:NAME+NAME] (with --data), harness:NAME+NAME (tasks of lm-evaluation-harness)",
     )
     parser.add_argument(
@@ -177,6 +183,8 @@ class Work:
             for task in KL_TASKS
             if task in tasks
         ]
+        if KL_KINDS in tasks:
+            texts += _texts_of_kinds(tokenizer, lengths, arguments)
         needs = {sample.id: _tokens_of(sample, tokenizer) for sample in samples}
         needs |= {text["id"]: len(text["prompt"]) + len(text["tokens"]) for text in texts}
         fitting = {name: tokens for name, tokens in needs.items() if tokens <= limit}
@@ -348,6 +356,7 @@ def _diverge(
             ("kl", text["id"], row.spec),
             task=text["task"],
             length=text["length"],
+            **({"kind": text["kind"]} if "kind" in text else {}),
             kl=[round(recorder.kl[p], 6) for p in after],
             surprise=[round(recorder.surprise[p], 6) for p in after],
             kept_fraction=kept[row.spec],
@@ -373,6 +382,22 @@ def _continuation(tokenizer, document: retrieval.Document, task: str, count: int
         "tokens": tokens[: count + 1],
         "length": document.length,
     }
+
+
+def _texts_of_kinds(tokenizer, lengths: Sequence[int], arguments) -> list[dict[str, Any]]:
+    """A passage repeated of documents of every kind that `texts` has, at every length."""
+    made = []
+    for length in lengths:
+        number = len(KINDS) * arguments.repetitions
+        sources = documents_of_kinds(number, CHARACTERS * length, arguments.seed + OTHER_SEED)
+        for index, source in enumerate(sources):
+            kind = list(KINDS)[index % len(KINDS)]
+            cut = tokenizer.decode(tokenizer.encode(source, add_special_tokens=False)[:length])
+            name = f"{kind}/{length}/{index // len(KINDS)}"
+            document = retrieval.Document(name, cut, "", length, [])
+            text = _continuation(tokenizer, document, KL_KINDS, arguments.kl_tokens)
+            made.append(text | {"kind": kind, "text": None})
+    return made
 
 
 def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: int) -> list[Sample]:
@@ -435,8 +460,8 @@ def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder
 
 
 def _tasks(given: str) -> list[str]:
-    groups = {"retrieval": list(retrieval.TASKS), "kl": list(KL_TASKS)}
-    known = [*retrieval.TASKS, *KL_TASKS]
+    groups = {"retrieval": RETRIEVAL, "kl": list(KL_TASKS)}
+    known = [*retrieval.TASKS, *KL_TASKS, KL_KINDS]
     tasks: list[str] = []
     for task in filter(None, given.split(",")):
         for name in groups.get(task, [task]):

@@ -7,7 +7,7 @@ Questions repeat the words before the fact, which base models answer as well as 
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Protocol
 
@@ -45,6 +45,7 @@ TASKS = {
     "four_needles": "four numbers of one name, stated apart; a part counts for each that is found",
     "json": f"one value out of {JSON_PAIRS} key-value pairs",
     "recall": "a passage of the document, continued word for word",
+    "turns": "all of these in turn, each asked after the questions and right answers before it",
 }
 
 
@@ -57,7 +58,7 @@ class Document:
         text: what is compressed.
         continuation: how the prose goes on.
         length: tokens of the text, about.
-        samples: one question of every task.
+        samples: one question of every task, and those in turn.
     """
 
     name: str
@@ -178,7 +179,20 @@ def _document(
         sample("json", f'\n"{key}": "', (pairs[key],), first_number, 8, facts[4][0]),
         sample("recall", f"\n{cue}", (answer,), starts_with, 2 * RECALL_ANSWER + 4),
     ]
-    return Document(whole, document, continuation, length, questions)
+    return Document(whole, document, continuation, length, [*questions, *_turns(questions)])
+
+
+def _turns(questions: Sequence[Sample]) -> list[Sample]:
+    """The same, but the first, as a conversation goes on: what was said before is part of the question."""
+    made, said = [], ""
+    for sample in questions:
+        if said:
+            name = sample.id.replace(sample.task, f"turns/{sample.task}", 1)
+            made.append(replace(sample, task="turns", id=name, question=said + sample.question, depth=None))
+        closing = '"' if sample.task == "json" else ""
+        space = "" if closing else " "
+        said += f"{sample.question}{space}{', '.join(sample.answers)}{closing}."
+    return made
 
 
 def _passage(prose: Sequence[str], draw: random.Random) -> list[str]:

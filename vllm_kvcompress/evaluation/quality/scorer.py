@@ -27,6 +27,7 @@ from vllm_kvcompress.scorers import Scorer
 TEACHER = "kvzip:budget=0.5"
 LEAST = 1e-6  # scores below it are as good as none
 BATCH, RATE, DECAY = 256, 1e-3, 1e-2
+EMPHASIS = 0.5  # on tokens that score well: budgets choose among those
 CHARACTERS = 12  # per token that is wanted, more than any text needs
 EIGHTH = 8
 BEHIND = 320  # tokens of context for the instruction and the output, and what a repetition needs at least
@@ -227,7 +228,9 @@ def train(
 def fit(
     inputs: Tensor, scores: Tensor, width: int, epochs: int, seed: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Least squares of one layer's standardised log scores, every head by itself.
+    """Least squares of one layer's standardised log scores z, every head by itself.
+
+    A token weighs exp(EMPHASIS·z).
 
     Args:
         inputs: `[H, n, 2D]` float32.
@@ -244,6 +247,8 @@ def fit(
     mean, deviation = inputs.mean(1, keepdim=True), inputs.std(1, keepdim=True) + 1e-5
     centre, spread = scores.mean(1, keepdim=True), scores.std(1, keepdim=True) + 1e-5
     x, y = (inputs - mean) / deviation, (scores - centre) / spread
+    weight = (EMPHASIS * y).exp()
+    weight /= weight.mean(1, keepdim=True)
     up = (torch.randn(heads, size, width, generator=draw) / math.sqrt(size)).requires_grad_()
     up_bias = torch.zeros(heads, 1, width, requires_grad=True)
     down = (torch.randn(heads, width, 1, generator=draw) / math.sqrt(width)).requires_grad_()
@@ -257,7 +262,7 @@ def fit(
             for some in torch.randperm(number, generator=draw).split(BATCH):
                 hidden = torch.nn.functional.gelu(torch.baddbmm(up_bias, x[:, some], up), approximate="tanh")
                 answer = torch.baddbmm(down_bias, hidden, down)[..., 0]
-                loss = (answer - y[:, some]).square().mean(1).sum()
+                loss = ((answer - y[:, some]).square() * weight[:, some]).mean(1).sum()
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
