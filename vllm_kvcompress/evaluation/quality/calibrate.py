@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=options.result_folder, help="folder of the results")
     learning = parser.add_argument_group("a scorer instead of a profile", "for the method `foresight`")
     learning.add_argument("--scorer", action="store_true", help="train a scorer")
-    learning.add_argument("--scorer-documents", type=options.at_least(2), default=28, help="to learn from")
+    learning.add_argument("--scorer-documents", type=options.at_least(2), default=56, help="to learn from")
     learning.add_argument("--width", type=positive, default=64, help="hidden units of a head's network")
     learning.add_argument("--epochs", type=positive, default=25, help="passes over the documents")
 
