@@ -85,8 +85,8 @@ REFUSED = {
     "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
     "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
     "encoder-cache connectors": {"ec_transfer_config": SimpleNamespace()},
-    "fp8, which --kv-cache-dtype or the checkpoint asks for; use --kv-cache-dtype float16": {
-        "cache_config__cache_dtype": "fp8"
+    "nvfp4, which --kv-cache-dtype or the checkpoint asks for; use --kv-cache-dtype float16": {
+        "cache_config__cache_dtype": "nvfp4"
     },
     "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "--block-size 16": {"cache_config__block_size": 16},
@@ -115,6 +115,8 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
         # vLLM's placeholder for the default that it has not chosen yet.
         {"cache_config__block_size": 16, "cache_config__user_specified_block_size": False},
         {"cache_config__cache_dtype": "float32"},
+        {"cache_config__cache_dtype": "fp8"},
+        {"cache_config__cache_dtype": "fp8_e5m2"},
         {"model_config__get_sliding_window": lambda: 4096},  # nobody outgrows it
         {
             "cache_config__cache_dtype": "float16",
@@ -155,6 +157,8 @@ def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkey
         KVCompressionError, match="dtype bfloat16 with a model in torch.float16 on a GPU; use"
     ):
         check_supported(engine_config(cache_config__cache_dtype="bfloat16"))
+    with pytest.raises(KVCompressionError, match="the quantized cache fp8, .*; use --kv-cache-dtype float16"):
+        check_supported(engine_config(cache_config__cache_dtype="fp8"))
     with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
         check_supported(engine_config(model_config__get_head_size=lambda: 512))
     monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)

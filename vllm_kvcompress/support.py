@@ -13,6 +13,7 @@ from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 256  # of our GPU kernels
+FLOAT8 = ("fp8", "fp8_e4m3", "fp8_e5m2")  # caches of vLLM's CPU kernel that are read as they are
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -161,7 +162,7 @@ def _refusals(config: VllmConfig):
         "remove --kv-transfer-config and --ec-transfer-config",
     )
     yield (
-        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32", *(FLOAT8 if on_cpu else ())),
         f"the quantized cache {cache.cache_dtype}, which --kv-cache-dtype or the checkpoint asks for",
         own_cache,
     )

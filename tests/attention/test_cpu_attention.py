@@ -14,9 +14,13 @@ from vllm_kvcompress.attention.cpu import (
 )
 from vllm_kvcompress.kernels.reference import attend
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.requests.cpu_pages import learn_packing
+from vllm_kvcompress.requests.cache import Kept, PackedCache
+from vllm_kvcompress.requests.cpu_pages import FLOAT8, Float8, learn_packing
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
+needs_float8 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_supported(), reason="vLLM's CPU kernel reads such a cache with AVX-512 alone"
+)
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
@@ -24,16 +28,35 @@ class Layers:
     """A cache of random pages, its builder and one impl per layer, as the worker would bind them."""
 
     def __init__(
-        self, layers=2, blocks=60, heads=2, group=3, block_size=32, head_size=64, dtype=torch.float32
+        self,
+        layers=2,
+        blocks=60,
+        heads=2,
+        group=3,
+        block_size=32,
+        head_size=64,
+        dtype=torch.float32,
+        cache_dtype="auto",
     ):
         self.grid = PageGrid(layers, blocks, heads, block_size)
         self.group, self.head_size, self.dtype = group, head_size, dtype
-        self.isa = _get_attn_isa(dtype, block_size, head_size)
-        self.packing = learn_packing(self.isa, block_size, head_size, dtype)
+        self.isa = _get_attn_isa(dtype, block_size, head_size, cache_dtype)
+        self.packing = learn_packing(self.isa, block_size, head_size, dtype, cache_dtype)
+        self.cache_dtype = cache_dtype
+        key_scale, value_scale = (1.0, 1.0) if cache_dtype == "auto" else (0.25, 2.0)
+        self.layer = SimpleNamespace(isa=self.isa, _k_scale_float=key_scale, _v_scale_float=value_scale)
         num_pages = layers * blocks * heads
         self.keys = torch.randn(num_pages, block_size, head_size).to(dtype)
         self.values = torch.randn(num_pages, block_size, head_size).to(dtype)
-        packed = torch.stack([self.packing[0].pack(self.keys), self.packing[1].pack(self.values)], 1)
+        stored = self.keys, self.values
+        if cache_dtype != "auto":
+            kind = FLOAT8[cache_dtype]
+            stored = [part.float().to(kind).view(torch.uint8) for part in stored]
+            scales = key_scale, value_scale
+            self.keys, self.values = (
+                part.view(kind).float() * scale for part, scale in zip(stored, scales, strict=True)
+            )
+        packed = torch.stack([how.pack(part) for how, part in zip(self.packing, stored, strict=True)], 1)
         self.cache = packed.contiguous().view(num_pages, 1, 2 * block_size, head_size)
         self.caches = self.cache.view(layers, blocks, heads, block_size, 2 * head_size)
         self.tables: dict[str, RequestTable] = {}
@@ -43,7 +66,8 @@ class Layers:
         builder = object.__new__(CompressedCPUAttentionMetadataBuilder)
         builder.num_kv_heads, builder.num_heads = self.grid.num_heads, self.grid.num_heads * self.group
         builder.head_dim, builder.dtype, builder.isa = self.head_size, self.dtype, self.isa
-        builder.block_size, builder.kv_cache_dtype, builder.window_size = self.grid.block_size, "auto", -1
+        builder.block_size, builder.window_size = self.grid.block_size, -1
+        builder.kv_cache_dtype = self.cache_dtype
         builder.is_cross_attention = builder.is_encoder_only_attention = False
         builder.state = SimpleNamespace(
             active=True,
@@ -60,7 +84,8 @@ class Layers:
         impl.head_size, impl.num_queries_per_kv = self.head_size, self.group
         impl.scale, impl.logits_soft_cap, impl.sliding_window = 0.17, softcap, -1
         impl.alibi_slopes = impl.sinks = None
-        impl.kv_cache_dtype, impl.attn_type = "auto", "decoder"
+        impl.kv_cache_dtype, impl.attn_type = self.cache_dtype, "decoder"
+        impl.is_fp8_kv_cache = self.cache_dtype != "auto"
         impl.layer_index, impl.pages = layer, self.cache
         return impl
 
@@ -119,8 +144,22 @@ def expected_pages(layers: Layers, counts, destination, tail, layer: int, head: 
 def test_compacted_and_raw_rows_equal_dense_attention_over_their_tokens(
     dtype, heads, group, head_size, block_size, query_lens
 ):
+    compare_with_dense(Layers(2, 60, heads, group, block_size, head_size, dtype), query_lens)
+
+
+@needs_float8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", FLOAT8)
+def test_so_do_rows_of_a_quantized_cache(dtype, cache_dtype):
+    # The kernel may round what it has scaled.
+    layers = Layers(2, 60, 2, 3, 32, 64, dtype, cache_dtype)
+    compare_with_dense(layers, (1, 5, 1), 3e-2)
+
+
+def compare_with_dense(layers: Layers, query_lens, tolerance: float | None = None) -> None:
     torch.manual_seed(0)
-    layers = Layers(2, 60, heads, group, block_size, head_size, dtype)
+    dtype, heads, group, head_size = layers.dtype, layers.grid.num_heads, layers.group, layers.head_size
+    block_size, tolerance = layers.grid.block_size, tolerance or TOLERANCE[dtype]
     per_block = layers.grid.pages_per_block
     boundary = 10 * block_size
     specs = {"a": ([5, 11, 7], boundary, 2), "b": None, "c": ([40, 20], boundary, 1)}
@@ -145,7 +184,7 @@ def test_compacted_and_raw_rows_equal_dense_attention_over_their_tokens(
         query = torch.randn(common.num_actual_tokens, heads * group, head_size).to(dtype)
         output = torch.full_like(query, torch.nan)
         layers.impl(layer).forward(
-            SimpleNamespace(isa=layers.isa, _k_scale_float=1.0, _v_scale_float=1.0),
+            layers.layer,
             query,
             query,
             query,
@@ -170,7 +209,7 @@ def test_compacted_and_raw_rows_equal_dense_attention_over_their_tokens(
                 group_of = slice(head * group, (head + 1) * group)
                 wanted = attend(query[begin:end, group_of], keys, values, scale=0.17)
                 torch.testing.assert_close(
-                    output[begin:end, group_of].float(), wanted, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
+                    output[begin:end, group_of].float(), wanted, atol=tolerance, rtol=tolerance
                 )
 
 
@@ -249,3 +288,37 @@ def test_packing_reads_what_the_op_wrote_and_writes_what_the_op_would(dtype, blo
     for stored, written, way in zip(cache.view(2, -1), plain, packing, strict=True):
         assert torch.equal(way.unpack(stored), written[:, 0])
         assert torch.equal(way.pack(written[:, 0]), stored)
+
+
+@needs_float8
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cache_dtype", FLOAT8)
+def test_bytes_are_read_as_what_the_op_wrote_and_moved_as_they_are(dtype, cache_dtype):
+    layers, heads, blocks, block_size, head_size = 2, 2, 4, 32, 64
+    isa, kind = _get_attn_isa(dtype, block_size, head_size, cache_dtype), FLOAT8[cache_dtype]
+    packing = learn_packing(isa, block_size, head_size, dtype, cache_dtype)
+    scales = torch.tensor([0.5, 2.0]), torch.tensor([1.0, 0.25])
+    pages = torch.zeros(layers * blocks * heads, 2, block_size * head_size, dtype=torch.uint8)
+    plain = torch.randn(2, layers, blocks, heads, block_size, head_size).to(dtype)
+    for layer in range(layers):
+        held = pages.view(layers, blocks, heads, 2 * block_size, head_size)[layer]
+        keys, values = (part[layer].transpose(1, 2).flatten(0, 1).contiguous() for part in plain)
+        slots = torch.arange(blocks * block_size)
+        key_scale, value_scale = (float(each[layer]) for each in scales)
+        ops.cpu_attn_reshape_and_cache(
+            keys, values, *held.chunk(2, 2), slots, isa, key_scale, value_scale, cache_dtype
+        )
+    grid = PageGrid(layers, blocks, heads, block_size)
+    cache = PackedCache(grid, pages, *packing, Float8(kind, dtype, *scales))
+    every = grid.layer_pages(slice(0, layers), torch.tensor([2, 0]))
+    step = {torch.float8_e4m3fn: 2**-3, torch.float8_e5m2: 2**-2}[kind]  # between neighbours
+    for part, read in zip(plain, (cache.read_keys, cache.read_values), strict=True):
+        found, written = read(every), part[:, [2, 0]].transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        assert found.dtype == dtype and not torch.equal(found, written)
+        assert ((found - written).abs() <= step * written.abs() + 0.02).all()
+    row, columns = torch.tensor([0, 3]), torch.stack([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
+    target = torch.tensor([7, 15])
+    before = [read(every) for read in (cache.read_keys, cache.read_values)]
+    cache.rewrite(Kept(every, row, columns), target, False)
+    for own, read in zip(before, (cache.read_keys, cache.read_values), strict=True):
+        assert torch.equal(read(target[:, None]), torch.stack([own[0, 0::2], own[3, 1::2]]))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from drawn import draw_scorer
-from harness import BLOCK_SIZE, Engine, sampling
+from harness import BLOCK_SIZE, Engine, sampling, tokens
 from vllm import LLM
 from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
@@ -192,6 +192,11 @@ SERVED = {
         "GPT2LMHeadModel", "gpt2", refused=NO_ROTARY, n_embd=128, n_layer=2, n_head=4, n_positions=LONGEST
     ),
     "llama with adapters": family("LlamaForCausalLM", "llama", FULL, options=dict(enable_lora=True)),
+    **(
+        {"llama, fp8 cache": family("LlamaForCausalLM", "llama", FULL, options=dict(kv_cache_dtype="fp8"))}
+        if torch.cpu._is_avx512_supported()  # which vLLM's CPU kernel takes for it
+        else {}
+    ),
     "llama whose quantized cache is turned down": family(
         "LlamaForCausalLM",
         "llama",
@@ -329,6 +334,28 @@ def test_every_method_is_served_or_refused_with_one_line(name, start):
         assert len(engine.outputs[request].outputs[0].token_ids) == 4
         assert engine.compaction_of(request) is not None, request
     engine.check_nothing_left()
+
+
+@pytest.mark.skipif("llama, fp8 cache" not in SERVED, reason="needs AVX-512")
+def test_a_quantized_cache_is_stocks_own(start, tmp_path):
+    engine = Engine(start(SERVED["llama, fp8 cache"]))
+    stock = Engine(
+        LLM(
+            str(tmp_path),
+            load_format="dummy",
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=LONGEST,
+            block_size=BLOCK_SIZE,
+            num_gpu_blocks_override=160,
+            kv_cache_dtype="fp8",
+            kv_cache_memory_bytes=1 << 24,
+        )
+    )
+    plain = tokens(stock.run(PROMPT, sampling(12, None)))
+    assert tokens(engine.run(PROMPT, sampling(12, "off"))) == plain
+    assert tokens(engine.run(PROMPT, sampling(12, "streaming_llm:budget=0.3"))) != plain
+    assert len(engine.compactions) == 1
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -201,7 +201,7 @@ CONFIG = {"method": "snapkv", "budget": 0.25}
 
 # what is wrong: model, engine arguments, compression options, a word that the message must contain
 REFUSED = {
-    "quantized cache": (LLAMA, dict(kv_cache_dtype="fp8"), CONFIG, "kv-cache-dtype"),
+    "quantized cache": (LLAMA, dict(kv_cache_dtype="int8_per_token_head"), CONFIG, "kv-cache-dtype"),
     "block size": (LLAMA, dict(block_size=16), CONFIG, "block-size"),
     "connector": (
         LLAMA,

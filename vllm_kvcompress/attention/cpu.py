@@ -17,6 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.requests.cpu_pages import FLOAT8
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable
@@ -163,7 +164,8 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        refuse_layer(self, None if self.sliding_window == -1 else self.sliding_window)
+        window = None if self.sliding_window == -1 else self.sliding_window
+        refuse_layer(self, window, reads=FLOAT8)
         self.sliding_window = -1  # no request outgrows it
 
     def forward(
@@ -194,11 +196,15 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             # The kernel packs its rows' tokens densely, so they are brought together and put back.
             rest_output = output.new_empty(len(rest), *output.shape[1:])
             output[rest] = stock(query[rest], rest_output)
-        self._attend_compacted(query, output, attn_metadata)
+        self._attend_compacted(layer, query, output, attn_metadata)
         return output
 
     def _attend_compacted(
-        self, query: Tensor, output: Tensor, metadata: CompressedCPUAttentionMetadata
+        self,
+        layer: AttentionLayer,
+        query: Tensor,
+        output: Tensor,
+        metadata: CompressedCPUAttentionMetadata,
     ) -> None:
         rows = metadata.compacted
         assert rows is not None
@@ -223,6 +229,8 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             softcap=self.logits_soft_cap,
             scheduler_metadata=rows.scheduler_metadata[self.layer_index],
             s_aux=None,
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,
         )
         if rows.gather is not None:

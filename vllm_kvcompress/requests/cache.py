@@ -11,7 +11,7 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.requests.cpu_pages import Packing
+from vllm_kvcompress.requests.cpu_pages import Float8, Packing
 from vllm_kvcompress.requests.tables import RequestTable
 
 
@@ -227,11 +227,13 @@ class PackedCache(PagedCache):
         pages: `[L·B·H, 2, N·D]`: packed keys, then packed values.
         key_packing: how keys lie in a page.
         value_packing: how values do.
+        float8: what the bytes of a quantized cache are; None for one in the model's own dtype.
     """
 
     pages: Tensor
     key_packing: Packing
     value_packing: Packing
+    float8: Float8 | None = None
 
     @property
     def device(self) -> torch.device:
@@ -246,10 +248,18 @@ class PackedCache(PagedCache):
         return self.grid.pages_per_block * self.pages[0].nbytes
 
     def read_keys(self, pages: Tensor) -> Tensor:
-        return self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
+        keys = self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
+        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
 
     def read_values(self, pages: Tensor) -> Tensor:
-        return self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
+        values = self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
+        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
+
+    def _plain(self, pages: Tensor, stored: Tensor, scales: Tensor) -> Tensor:
+        """Bytes `[X, n, D]` of pages `[X, W]` as numbers."""
+        assert self.float8 is not None
+        layers = pages.amax(1) // (self.grid.num_blocks * self.grid.num_heads)  # a row is of one layer
+        return self.float8.read(stored, scales[layers])
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
         if overlaps:  # all is gathered before anything is written

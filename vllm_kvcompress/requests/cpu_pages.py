@@ -2,11 +2,46 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
 Digits = list[tuple[int, int]]  # (size, stride)
+# What `--kv-cache-dtype` stores; the cache itself is bytes.
+FLOAT8 = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+# Whole numbers from 0 on that a dtype holds without rounding, at most.
+EXACT = {torch.float8_e4m3fn: 16, torch.float8_e5m2: 8}
+
+
+@dataclass(frozen=True)
+class Float8:
+    """What the bytes of a quantized cache stand for: `scale·float8`, with a scale of each layer.
+
+    Attributes:
+        dtype: of a byte.
+        plain: the model's dtype, to which it is read.
+        key_scales: `[L]` float32.
+        value_scales: `[L]` float32.
+    """
+
+    dtype: torch.dtype
+    plain: torch.dtype
+    key_scales: Tensor
+    value_scales: Tensor
+
+    def read(self, stored: Tensor, scales: Tensor) -> Tensor:
+        """Bytes `[X, ...]` in the model's dtype, with the scale of each row `[X]`."""
+        every = torch.arange(256, dtype=torch.uint8).view(self.dtype).to(self.plain)
+        bits = {2: torch.int16, 4: torch.int32}[every.element_size()]  # NumPy has no bfloat16
+        # NumPy looks bytes up some ten times faster than torch converts them.
+        found = np.take(every.view(bits).numpy(), stored.numpy())
+        plain = torch.from_numpy(found).view(self.plain)
+        return plain if bool((scales == 1).all()) else plain.mul_(scales.view(-1, *[1] * (stored.ndim - 1)))
 
 
 @dataclass(frozen=True)
@@ -102,10 +137,19 @@ def _digits(offsets: Tensor) -> Digits | None:
     return digits if torch.equal(value, offsets) else None
 
 
-def learn_packing(isa: str, block_size: int, head_size: int, dtype: torch.dtype) -> tuple[Packing, Packing]:
+def learn_packing(
+    isa: str, block_size: int, head_size: int, dtype: torch.dtype, cache_dtype: str = "auto"
+) -> tuple[Packing, Packing]:
     """Ask the cache-writing op itself where it puts each element.
 
-    Each element's index is written digit by digit (base 128: exact in every supported dtype) and read back.
+    Each element's index is written digit by digit, to a base that is exact in the cache, and read back.
+
+    Args:
+        isa: of vLLM's CPU attention.
+        block_size: N.
+        head_size: D.
+        dtype: of keys and values.
+        cache_dtype: of the cache, as `--kv-cache-dtype` has it.
 
     Returns:
         The packing of keys and of values.
@@ -113,16 +157,21 @@ def learn_packing(isa: str, block_size: int, head_size: int, dtype: torch.dtype)
     Raises:
         RuntimeError: the op does not permute elements, so pages could not be rewritten.
     """
-    base, num_elements = 128, block_size * head_size
+    float8 = FLOAT8.get(cache_dtype)
+    base, num_elements = EXACT.get(float8, 128), block_size * head_size
     index = torch.arange(num_elements).view(block_size, 1, head_size)
     orders = torch.zeros(2, num_elements, dtype=torch.int64)
     place = 1
     while place < num_elements:
         digit = (index // place % base).to(dtype)
-        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=dtype)
+        cache = torch.zeros(1, 1, 2 * block_size, head_size, dtype=torch.uint8 if float8 else dtype)
         keys, values = cache.chunk(2, dim=2)
-        ops.cpu_attn_reshape_and_cache(digit, digit.clone(), keys, values, torch.arange(block_size), isa)
-        orders += cache.view(2, num_elements).to(torch.int64) * place
+        slots = torch.arange(block_size)
+        ops.cpu_attn_reshape_and_cache(
+            digit, digit.clone(), keys, values, slots, isa, kv_cache_dtype=cache_dtype
+        )
+        held = cache.view(2, num_elements)
+        orders += (held.view(float8).float() if float8 else held).to(torch.int64) * place
         place *= base
     for order in orders:
         if not torch.equal(order.sort().values, torch.arange(num_elements)):

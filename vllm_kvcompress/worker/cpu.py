@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PackedCache, PagedCache
-from vllm_kvcompress.requests.cpu_pages import learn_packing
+from vllm_kvcompress.requests.cpu_pages import FLOAT8, Float8, learn_packing
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 
@@ -23,5 +24,11 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
         for index, layer in enumerate(layers):
             layer.impl.layer_index = index
             layer.impl.pages = pages.view(-1, 1, 2 * grid.block_size, size)
-        packing = learn_packing(builder.isa, grid.block_size, size, pages.dtype)
-        return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing)
+        stored, plain, cache_dtype = pages.dtype, self.model_config.dtype, builder.kv_cache_dtype
+        float8 = None
+        if cache_dtype in FLOAT8:
+            scales = ([getattr(layer, f"_{part}_scale_float") for layer in layers] for part in "kv")
+            float8 = Float8(FLOAT8[cache_dtype], plain, *(torch.tensor(each) for each in scales))
+            stored = plain
+        packing = learn_packing(builder.isa, grid.block_size, size, stored, cache_dtype)
+        return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8)

@@ -85,7 +85,8 @@ class CompressionWorker(Worker):
                 f"its layers have {num_heads} KV heads of {cache.head_size} channels, "
                 "and its configuration says {} of {}".format(*said)
             )
-        observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, first.dtype, tables={})
+        dtype = self.model_config.dtype
+        observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
