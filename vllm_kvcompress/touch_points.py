@@ -397,7 +397,7 @@ TABLE: dict[str, Touched] = {
             "fused_output_quant_supported": "(self, quant_key)",
         },
     ),
-    "vllm.v1.attention.backend:AttentionLayer": Touched(),
+    "vllm.v1.attention.backend:AttentionLayer": Touched(reads="_k_scale_float _v_scale_float"),
     "vllm.v1.attention.backend:AttentionMetadataBuilder": Touched(
         reads="__init__",
         overrides={
