@@ -27,8 +27,9 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
         stored, plain, cache_dtype = pages.dtype, self.model_config.dtype, builder.kv_cache_dtype
         float8 = None
         if cache_dtype in FLOAT8:
-            scales = ([getattr(layer, f"_{part}_scale_float") for layer in layers] for part in "kv")
-            float8 = Float8(FLOAT8[cache_dtype], plain, *(torch.tensor(each) for each in scales))
+            key_scales = torch.tensor([layer._k_scale_float for layer in layers])
+            value_scales = torch.tensor([layer._v_scale_float for layer in layers])
+            float8 = Float8(FLOAT8[cache_dtype], plain, key_scales, value_scales)
             stored = plain
         packing = learn_packing(builder.isa, grid.block_size, size, stored, cache_dtype)
         return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8)
