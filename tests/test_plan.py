@@ -52,7 +52,14 @@ def test_a_threshold_plans_for_the_most_that_it_may_keep():
     assert Plan.of(config, 32 + 320, 16, held) == Plan(320, 20, 7)
     assert Plan.of(config, 32 + 256 + 15, 16, held) is None  # no block is new
     assert Plan.of(config, 32 + 640, 16, held) == Plan(640, 40, 20)  # of 27
-    assert Plan.of(parse("foresight:budget=1,threshold=0.1"), 1000, 16) is None
+    # A first one may keep all, if it could also free enough: all but a block.
+    config = parse("foresight:budget=1,threshold=0.1,min_freed_tokens=256")
+    assert Plan.of(config, 32 + 256, 16) is None
+    assert Plan.of(config, 32 + 272, 16) == Plan(272, 17, 17)
+    assert (
+        Plan.of(parse("foresight:budget=1,threshold=0.1,sink_tokens=20,min_freed_tokens=256"), 304, 16)
+        is None
+    )
 
 
 # Of 384 tokens 22 blocks lie below the window, 6 of which are kept: 256 tokens are freed.

@@ -38,7 +38,11 @@ def engine_config(**changes):
             distributed_executor_backend=None,
         ),
         cache_config=SimpleNamespace(
-            cache_dtype="auto", kv_sharing_fast_prefill=False, block_size=32, user_specified_block_size=True
+            cache_dtype="auto",
+            kv_cache_dtype_skip_layers=[],
+            kv_sharing_fast_prefill=False,
+            block_size=32,
+            user_specified_block_size=True,
         ),
         kv_transfer_config=None,
         ec_transfer_config=None,
@@ -87,6 +91,10 @@ REFUSED = {
     "encoder-cache connectors": {"ec_transfer_config": SimpleNamespace()},
     "nvfp4, which --kv-cache-dtype or the checkpoint asks for; use --kv-cache-dtype float16": {
         "cache_config__cache_dtype": "nvfp4"
+    },
+    "--kv-cache-dtype fp8 for some layers alone": {
+        "cache_config__cache_dtype": "fp8",
+        "cache_config__kv_cache_dtype_skip_layers": ["0"],
     },
     "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "--block-size 16": {"cache_config__block_size": 16},

@@ -34,8 +34,8 @@ class Plan:
         """What compacting a request would do; None if it is left alone.
 
         That is: if it is disabled, if nothing would be freed, or if a first compaction would free less than
-        `min_freed_tokens`, unless the request is streaming. A threshold keeps `kept_blocks` at most: a later
-        compaction may find that it frees nothing.
+        `min_freed_tokens`, unless the request is streaming. A threshold keeps `kept_blocks` at most and is
+        taken to keep as little as there can be; it may turn out to free nothing.
 
         Args:
             config: its options.
@@ -49,9 +49,12 @@ class Plan:
         kept = _kept_blocks(config, source, block_size)
         now = held.kept_blocks + source - held.source_blocks if held else source
         least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
-        if held is not None and config.threshold is not None and source > held.source_blocks:
-            kept, least = min(kept, now), 0  # how much of it scores above the threshold is known only then
-        if (now - kept) * block_size < least:
+        fewest = kept
+        if config.threshold is not None:  # how much scores above it is known only then
+            kept, fewest = min(kept, now), min(kept, _fewest_blocks(config, source, block_size))
+            if held is not None and source == held.source_blocks:
+                return None
+        if (now - fewest) * block_size < least:
             return None
         return cls(source * block_size, source, kept)
 
@@ -162,4 +165,9 @@ def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int) -> i
     kept = math.ceil(Fraction(str(config.budget)) * source)
     if config.max_tokens_kept is not None:
         kept = min(kept, config.max_tokens_kept // block_size)
-    return max(kept, -(-config.sink_tokens // block_size), min(source, 1))
+    return max(kept, _fewest_blocks(config, source, block_size))
+
+
+def _fewest_blocks(config: KVCompressionConfig, source: int, block_size: int) -> int:
+    """Blocks that are kept whatever the scores."""
+    return max(-(-config.sink_tokens // block_size), min(source, 1))

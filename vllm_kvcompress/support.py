@@ -177,6 +177,11 @@ def _refusals(config: VllmConfig):
         f"--kv-cache-dtype {cache.cache_dtype} with a model in {model.dtype} on a GPU",
         f"use --kv-cache-dtype {own_dtype}",
     )
+    yield (
+        cache.cache_dtype in FLOAT8 and bool(cache.kv_cache_dtype_skip_layers),
+        f"--kv-cache-dtype {cache.cache_dtype} for some layers alone",
+        "remove --kv-cache-dtype-skip-layers",
+    )
     yield model.rswa_window is not None, "reference sliding-window attention", other_model
     yield envs.VLLM_BATCH_INVARIANT, "batch-invariant mode", "unset VLLM_BATCH_INVARIANT"
     yield (

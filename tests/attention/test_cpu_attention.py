@@ -322,3 +322,23 @@ def test_bytes_are_read_as_what_the_op_wrote_and_moved_as_they_are(dtype, cache_
     cache.rewrite(Kept(every, row, columns), target, False)
     for own, read in zip(before, (cache.read_keys, cache.read_values), strict=True):
         assert torch.equal(read(target[:, None]), torch.stack([own[0, 0::2], own[3, 1::2]]))
+
+
+@needs_float8
+def test_a_run_in_another_layers_pages_has_its_own_layers_scale():
+    layers, heads, blocks, block_size, head_size = 2, 2, 6, 32, 64
+    grid = PageGrid(layers, blocks, heads, block_size)
+    pages = torch.randint(0, 120, (layers * blocks * heads, 2, block_size * head_size), dtype=torch.uint8)
+    plain = learn_packing("vec", block_size, head_size, torch.float32, "fp8")
+    one, own = torch.ones(layers), torch.tensor([0.5, 2.0])
+    unscaled, scaled = (
+        PackedCache(grid, pages, *plain, Float8(torch.float8_e4m3fn, torch.float32, scales, one))
+        for scales in (one, own)
+    )
+    table = RequestTable(grid, torch.tensor([4, 1]), torch.tensor([[1, 3], [2, 2]]), 96, None)
+    for layer in range(layers):
+        context = scaled.context(slice(layer, layer + 1), table, torch.tensor([3]))
+        in_run = context[context >= 0][:-1] // (blocks * heads)
+        found, wanted = scaled.read_keys(context), unscaled.read_keys(context) * own[layer]
+        assert torch.equal(found, wanted)
+        assert set(in_run.tolist()) == {0, 1}, "its run lies in both layers' pages"

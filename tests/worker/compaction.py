@@ -71,10 +71,17 @@ def packing(kind: str, block_size: int, size: int) -> Packing:
     return Packing(order, block_size, size)
 
 
+def check_pages(kept) -> None:
+    """Whatever is copied is there, also what fills pages that nobody reads."""
+    row = kept.row[:, None]
+    assert (kept.pages[row, kept.columns // (kept.columns.shape[1])] >= 0).all()
+
+
 class MovingCache(PackedCache):
     """Writes page after page where it is told that no target is read, as a kernel on a GPU does."""
 
     def rewrite(self, kept, target, overlaps):
+        check_pages(kept)
         if overlaps:
             super().rewrite(kept, target, overlaps)
             return

@@ -163,14 +163,15 @@ def select_columns(
         exact: whether they do; else they may sum to less.
 
     Returns:
-        Columns `[M, N]` int64, run after run and ascending in each, and the row `[M]` int64 of every page; 0
-        behind the last one.
+        Columns `[M, N]` int64, run after run and ascending in each, and the row `[M]` int64 of every page;
+        behind the last one the last column of the first row, which holds a token whatever the padding.
     """
     num_rows, num_columns = scores.shape
     assert scores.is_contiguous() and counts.is_contiguous()
-    make = torch.empty if exact else torch.zeros
-    columns = make(total_pages, page_size, dtype=torch.int64, device=scores.device)
-    rows = make(total_pages, dtype=torch.int64, device=scores.device)
+    columns = torch.empty(total_pages, page_size, dtype=torch.int64, device=scores.device)
+    rows = torch.empty(total_pages, dtype=torch.int64, device=scores.device)
+    if not exact:
+        columns.fill_(num_columns - 1), rows.zero_()
     _select_kernel[(num_rows,)](
         scores,
         counts,

@@ -63,7 +63,7 @@ class PagedCache(ABC):
 
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:
-        """Keys `[X, W·N, D]` of pages `[X, W]`; those of absent pages (-1) are arbitrary."""
+        """Keys `[X, W·N, D]` of pages `[X, W]`, whose last column is raw; of absent ones (-1) arbitrary."""
 
     @abstractmethod
     def read_values(self, pages: Tensor) -> Tensor:
@@ -184,7 +184,8 @@ class PagedCache(ABC):
             exact: whether it is; else the host does not know it, and they may sum to less.
 
         Returns:
-            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its row; 0 behind the last one.
+            `[M, N]` int64 as of `allocation.select`, and `[M]` int64, its row; behind the last one any page
+            that is there.
         """
         assert exact
         rows = torch.arange(len(counts), device=counts.device)
@@ -258,7 +259,8 @@ class PackedCache(PagedCache):
     def _plain(self, pages: Tensor, stored: Tensor, scales: Tensor) -> Tensor:
         """Bytes `[X, n, D]` of pages `[X, W]` as numbers."""
         assert self.float8 is not None
-        layers = pages.amax(1) // (self.grid.num_blocks * self.grid.num_heads)  # a row is of one layer
+        # A run may be anywhere, but what comes last is raw and in its layer's own pages.
+        layers = pages[:, -1] // (self.grid.num_blocks * self.grid.num_heads)
         return self.float8.read(stored, scales[layers])
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:

@@ -209,8 +209,10 @@ class Compactor:
             longest = task.work.table.longest(slice(None)) if task.work.table else 0
             columns = (longest + len(job.source + job.tail)) * self.grid.block_size
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
-            # Keys and attention in float32, or else a number of each token.
-            per_token = policy.reads_keys * self.cache.head_size + group * policy.window or 1
+            # Keys and attention in float32, or else a number of each token. Who reads values, too, makes
+            # several of their kind of both.
+            per_token = policy.reads_keys * self.cache.head_size * (4 if policy.reads_values else 1)
+            per_token = per_token + group * policy.window or 1
             at_once = max(1, self.cache.slice_bytes // (4 * heads * columns * per_token))
         begin = 0
         while begin < len(self.layers):

@@ -199,10 +199,8 @@ def _with_report(output: ModelRunnerOutput, tables: Mapping[str, RequestTable]) 
 
 def largest_of_ranks(own: Tensor) -> Tensor:
     """The largest of the tensor-parallel ranks' numbers, `[1]` int64; the host does not wait for it."""
-    group = get_tp_group()
-    if group.world_size > 1:
-        torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=group.device_group)
-    return own
+    # By the communicator that vLLM itself uses and has set memory aside for.
+    return get_tp_group().all_gather(own, 0).amax(0, keepdim=True)
 
 
 @contextmanager

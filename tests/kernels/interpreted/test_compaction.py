@@ -34,6 +34,10 @@ class Plain(PlainCache):
 
     pages: Tensor
 
+    def rewrite(self, kept, target, overlaps):
+        compaction.check_pages(kept)
+        super().rewrite(kept, target, overlaps)
+
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
@@ -103,9 +107,11 @@ def test_all_layers_windows_are_scored_on_the_pages():
         compact(request, config, blocks, window_scores(request, 5, 3, squared=True), raw_tail=5)
 
 
-@pytest.mark.parametrize("threshold", [0.2, 1.0, 1000.0])
+@pytest.mark.parametrize("threshold", [1.0, 1000.0])
 def test_as_much_is_kept_as_scores_above_a_threshold(threshold):
-    request = compaction.Request(2)
+    request = compaction.Request(
+        11
+    )  # whose first head's run is not the longest: its first columns are padding
     config = configure(f"absolute:threshold={threshold}", "global")
     for tokens, most, reuse in ((43, 7, "none"), (17, 9, "previous"), (12, 3, "none")):
         request.compute(tokens)
