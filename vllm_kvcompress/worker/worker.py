@@ -199,8 +199,8 @@ def _with_report(output: ModelRunnerOutput, tables: Mapping[str, RequestTable]) 
 
 def largest_of_ranks(own: Tensor) -> Tensor:
     """The largest of the tensor-parallel ranks' numbers, `[1]` int64; the host does not wait for it."""
-    # By the communicator that vLLM itself uses and has set memory aside for.
-    return get_tp_group().all_gather(own, 0).amax(0, keepdim=True)
+    # By the communicator that vLLM itself uses and has set memory aside for; on a CPU it knows floats alone.
+    return get_tp_group().all_gather(own.float(), 0).amax(0, keepdim=True).long()
 
 
 @contextmanager
