@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vllm_kvcompress.allocation import ALLOCATIONS
-from vllm_kvcompress.cli import main
+from vllm_kvcompress.cli import describe_methods, main
 from vllm_kvcompress.config import METHODS
 
 
@@ -23,6 +23,17 @@ def test_methods_as_json_can_be_parsed(capsys):
     listing = json.loads(capsys.readouterr().out)
     assert [method["name"] for method in listing["methods"]] == list(METHODS)
     assert listing["common_options"]["budget"] == 0.25
+
+
+def test_policies_of_user_code_are_methods_too(monkeypatch, capsys):
+    from vllm_kvcompress.policies import POLICIES
+    from vllm_kvcompress.policies.knorm import Knorm
+
+    monkeypatch.setitem(POLICIES, "mine", type("Mine", (Knorm,), {"name": "mine", "paper": "none"}))
+    assert main(["methods"]) == 0
+    assert "mine: " in capsys.readouterr().out
+    names = [method["name"] for method in describe_methods()["methods"]]
+    assert len(names) == len({*names}) and "mine" in names
 
 
 def test_an_unknown_command_is_refused(capsys):

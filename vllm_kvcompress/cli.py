@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vllm_kvcompress.allocation import ALLOCATIONS
-from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, METHODS, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import (
+    AUTO,
+    AUTO_WITHOUT_SCORER,
+    METHODS,
+    KVCompressionConfig,
+    KVCompressionError,
+    Method,
+)
 from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.models import ModelUnavailable
 from vllm_kvcompress.policies import POLICIES, Policy
@@ -101,6 +108,13 @@ def _methods(arguments: argparse.Namespace) -> None:
     print("    a prompt whose first compaction would free fewer than min_freed_tokens is left alone")
 
 
+def _presets() -> dict[str, Method]:
+    """Presets, and policies that user code has registered."""
+    known = {preset.policy for preset in METHODS.values()}
+    others = {name: KVCompressionConfig(name).preset for name in POLICIES if name not in known}
+    return METHODS | others
+
+
 def describe_methods() -> dict[str, Any]:
     """Methods, allocations and common options as plain data."""
     return {
@@ -113,7 +127,7 @@ def describe_methods() -> dict[str, Any]:
                 "cost": preset.cost,
                 "options": _defaults(POLICIES[preset.policy]),
             }
-            for name, preset in METHODS.items()
+            for name, preset in _presets().items()
         ],
         "allocations": [
             {
