@@ -96,3 +96,14 @@ def test_kept_tokens_of_a_prompt(engine, tokens):
 
 def test_decode_step_is_timed(engine, tokens):
     assert 0 < engine.step_seconds(tokens[:LENGTH], SNAPKV, 2, 3) < 60
+
+
+def test_what_the_model_cannot_be_served_with_is_one_line(engine, tokens):
+    from vllm_kvcompress.config import KVCompressionError
+    from vllm_kvcompress.evaluation.engine import Ask
+
+    with pytest.raises(
+        KVCompressionError, match=r"^foresight:scorer=x: a request may use the server's"
+    ) as error:
+        engine.run([Ask(tokens, "foresight:scorer=x", max_tokens=2)])
+    assert "\n" not in str(error.value)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from drawn import draw_scorer
 from vllm_serve import Server, command_environment, free_port, running
 
 ROOT = Path(__file__).parents[2]
@@ -107,6 +108,7 @@ def place(smollm2, tokenizer, tmp_path_factory) -> Path:
         )
         LlamaForCausalLM(config).save_pretrained(target)
         tokenizer.save_pretrained(target)
+        draw_scorer(target, config, 2, 2, 32)
 
     for name in PLACEHOLDERS:
         save(folder / name, 131072)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_dtype
 from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, FULL
 
@@ -126,6 +128,7 @@ class Engine:
         """Serve all requests at once and return their outcomes in order.
 
         Raises:
+            KVCompressionError: the model cannot be served as asked.
             RuntimeError: a request was preempted or not compacted as asked; its figures would mean nothing.
         """
         engine = self.llm.llm_engine
@@ -138,7 +141,10 @@ class Engine:
                 output_kind=RequestOutputKind.CUMULATIVE,
                 extra_args={**self._compression(ask.variant), _SCRIPT: _Script(ask.forced, ask.recorder)},
             )
-            engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
+            try:
+                engine.add_request(name, {"prompt_token_ids": list(ask.prompt)}, params)
+            except VLLMValidationError as error:  # the model cannot be served so
+                raise KVCompressionError(f"{ask.variant}: {error.args[0]}") from None
         measured: set[str] = set()
         while engine.has_unfinished_requests():
             done = engine.step()
