@@ -97,32 +97,6 @@ def test_later_ones_see_what_each_head_kept_and_later_ranks_their_own_heads(scor
         assert float(found[0, column]) == pytest.approx(max(around), rel=1e-4)
 
 
-def test_a_token_scores_no_less_than_a_question_attends_to_it(scorer, rotary):
-    import dataclasses
-
-    seen, *_ = observation(rotary, [range(20)] * 2)
-    draw = torch.Generator().manual_seed(5)
-    queries = 9 * torch.randn(3, 2, 2, SIZE, generator=draw)  # of the last three tokens
-    alone = Foresight(scorer=scorer).score(seen)
-    scale = 0.4
-    found = Foresight(scorer=scorer, question=3).score(
-        dataclasses.replace(seen, queries=queries, scale=scale)
-    )
-    from_question = 0
-    for head in range(2):
-        for column in range(17):
-            most = 0.0
-            for query in range(3):
-                for member in range(2):
-                    logits = seen.keys[head, : 18 + query].double() @ queries[query, head, member].double()
-                    most = max(most, float((logits * scale).softmax(0)[column]))
-            assert float(found[head, column]) == pytest.approx(
-                max(float(alone[head, column]), most), rel=1e-4
-            )
-            from_question += most > float(alone[head, column])
-    assert 0 < from_question < 34
-
-
 def test_bfloat16_is_near_float32(scorer, rotary):
     (rough, *_), (fine, *_) = (
         observation(rotary, [range(60)] * 2, kind) for kind in (torch.bfloat16, torch.float32)

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_kvcompress import scorers
-from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16, window_attention
+from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16
 from vllm_kvcompress.policies.window import MOST_POOLED
-
-MOST_QUESTION = 1024
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,6 @@ class Foresight(Policy):
     Nothing else is looked at: no query, no second pass, no hook. So it works after a prefix hit, at any
     chunking, on generated tokens and at every recompaction. Scores compare across heads and layers.
 
-    KVzip's score is the most that any query of a repetition attends to a token. Where a question ends the
-    prompt its queries can be asked as well, in the same unit: with `question` a token scores no less than the
-    most that these last queries attend to it.
-
     Source: this project. The target is that of Kim et al., "KVzip", arXiv 2505.23416; learning it is NVIDIA's
     idea, Jegou and Jeblick, "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", arXiv 2601.07891, whose
     networks read hidden states instead. Meant for the `global` allocation.
@@ -36,7 +30,6 @@ class Foresight(Policy):
     Attributes:
         scorer: a file of `vllm-kvcompress calibrate MODEL --scorer`, or the name of a packaged one. An engine
             finds that of its model.
-        question: last tokens whose attention counts, too; 0 for none.
         pooling: odd number of tokens over which scores are max-pooled.
     """
 
@@ -50,7 +43,6 @@ class Foresight(Policy):
     needs_rotary: ClassVar[bool] = True
     needs_known_shape: ClassVar[bool] = True
     scorer: str = ""
-    question: int = 0
     pooling: int = 1
 
     def __post_init__(self) -> None:
@@ -58,14 +50,8 @@ class Foresight(Policy):
             raise ValueError(
                 f"pooling must be an odd number of tokens, 1 to {MOST_POOLED}, got {self.pooling}"
             )
-        if not 0 <= self.question <= MOST_QUESTION:
-            raise ValueError(f"question must be 0 to {MOST_QUESTION} tokens, got {self.question}")
         if self.scorer:
             _ = self.network  # a file that cannot be read is refused here
-
-    @property
-    def window(self) -> int:
-        return self.question
 
     @property
     def network(self) -> scorers.Scorer:
@@ -84,9 +70,6 @@ class Foresight(Policy):
         scores = own.log_scores(
             observation.layers, observation.first_head, keys.to(dtype), observation.values.to(dtype)
         )[:, : observation.num_scored].exp()
-        if self.question:
-            asked = window_attention(observation).amax((1, 2))
-            scores = torch.maximum(scores, asked[:, : observation.num_scored])
         if self.pooling > 1:
             if observation.padding is not None:
                 absent = ~observation.holds()[:, : observation.num_scored]
