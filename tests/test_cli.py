@@ -21,7 +21,8 @@ def test_methods_lists_options_paper_and_cost(capsys):
 def test_methods_as_json_can_be_parsed(capsys):
     main(["methods", "--json"])
     listing = json.loads(capsys.readouterr().out)
-    assert [method["name"] for method in listing["methods"]] == list(METHODS)
+    names = [method["name"] for method in listing["methods"]]
+    assert names[: len(METHODS)] == list(METHODS)  # then those that user code may have registered
     assert listing["common_options"]["budget"] == 0.25
 
 
