@@ -252,6 +252,8 @@ class RowContext:
         if read_keys:
             keys = self.cache.read_keys(pages)[:, :width]
         padding = (pages < 0).sum(1) * block_size
+        # Whether there is any is asked where asking does not wait for a device.
+        padded = self.table is not None and (padding.is_cuda or bool(padding.any()))
         attention = self.layers[layer]
         return LayerObservation(
             keys=keys,
@@ -261,7 +263,7 @@ class RowContext:
             num_scored=width,
             num_tokens=num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
-            padding=padding if bool(padding.any()) else None,
+            padding=padding if padded else None,
             rotary=attention.rotary,
             layers=(attention.index,),
             first_head=attention.first_head,
