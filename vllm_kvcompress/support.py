@@ -9,11 +9,11 @@ from vllm.platforms import current_platform
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
+from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 256  # of our GPU kernels
-FLOAT8 = ("fp8", "fp8_e4m3", "fp8_e5m2")  # caches of vLLM's CPU kernel that are read as they are
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 

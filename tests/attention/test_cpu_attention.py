@@ -15,7 +15,8 @@ from vllm_kvcompress.attention.cpu import (
 from vllm_kvcompress.kernels.reference import attend
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import Kept, PackedCache
-from vllm_kvcompress.requests.cpu_pages import FLOAT8, Float8, learn_packing
+from vllm_kvcompress.requests.cpu_pages import learn_packing
+from vllm_kvcompress.requests.float8 import FLOAT8, Float8
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
 needs_float8 = pytest.mark.skipif(

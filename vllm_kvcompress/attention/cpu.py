@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.paging.spec import CompactableSpec
-from vllm_kvcompress.requests.cpu_pages import FLOAT8
+from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable

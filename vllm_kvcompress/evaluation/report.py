@@ -179,7 +179,7 @@ def table(summary: Mapping[str, Any]) -> str:
         body.append(
             [
                 row["label"],
-                "" if row["budget"] is None else f"{row['budget']:g}",
+                _budget(row),
                 _percent(row["kept_fraction"]),
                 "" if row["kept_bytes"] is None else f"{row['kept_bytes'] / 1e6:.1f}",
                 *(
@@ -217,31 +217,13 @@ def table(summary: Mapping[str, Any]) -> str:
         names = list(full["tasks"][mode])
         if names:
             lines += ["", f"Right answers by task, question {mode}:", ""]
-            lines += _markdown(
-                ["method", "budget", *names],
-                [
-                    [
-                        row["label"],
-                        "" if row["budget"] is None else f"{row['budget']:g}",
-                        *(_interval(row["tasks"][mode].get(name), 100, 0) for name in names),
-                    ]
-                    for row in rows
-                ],
-            )
+            cells = [[_interval(row["tasks"][mode].get(name), 100, 0) for name in names] for row in rows]
+            lines += _by_column(rows, names, cells)
     if kinds := list(full["kinds"]):
         number = full["kinds"][kinds[0]]["kl"]["n"]
         lines += ["", f"KL divergence on a repeated passage by kind of document, n={number}; kept KV:", ""]
-        lines += _markdown(
-            ["method", "budget", *kinds],
-            [
-                [
-                    row["label"],
-                    "" if row["budget"] is None else f"{row['budget']:g}",
-                    *(_of_kind(row["kinds"].get(kind)) for kind in kinds),
-                ]
-                for row in rows
-            ],
-        )
+        cells = [[_of_kind(row["kinds"].get(kind)) for kind in kinds] for row in rows]
+        lines += _by_column(rows, kinds, cells)
     return "\n".join(lines) + "\n"
 
 
@@ -303,6 +285,18 @@ def draw(summary: Mapping[str, Any], folder: Path) -> None:
         title = f"{name}: facts found, by depth and document length"
         cells, lengths, depths = needle["cells"], needle["lengths"], needle["depths"]
         pictures.needle_heatmaps(cells, lengths, depths, folder / "needle.png", title)
+
+
+def _by_column(
+    rows: Sequence[Mapping[str, Any]], names: Sequence[str], cells: Sequence[Sequence[str]]
+) -> list[str]:
+    """A table of every row's cells under these names."""
+    body = [[row["label"], _budget(row), *own] for row, own in zip(rows, cells, strict=True)]
+    return _markdown(["method", "budget", *names], body)
+
+
+def _budget(row: Mapping[str, Any]) -> str:
+    return "" if row["budget"] is None else f"{row['budget']:g}"
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

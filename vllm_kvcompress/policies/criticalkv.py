@@ -93,9 +93,6 @@ class CriticalKV(Policy):
     def carry(self, state: Any, kept: Tensor) -> Any:
         return self.base.carry(state, kept)
 
-    def stack(self, states: list[Any]) -> Any:
-        return self.base.stack(states)
-
     def score(self, observation: LayerObservation) -> Tensor:
         return self.base.score(observation)
 

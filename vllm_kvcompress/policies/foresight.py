@@ -69,13 +69,13 @@ class Foresight(Policy):
         own = _on(self.scorer, keys.device)
         scores = own.log_scores(
             observation.layers, observation.first_head, keys.to(dtype), observation.values.to(dtype)
-        )[:, : observation.num_scored].exp()
+        )[:, : observation.num_scored]
         if self.pooling > 1:
             if observation.padding is not None:
                 absent = ~observation.holds()[:, : observation.num_scored]
                 scores = scores.masked_fill(absent, -torch.inf)
             scores = F.max_pool1d(scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
-        return scores
+        return scores.exp()
 
 
 @functools.cache

@@ -11,7 +11,8 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.requests.cpu_pages import Float8, Packing
+from vllm_kvcompress.requests.cpu_pages import Packing
+from vllm_kvcompress.requests.float8 import Float8
 from vllm_kvcompress.requests.tables import RequestTable
 
 

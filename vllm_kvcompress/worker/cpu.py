@@ -10,7 +10,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PackedCache, PagedCache
-from vllm_kvcompress.requests.cpu_pages import FLOAT8, Float8, learn_packing
+from vllm_kvcompress.requests.cpu_pages import learn_packing
+from vllm_kvcompress.requests.float8 import FLOAT8, Float8
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 

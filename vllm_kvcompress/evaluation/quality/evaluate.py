@@ -18,7 +18,7 @@ from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, opening
-from vllm_kvcompress.evaluation.quality.texts import KINDS
+from vllm_kvcompress.evaluation.quality.texts import CHARACTERS, KINDS
 from vllm_kvcompress.evaluation.quality.texts import documents as documents_of_kinds
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import (
@@ -39,7 +39,7 @@ SUITES = ("longbench", "ruler", "harness")
 KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
 STEP_ROOM = 4 * STEPS + 64  # tokens that requests whose steps are timed may output
-CHARACTERS, OTHER_SEED = 12, 1000  # a token's, at most; beside what a scorer is trained on
+OTHER_SEED = 1000  # beside what a scorer is trained on
 REPETITION_ROOM = 320  # that a repetition needs beside the context and itself, at most
 
 

@@ -28,7 +28,6 @@ TEACHER = "kvzip:budget=0.5"
 LEAST = 1e-6  # scores below it are as good as none
 BATCH, RATE, DECAY = 256, 1e-3, 1e-2
 EMPHASIS = 0.5  # on tokens that score well: budgets choose among those
-CHARACTERS = 12  # per token that is wanted, more than any text needs
 EIGHTH = 8
 BEHIND = 320  # tokens of context for the instruction and the output, and what a repetition needs at least
 
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     own_text = arguments.data.read_text(encoding="utf-8") if arguments.data else None
     tokenizer = AutoTokenizer.from_pretrained(model)
-    made = texts.documents(number, CHARACTERS * tokens, arguments.seed, own_text)
+    made = texts.documents(number, texts.CHARACTERS * tokens, arguments.seed, own_text)
     prompts = [tokenizer.encode(text)[:tokens] for text in made]
     if min(map(len, prompts)) < tokens:
         raise KVCompressionError(f"the text is too short for documents of {tokens} tokens; lower --tokens")

@@ -16,6 +16,7 @@ MODULES = (
     "argparse", "calendar", "csv", "dataclasses", "difflib", "fractions", "heapq", "http.cookies",
     "json.decoder", "logging.handlers", "pathlib", "sched", "shelve", "statistics", "textwrap", "zipfile",
 )  # fmt: skip
+CHARACTERS = 12  # per token that is wanted, more than any text needs
 LANGUAGES = ("de", "es", "fr", "ru", "zh")
 
 
