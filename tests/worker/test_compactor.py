@@ -280,6 +280,12 @@ def test_a_threshold_keeps_the_pages_with_a_better_token_and_fills_their_blocks(
     assert {(1, 7), (7, 7)} & sizes and len(sizes) > 6, "few and many tokens are above it"
 
 
+def test_every_head_keeps_a_page_where_no_token_is_above_the_threshold_and_none_protected():
+    request = Request(3)
+    request.compute(43)
+    assert compact_above(request, configure("absolute:threshold=1000", "global", sinks=0), 7) == 1
+
+
 def test_the_largest_of_all_ranks_is_kept_and_no_others_are_run_with_it():
     requests = [Request(20 + index, most=200) for index in range(2)]
     requests[1].move_in_with(requests[0])
