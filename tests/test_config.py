@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import re
 
 import pytest
 
@@ -38,9 +39,98 @@ def test_every_form_parses_to_the_same_configuration(form):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bare_method_name_has_its_presets(method):
-    config = KVCompressionConfig.parse(method)
+    config = KVCompressionConfig.parse({"method": method, "budget": 0.25})
     assert config.build_policy().name == METHODS[method].policy
     assert config.build_allocation().name == METHODS[method].allocation
+    if METHODS[method].format is None:
+        assert KVCompressionConfig.parse(method) == config
+
+
+# ---------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    ("form", "method", "format", "budget"),
+    [
+        ("snapkv+kivi4", "snapkv", "kivi4", 0.25),
+        ("snapkv + kivi4:budget=0.5", "snapkv", "kivi4", 0.5),
+        ({"method": "snapkv", "format": "kivi2"}, "snapkv", "kivi2", 0.25),
+        ('{"method": "snapkv+kivi2", "format": "kivi2"}', "snapkv", "kivi2", 0.25),
+        ("snapkv:format=kivi8", "snapkv", "kivi8", 0.25),
+        ("kivi", "kivi", "kivi4", None),
+        ("kivi+kivi2", "kivi", "kivi2", None),
+        ("kivi:budget=0.125", "kivi", "kivi4", 0.125),
+        ("turboquant", "turboquant", "turbo4", None),
+        ("snapkv", "snapkv", None, 0.25),
+    ],
+)
+def test_a_format_is_named_behind_the_method_or_by_itself(form, method, format, budget):
+    config = KVCompressionConfig.parse(form)
+    assert (config.method, config.budget, config.keeps_all) == (method, budget, budget is None)
+    assert (None if config.record_format is None else config.record_format.name) == format
+    assert KVCompressionConfig.parse(config.to_dict()) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_what_keeps_every_token_observes_nothing():
+    config = KVCompressionConfig.parse("kivi")
+    assert not config.observes and not config.build_policy().reads_keys
+    assert KVCompressionConfig.parse("kivi:budget=0.5").observed_window == 32
+
+
+def test_formats_are_compacted_again_every_128_tokens_where_nobody_watches_every_query():
+    intervals = {
+        form: KVCompressionConfig.parse(form).interval
+        for form in (
+            "kivi",
+            "snapkv+kivi4",
+            "snapkv+kivi4:recompact_every=64",
+            "kvzip+kivi4",
+            "h2o+turbo4",
+            "snapkv",
+            "kivi:when=streaming",
+        )
+    }
+    assert list(intervals.values()) == [128, 128, 64, None, None, None, 1024]
+
+
+@pytest.mark.parametrize(
+    ("form", "says"),
+    [
+        ("snapkv+kivi3", "did you mean 'kivi"),
+        ("snapkv+", "unknown kv_compression format ''"),
+        ("snapkv+kivi4:format=kivi2", "given twice"),
+        ("snapkv+kivi4+kivi2", "unknown kv_compression format"),
+        ("snap+kivi4", "did you mean 'snapkv'"),
+        ("foresight+kivi4:threshold=0.2", "leave it or the format kivi4"),
+        ("h2o+kivi4:recompact_every=64", "watches every query"),
+        ("kivi:budget=0", "budget"),
+    ],
+)
+def test_formats_that_cannot_be_are_refused_in_one_line(form, says):
+    with pytest.raises(KVCompressionError, match=re.escape(says)) as error:
+        KVCompressionConfig.parse(form)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "request_", "method", "format", "budget"),
+    [
+        ("snapkv:budget=0.5", "kivi", "kivi", "kivi4", None),
+        ("snapkv:budget=0.5", "kivi:budget=0.1", "kivi", "kivi4", 0.1),
+        ("snapkv:budget=0.5", "snapkv+kivi2", "snapkv", "kivi2", 0.5),
+        ("snapkv:budget=0.5", {"format": "kivi2"}, "snapkv", "kivi2", 0.5),
+        ("snapkv+kivi2:budget=0.5", "keydiff", "keydiff", None, 0.5),
+        ("snapkv+kivi2:budget=0.5", {"budget": 0.1}, "snapkv", "kivi2", 0.1),
+        ("snapkv+kivi2", {"format": None}, "snapkv", None, 0.25),
+        ("kivi", "snapkv", "snapkv", None, 0.25),
+        ("kivi", {"format": "turbo3"}, "kivi", "turbo3", None),
+    ],
+)
+def test_a_request_takes_another_format_or_none(engine, request_, method, format, budget):
+    config = KVCompressionConfig.parse(engine).for_request(request_)
+    assert (config.method, config.budget) == (method, budget)
+    assert (None if config.record_format is None else config.record_format.name) == format
 
 
 @pytest.mark.parametrize(

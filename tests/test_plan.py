@@ -7,6 +7,7 @@ from vllm_kvcompress.plan import (
     Plan,
     is_ever_compacted,
     next_point,
+    page_tokens,
     peak_blocks,
     ring_budget,
     ring_tokens,
@@ -160,3 +161,43 @@ def test_memory_for_rings():
     assert ring_budget(parse("snapkv:window=100"), 8, roomy, 2) == 8 * 132
     assert ring_budget(parse("knorm"), 8, roomy, 2) == 8 * 64, "a request may ask for another method"
     assert ring_budget(prompt, 256, 4000, 4) == 4000 // 8 * 2 // 4
+
+
+# ---------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    ("form", "num_tokens", "block_size", "in_page", "expected"),
+    [
+        # 41 blocks of 32 and a window of 32: 1,312 tokens in 14 pages of 96, of any head.
+        ("kivi", 1344 + 5, 32, 96, (1312, 41, 14)),
+        # A page of 48 tokens where raw ones have 16: the boundary is a multiple of 32.
+        ("kivi", 1344 - 10, 16, 48, (1280, 80, 27)),
+        ("kivi:budget=0.25", 1344, 32, 96, (1312, 41, 11)),
+        ("kivi:budget=0.9", 1344, 32, 96, (1312, 41, 14)),
+        ("snapkv+kivi4", 1344, 32, 96, (1312, 41, 11)),
+        ("snapkv+kivi4:max_tokens_kept=200", 1344, 32, 96, (1312, 41, 2)),
+        ("kivi:sink_tokens=100", 1344, 32, 640, (1312, 41, 3)),
+        ("kivi:min_freed_tokens=256", 200, 32, 96, None),  # 5 blocks become 2: less than 256 tokens are freed
+    ],
+)
+def test_with_a_format_bytes_hold_more_tokens(form, num_tokens, block_size, in_page, expected):
+    plan = Plan.of(parse(form), num_tokens, block_size, page_tokens=in_page)
+    assert (plan and (plan.boundary, plan.source_blocks, plan.kept_blocks)) == expected
+
+
+def test_with_a_format_a_later_compaction_adds_what_was_raw():
+    config = parse("kivi")
+    first = Plan.of(config, 1344, 32, page_tokens=96)
+    later = Plan.of(config, 1344 + 128, 32, first, page_tokens=96)
+    assert (later.source_blocks, later.kept_blocks) == (45, 15)
+    assert Plan.of(config, 1344 + 20, 32, first, page_tokens=96) is None
+
+
+def test_tokens_of_a_page_are_counted_in_whole_records():
+    assert page_tokens(parse("snapkv"), 32, 64, 2) is None
+    # Codes of 32 tokens, scale and zero of 64 channels, and of two groups of each token's value.
+    record = 2 * 32 * 64 // 2 + 4 * 64 + 4 * 2 * 32
+    assert page_tokens(parse("kivi"), 32, 64, 2) == 2 * 32 * 64 * 2 // record * 32 == 96
+    assert page_tokens(parse("kivi"), 128, 64, 2) == 2 * 128 * 64 * 2 // record * 32 == 384
+    assert page_tokens(parse("kivi+kivi8"), 16, 128, 2) == 0

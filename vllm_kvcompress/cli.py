@@ -13,12 +13,14 @@ from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import (
     AUTO,
     AUTO_WITHOUT_SCORER,
+    DEFAULT_BUDGET,
     METHODS,
     KVCompressionConfig,
     KVCompressionError,
     Method,
 )
 from vllm_kvcompress.evaluation.host import engine_environment
+from vllm_kvcompress.formats import FORMATS
 from vllm_kvcompress.models import ModelUnavailable
 from vllm_kvcompress.policies import POLICIES, Policy
 
@@ -104,6 +106,9 @@ def _methods(arguments: argparse.Namespace) -> None:
         print(f"    {allocation['usage']:<14}{allocation['summary']}")
         if allocation["options"]:
             print(f"    {'':<14}options {_assignments(allocation['options'])}")
+    print("\nformats (any method takes any of them: METHOD+FORMAT; with a budget fewer tokens stay)")
+    for format in listing["formats"]:
+        print(f"    {format['name']:<14}{format['summary']}")
     print(f"\noptions of every method: {_assignments(listing['common_options'])}")
     print("    a prompt whose first compaction would free fewer than min_freed_tokens is left alone")
 
@@ -116,7 +121,7 @@ def _presets() -> dict[str, Method]:
 
 
 def describe_methods() -> dict[str, Any]:
-    """Methods, allocations and common options as plain data."""
+    """Methods, allocations, formats and common options as plain data."""
     return {
         "methods": [
             {
@@ -139,10 +144,19 @@ def describe_methods() -> dict[str, Any]:
             }
             for name, cls in ALLOCATIONS.items()
         ],
+        "formats": [
+            {
+                "name": name,
+                "summary": (type(format).__doc__ or "").splitlines()[0],
+                "paper": format.paper,
+                "bytes_of_32_tokens": {size: format.record_bytes(size) for size in (64, 128)},
+            }
+            for name, format in FORMATS.items()
+        ],
         "common_options": {
             name: value
-            for name, value in _defaults(KVCompressionConfig).items()
-            if name not in ("method", "allocation", "options", "enabled")
+            for name, value in (_defaults(KVCompressionConfig) | {"budget": DEFAULT_BUDGET}).items()
+            if name not in ("method", "allocation", "format", "options", "enabled")
         },
     }
 

@@ -11,13 +11,17 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation, Global
+from vllm_kvcompress.formats import FORMATS, Format
 from vllm_kvcompress.policies import POLICIES, Policy
 from vllm_kvcompress.policies.foresight import Foresight
+from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 
+DEFAULT_BUDGET = 0.25
 DEFAULT_WINDOW = 32
 MOST_WINDOW = 1024
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
+ENCODING_INTERVAL = 128  # KIVI's residual
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
 AUTO = "auto"
@@ -31,15 +35,21 @@ class KVCompressionError(ValueError):
 
 @dataclass(frozen=True)
 class Method:
-    """A named preset from the literature: a policy and the allocation it is published with."""
+    """A named preset from the literature: a policy and the allocation it is published with.
+
+    One with a format keeps every token; only with a budget its policy and allocation choose among them.
+    """
 
     policy: str
     allocation: str
     summary: str
+    format: str | None = None
 
     @property
     def paper(self) -> str:
         """Title and arXiv id; the allocation's too where it is a method of its own."""
+        if self.format is not None:
+            return FORMATS[self.format].paper
         papers = [POLICIES[self.policy].paper]
         if self.allocation in ("adaptive", "pyramid"):
             papers.append(ALLOCATIONS[self.allocation].paper)
@@ -48,6 +58,8 @@ class Method:
     @property
     def cost(self) -> str:
         """One line on what scoring a prompt takes."""
+        if self.format is not None:
+            return "none without a budget; with one as " + self.policy
         return POLICIES[self.policy].cost
 
 
@@ -68,6 +80,12 @@ METHODS: dict[str, Method] = {
     "tova": Method("tova", "uniform", "what the last token attends to, all heads of a layer together"),
     "knorm": Method("knorm", "uniform", "keys of small norm"),
     "keydiff": Method("keydiff", "uniform", "keys unlike the others"),
+    "kivi": Method(
+        "kv_compress", "global", "every token in 4 bits: keys by channel, values by token", "kivi4"
+    ),
+    "turboquant": Method(
+        "kv_compress", "global", "every token in 4 bits of a random rotation, and its length", "turbo4"
+    ),
 }
 
 
@@ -76,16 +94,17 @@ class KVCompressionConfig:
     """How KV caches are compressed.
 
     Attributes:
-        method: a name listed by `vllm-kvcompress methods`.
+        method: a name listed by `vllm-kvcompress methods`, or `METHOD+FORMAT`.
         budget: fraction of the raw bytes below the boundary that is kept, 0 < budget <= 1; with a threshold,
-            the most that is.
+            the most that is. None for 0.25; of methods that are formats, for every token and the bytes that
+            they take.
         allocation: how pages are shared among heads, `NAME` or `profile:PATH`; None for the method's own.
         sink_tokens: first tokens of a prompt, never dropped.
         window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
         when: "prompt": once a prompt is computed; "streaming": also while it is computed, every
             `recompact_every` tokens, so that it may be larger than the pool.
         recompact_every: tokens of output after which a request is compacted again; None for never (1024
-            when streaming).
+            when streaming, 128 with a format, unless the method watches every query).
         max_tokens_kept: mean number of tokens that a head keeps below the boundary, at most; None for no
             limit but the budget.
         min_freed_tokens: a prompt whose first compaction would free fewer tokens than that is left alone, for
@@ -98,6 +117,7 @@ class KVCompressionConfig:
         threshold: score above which a token is kept, so that each request keeps as much as it needs: as many
             blocks as hold every page with a better token. For methods whose scores mean the same in every
             prompt. None for all that the budget allows.
+        format: how kept tokens are written in their pages; None for the method's own, or as vLLM has them.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -106,7 +126,7 @@ class KVCompressionConfig:
     """
 
     method: str = "snapkv"
-    budget: float = 0.25
+    budget: float | None = None
     allocation: str | None = None
     sink_tokens: int = 4
     window: int | None = None
@@ -117,17 +137,24 @@ class KVCompressionConfig:
     max_compaction_tokens: int | None = None
     scorer: str | None = None
     threshold: float | None = None
+    format: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
     def __post_init__(self) -> None:
         for name, kind in _OWN_TYPES.items():
             object.__setattr__(self, name, _convert(name, getattr(self, name), kind))
+        for name, value in _split_format({"method": self.method, "format": self.format}).items():
+            object.__setattr__(self, name, value)
         _known(self.method, [AUTO, *METHODS, *POLICIES], "method", "`vllm-kvcompress methods` lists them")
         if self.allocation is not None:
             name = self.allocation.partition(":")[0]
             _known(name, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
-        if not 0 < self.budget <= 1:
+        if self.format is not None:
+            _known(self.format, FORMATS, "format", "use one of " + ", ".join(FORMATS))
+        if self.budget is None and self.preset.format is None:
+            object.__setattr__(self, "budget", DEFAULT_BUDGET)
+        if self.budget is not None and not 0 < self.budget <= 1:
             raise KVCompressionError(
                 f"budget must be a fraction of the cache to keep, 0 < budget <= 1, got {self.budget}"
             )
@@ -172,6 +199,15 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 "threshold counts the pages of all heads together: use allocation=global"
             )
+        if self.threshold is not None and self.record_format is not None:
+            raise KVCompressionError(
+                f"threshold counts tokens as vLLM has them: leave it or the format {self.record_format.name}"
+            )
+        if self.record_format is not None and self.observes_all and self.interval is not None:
+            raise KVCompressionError(
+                f"{self.method} watches every query, which it cannot over tokens in {self.record_format.name}; "
+                "remove when=streaming and recompact_every, or the format"
+            )
         if self.repeats and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
@@ -208,9 +244,10 @@ class KVCompressionConfig:
     def for_request(self, value: "str | Mapping | None") -> "KVCompressionConfig":
         """This configuration with a request's own options on top.
 
-        Naming another method drops this one's allocation and threshold, and the hyper-parameters that the
-        other does not have; budget, sink_tokens and window stay. `"off"` disables compression; any other
-        value enables it where the engine's default is off.
+        Naming another method drops this one's allocation, threshold and format, and the hyper-parameters
+        that the other does not have; budget, sink_tokens and window stay, the budget not for methods that
+        are formats. `"off"` disables compression; any other value enables it where the engine's default is
+        off.
 
         Raises:
             KVCompressionError: as for `parse`.
@@ -241,8 +278,22 @@ class KVCompressionConfig:
             return METHODS["foresight" if self.scorer else AUTO_WITHOUT_SCORER]
         return METHODS.get(self.method) or Method(self.method, "uniform", "registered by user code")
 
+    @property
+    def record_format(self) -> Format | None:
+        """How kept tokens are written; None for as vLLM has them."""
+        name = self.format or self.preset.format
+        return None if name is None else FORMATS[name]
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether every token is kept, in fewer bytes."""
+        return self.budget is None
+
     def build_policy(self) -> Policy:
-        """The policy with this configuration's hyper-parameters."""
+        """The policy with this configuration's hyper-parameters; where every token is kept, one that needs
+        nothing."""
+        if self.keeps_all:
+            return StreamingLLM()
         return self._build(POLICIES[self.preset.policy])
 
     def _build(self, cls: type[Policy]) -> Policy:
@@ -316,6 +367,8 @@ class KVCompressionConfig:
         """Tokens between two compactions of a request; None where there is only one."""
         if self.when == "streaming":
             return self.recompact_every or STREAMING_INTERVAL
+        if self.recompact_every is None and self.record_format is not None and not self.watches_every_query:
+            return ENCODING_INTERVAL
         return self.recompact_every
 
     def _option_types(self) -> dict[str, Any]:
@@ -339,14 +392,17 @@ _OWN_TYPES: dict[str, Any] = {
 
 @functools.lru_cache(maxsize=1024)
 def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConfig:
-    override = json.loads(request)
+    override = _split_format(json.loads(request))
     if ENGINES_OWN in override:
         raise KVCompressionError(
             f"{ENGINES_OWN} is the engine's; leave it out of requests and start the server with it"
         )
     flat = engine.to_dict() | {"enabled": True}
     if override.get("method", engine.method) != engine.method:
-        flat.pop("allocation", None), flat.pop("threshold", None)
+        for name in ("allocation", "threshold", "format"):
+            flat.pop(name, None)
+        if (preset := METHODS.get(override["method"])) is not None and preset.format is not None:
+            flat.pop("budget", None)
     own = {name: value for name, value in (flat | override).items() if name in ("method", "allocation")}
     kept = KVCompressionConfig(**own)._option_types().keys() | _OWN_TYPES.keys()
     return KVCompressionConfig._of({name: flat[name] for name in flat.keys() & kept} | override)
@@ -383,6 +439,20 @@ def _as_dict(value: object) -> dict[str, Any]:
             raise KVCompressionError(f"kv_compression option {name!r} is given twice; remove one")
         parsed[name] = option
     return _as_dict(parsed)
+
+
+def _split_format(flat: dict[str, Any]) -> dict[str, Any]:
+    """With `METHOD+FORMAT` as a method and a format.
+
+    Raises:
+        KVCompressionError: the format is given by itself, too.
+    """
+    method, plus, name = str(flat.get("method")).partition("+")
+    if not plus:
+        return flat
+    if flat.get("format") not in (None, name):
+        raise KVCompressionError(f"kv_compression option 'format' is given twice, in {flat['method']!r} too")
+    return flat | {"method": method.strip(), "format": name.strip()}
 
 
 def _frozen(flat: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from vllm_kvcompress.config import DEFAULT_WINDOW, KVCompressionConfig
+from vllm_kvcompress.formats import RECORD
 
 # Bytes of compacted pages that a compaction on a GPU may write in place of pages that it reads. All that is
 # kept is staged then, for which so much memory is set aside; what is larger waits for free blocks.
@@ -29,7 +30,12 @@ class Plan:
 
     @classmethod
     def of(
-        cls, config: KVCompressionConfig, num_tokens: int, block_size: int, held: "Plan | None" = None
+        cls,
+        config: KVCompressionConfig,
+        num_tokens: int,
+        block_size: int,
+        held: "Plan | None" = None,
+        page_tokens: int | None = None,
     ) -> "Plan | None":
         """What compacting a request would do; None if it is left alone.
 
@@ -42,21 +48,40 @@ class Plan:
             num_tokens: tokens computed so far.
             block_size: tokens per block.
             held: its last compaction.
+            page_tokens: tokens that a page holds once they are encoded (see `page_tokens`); None without a
+                format.
         """
         if not config.enabled:
             return None
         source = max(0, num_tokens - config.recent_tokens) // block_size
-        kept = _kept_blocks(config, source, block_size)
+        if config.record_format is not None:  # of whole records
+            together = RECORD // math.gcd(RECORD, block_size)
+            source = source // together * together
+        kept = _kept_blocks(config, source, block_size, page_tokens)
         now = held.kept_blocks + source - held.source_blocks if held else source
         least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
         fewest = kept
         if config.threshold is not None:  # how much scores above it is known only then
-            kept, fewest = min(kept, now), min(kept, _fewest_blocks(config, source, block_size))
+            kept, fewest = min(kept, now), min(kept, _fewest_blocks(config, source, block_size, page_tokens))
             if held is not None and source == held.source_blocks:
                 return None
         if (now - fewest) * block_size < least:
             return None
         return cls(source * block_size, source, kept)
+
+
+def page_tokens(config: KVCompressionConfig, block_size: int, head_size: int, itemsize: int) -> int | None:
+    """Tokens that a page holds once they are encoded; None without a format.
+
+    Args:
+        config: whose format it is.
+        block_size: tokens that it holds as vLLM has them.
+        head_size: channels of a key, and of a value.
+        itemsize: bytes of a number of the cache.
+    """
+    if config.record_format is None:
+        return None
+    return config.record_format.tokens_per_page(2 * block_size * head_size * itemsize, head_size)
 
 
 def tokens_read(num_tokens: int, block_size: int, held: Plan | None = None) -> int:
@@ -84,7 +109,11 @@ def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int |
 
 
 def is_ever_compacted(
-    config: KVCompressionConfig, num_prompt_tokens: int, num_tokens: int, block_size: int
+    config: KVCompressionConfig,
+    num_prompt_tokens: int,
+    num_tokens: int,
+    block_size: int,
+    page_tokens: int | None = None,
 ) -> bool:
     """Whether a request is compacted before it ends.
 
@@ -93,6 +122,7 @@ def is_ever_compacted(
         num_prompt_tokens: its prompt's length.
         num_tokens: its length at its end, at most; the last one is sampled and never computed.
         block_size: tokens per block.
+        page_tokens: as of `Plan.of`.
     """
     last = num_tokens - 2  # computed before its last step
     point = num_prompt_tokens
@@ -104,7 +134,7 @@ def is_ever_compacted(
     elif config.interval is not None:
         point += (last - num_prompt_tokens) // config.interval * config.interval
     # What a compaction frees only grows with the length, so it is enough to look at the last point.
-    return Plan.of(config, point, block_size) is not None
+    return Plan.of(config, point, block_size, page_tokens=page_tokens) is not None
 
 
 def peak_blocks(
@@ -113,6 +143,7 @@ def peak_blocks(
     num_tokens: int,
     block_size: int,
     beside: bool = False,
+    page_tokens: int | None = None,
 ) -> int:
     """Blocks that a request holds at most.
 
@@ -123,18 +154,19 @@ def peak_blocks(
         block_size: tokens per block.
         beside: whether compacted pages are written beside what they are made of, which is freed afterwards;
             a request that could stay whole may still be served so.
+        page_tokens: as of `Plan.of`.
     """
     whole = -(-num_tokens // block_size)
     if not config.enabled or config.interval is None:
         return whole
     raw = -(-(config.interval + config.recent_tokens) // block_size) + 2  # the edges of two boundaries
-    bounded = _kept_blocks(config, whole, block_size) * (2 if beside else 1) + raw
+    bounded = _kept_blocks(config, whole, block_size, page_tokens) * (2 if beside else 1) + raw
     if config.when == "streaming":
         return min(whole, bounded)
     # It stays whole for as long as a first compaction would free too little.
     bounded += -(-config.min_freed_tokens // block_size) - 1
     prompt = -(-num_prompt_tokens // block_size)
-    prompt += _kept_blocks(config, prompt, block_size) if beside else 0
+    prompt += _kept_blocks(config, prompt, block_size, page_tokens) if beside else 0
     return min(whole, max(prompt, bounded))
 
 
@@ -160,14 +192,17 @@ def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens
     return min(wanted, num_cache_tokens // 8 * 2 // group)
 
 
-def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int) -> int:
-    # Through the decimal form, so that a budget of 0.14 keeps 7 blocks of 50 and not 8.
-    kept = math.ceil(Fraction(str(config.budget)) * source)
+def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
+    in_page = page_tokens or block_size
+    kept = -(-source * block_size // in_page)  # all of them
+    if config.budget is not None:
+        # Through the decimal form, so that a budget of 0.14 keeps 7 blocks of 50 and not 8.
+        kept = min(kept, math.ceil(Fraction(str(config.budget)) * source))
     if config.max_tokens_kept is not None:
-        kept = min(kept, config.max_tokens_kept // block_size)
-    return max(kept, _fewest_blocks(config, source, block_size))
+        kept = min(kept, config.max_tokens_kept // in_page)
+    return max(kept, _fewest_blocks(config, source, block_size, page_tokens))
 
 
-def _fewest_blocks(config: KVCompressionConfig, source: int, block_size: int) -> int:
+def _fewest_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
     """Blocks that are kept whatever the scores."""
-    return max(-(-config.sink_tokens // block_size), min(source, 1))
+    return max(-(-config.sink_tokens // (page_tokens or block_size)), min(source, 1))

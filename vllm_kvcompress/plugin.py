@@ -27,7 +27,13 @@ from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
-from vllm_kvcompress.support import LACKS, check_method, check_supported, check_watched
+from vllm_kvcompress.support import (
+    LACKS,
+    check_method,
+    check_supported,
+    check_watched,
+    tokens_of_a_page,
+)
 
 logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 KEY = "kv_compression"
@@ -331,7 +337,8 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         cache = vllm_config.cache_config
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
         beside = not current_platform.is_cpu()
-        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size, beside)
+        in_page = tokens_of_a_page(config, vllm_config)
+        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size, beside, in_page)
         usable = num_blocks - 1
         if needed > usable > 0:
             problem = (
@@ -350,7 +357,9 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
     config = KVCompressionConfig.parse(requested).for_request((params.extra_args or {}).get(KEY))
     length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     # With one token of output only its prompt may be compacted, while it is computed.
-    compacted = is_ever_compacted(config, length, length + 1, vllm_config.cache_config.block_size)
+    in_page = tokens_of_a_page(config, vllm_config)
+    block_size = vllm_config.cache_config.block_size
+    compacted = is_ever_compacted(config, length, length + 1, block_size, in_page)
     if config.enabled and (compacted or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"
         raise VLLMValidationError(

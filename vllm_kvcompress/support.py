@@ -7,6 +7,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.formats.base import CHANNELS
+from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.requests.float8 import FLOAT8
@@ -46,6 +48,8 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         )
     if (problem := _scorer_problem(config, policy, model)) is not None:
         raise KVCompressionError(f"kv-compression method {config.method} {problem}")
+    if (problem := _format_problem(config, vllm_config)) is not None:
+        raise KVCompressionError(f"kv-compression: {problem}")
     for need, reason in (vllm_config.additional_config or {}).get(LACKS, {}).items():
         if getattr(policy, need):
             raise KVCompressionError(
@@ -91,6 +95,40 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
             f"kv-compression method {request.method} watches every query, which full CUDA graphs would hide; "
             "start the server with such a method, or with --enforce-eager"
         )
+
+
+def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:
+    """Tokens that a page of this engine's cache holds once they are encoded; None without a format."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    dtype = model.dtype if cache.cache_dtype == "auto" else getattr(torch, cache.cache_dtype, torch.uint8)
+    return page_tokens(config, cache.block_size, model.get_head_size(), dtype.itemsize)
+
+
+def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str | None:
+    """Why a format cannot serve this engine; None if it can, or there is none."""
+    format = config.record_format
+    if format is None:
+        return None
+    cache = vllm_config.cache_config
+    if cache.cache_dtype in FLOAT8:
+        return (
+            f"the format {format.name} writes what --kv-cache-dtype {cache.cache_dtype} has rounded; use one"
+        )
+    head_size = vllm_config.model_config.get_head_size()
+    if head_size % CHANNELS:
+        return (
+            f"formats need a multiple of {CHANNELS} channels, and the model has {head_size}; "
+            f"use {config.method} without {format.name}"
+        )
+    if not cache.block_size:  # it is chosen later
+        return None
+    fits = tokens_of_a_page(config, vllm_config)
+    if fits is not None and fits <= cache.block_size:
+        return (
+            f"{format.name} is written in records of {format.record_bytes(head_size)} bytes, and a page has "
+            f"no room for more tokens than raw at --block-size {cache.block_size}; use a larger one"
+        )
+    return None
 
 
 def _scorer_problem(config: KVCompressionConfig, policy: Policy, model: ModelConfig) -> str | None:

@@ -1,4 +1,4 @@
-"""vLLM's CPU attention backend over compacted requests, on vLLM's own kernel."""
+"""vLLM's CPU attention backend over compacted requests: on vLLM's own kernel, or ours for other formats."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,10 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.formats import Format
+from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
 from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
@@ -44,14 +47,30 @@ class CompactedRows:
 
 
 @dataclass
+class EncodedRows:
+    """The rows of a batch that hold records of one format.
+
+    Attributes:
+        attention: reads them.
+        layers: of each layer.
+        tokens: `[tokens]` int64, where their queries are in the batch; None for all of it, in order.
+    """
+
+    attention: RecordAttention
+    layers: list[RecordRows]
+    tokens: Tensor | None
+
+
+@dataclass
 class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     """vLLM's metadata of the rows that are not compacted, and beside it what the others need.
 
-    `rest_tokens` are the batch's tokens in rows without compaction; it is set when `compacted` is.
+    `rest_tokens` are the batch's tokens in rows without compaction; it is set when there are others.
     """
 
     rest_tokens: Tensor | None = None
     compacted: CompactedRows | None = None
+    encoded: list[EncodedRows] = field(default_factory=list)
     observed: list[Span] = field(default_factory=list)
 
 
@@ -76,6 +95,10 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     state: CompressionState | None = None  # set by the worker once the cache exists
 
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self._readers: dict[Format, tuple[RecordAttention, BatchTables]] = {}
+
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> CPUAttentionMetadata:
@@ -87,40 +110,84 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         observed = state.observer.spans(
             request_ids, common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor
         )
-        tables = [state.tables.get(request_id) for request_id in request_ids]
-        rows = [row for row, table in enumerate(tables) if table is not None]
-        if not rows:
+        tables = {
+            row: table
+            for row, request_id in enumerate(request_ids)
+            if (table := state.tables.get(request_id)) is not None
+        }
+        if not tables:
             stock = super().build(common_prefix_len, common, fast_build)
             return CompressedCPUAttentionMetadata(**vars(stock), observed=observed) if observed else stock
 
-        others = [row for row, table in enumerate(tables) if table is None]
+        others = [row for row in range(len(request_ids)) if row not in tables]
         rest_tokens = _tokens_of(others, common.query_start_loc_cpu)
         if others:
             rest = super().build(common_prefix_len, _only_rows(common, others, rest_tokens), fast_build)
         else:
             rest = _no_rows(common)
-        compacted = self._build_compacted(rows, [t for t in tables if t is not None], common, bool(others))
+        self._extend(tables, common)
+        by_format: dict[Format | None, dict[int, RequestTable]] = {}
+        for row, table in tables.items():
+            by_format.setdefault(table.format, {})[row] = table
+        mixed = bool(others) or len(by_format) > 1
+        raw = by_format.pop(None, None)
         metadata = CompressedCPUAttentionMetadata(
-            **vars(rest), rest_tokens=rest_tokens, compacted=compacted, observed=observed
+            **vars(rest),
+            rest_tokens=rest_tokens,
+            compacted=None if raw is None else self._build_compacted(raw, common, mixed),
+            encoded=[self._build_encoded(format, own, common, mixed) for format, own in by_format.items()],
+            observed=observed,
         )
         metadata.num_actual_tokens = common.num_actual_tokens
         return metadata
 
-    def _build_compacted(
-        self, rows: list[int], tables: list[RequestTable], common: CommonAttentionMetadata, mixed: bool
-    ) -> CompactedRows:
-        assert self.state is not None
-        heads = self.num_kv_heads
-        row_index = torch.tensor(rows)
-        seq_lens = common.seq_lens[row_index]
-        for row, table, seq_len in zip(rows, tables, seq_lens.tolist(), strict=True):
+    def _extend(self, tables: dict[int, RequestTable], common: CommonAttentionMetadata) -> None:
+        """Show each row's table the raw blocks that the row has by now."""
+        seq_lens = common.seq_lens[torch.tensor(list(tables))].tolist()
+        for (row, table), seq_len in zip(tables.items(), seq_lens, strict=True):
             first = table.boundary // self.block_size
             num_tail = table.num_tail_blocks(seq_len)
             if num_tail > table.num_tail:
                 new_blocks = common.block_table_tensor[row, first + table.num_tail : first + num_tail]
                 table.append_tail(new_blocks.to(torch.int64))
+
+    def _build_encoded(
+        self, format: Format, tables: dict[int, RequestTable], common: CommonAttentionMetadata, mixed: bool
+    ) -> EncodedRows:
+        attention, batch = self._reader(format)
+        batch.update(list(tables.values()))
+        rows = torch.tensor(list(tables))
+        query_lens = common.query_start_loc_cpu.diff()[rows]
+        start = torch.zeros(len(rows) + 1, dtype=torch.int32)
+        torch.cumsum(query_lens, 0, out=start[1:])
+        boundaries = torch.tensor([table.boundary for table in tables.values()])
+        tail = (common.seq_lens[rows] - boundaries).to(torch.int32)
+        bounds = int(query_lens.max()), batch.longest + int(tail.max())
+        of_layers = zip(batch.pages.unflatten(1, (len(rows), -1)), batch.counts, batch.units, strict=True)
+        layers = [RecordRows(start, *of_layer, tail, *bounds) for of_layer in of_layers]
+        tokens = _tokens_of(list(tables), common.query_start_loc_cpu) if mixed else None
+        return EncodedRows(attention, layers, tokens)
+
+    def _reader(self, format: Format) -> tuple[RecordAttention, BatchTables]:
+        """What attends over records of a format, and the tables of its rows."""
+        if format not in self._readers:
+            assert self.state is not None
+            cache = self.state.observer.cache
+            assert isinstance(cache, PackedCache)
+            places = cache.key_packing.places, cache.value_packing.places
+            attention = RecordAttention(format, cache.content, places, cache.pages.dtype)
+            self._readers[format] = attention, BatchTables()
+        return self._readers[format]
+
+    def _build_compacted(
+        self, tables: dict[int, RequestTable], common: CommonAttentionMetadata, mixed: bool
+    ) -> CompactedRows:
+        assert self.state is not None
+        rows, heads = list(tables), self.num_kv_heads
+        row_index = torch.tensor(rows)
+        seq_lens = common.seq_lens[row_index]
         batch: BatchTables = self.state.batch
-        batch.update(tables)
+        batch.update(list(tables.values()))
 
         query_lens = common.query_start_loc_cpu.diff()[row_index]
         query_start_loc = torch.zeros(len(rows) * heads + 1, dtype=torch.int32)
@@ -189,15 +256,27 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             return stock(query, output)
         for span in attn_metadata.observed:
             span.record(self.layer_index, query)
-        if attn_metadata.compacted is None:
+        if attn_metadata.rest_tokens is None:
             return stock(query, output)
         rest = attn_metadata.rest_tokens
-        if rest is not None and len(rest):
+        if len(rest):
             # The kernel packs its rows' tokens densely, so they are brought together and put back.
             rest_output = output.new_empty(len(rest), *output.shape[1:])
             output[rest] = stock(query[rest], rest_output)
-        self._attend_compacted(layer, query, output, attn_metadata)
+        if attn_metadata.compacted is not None:
+            self._attend_compacted(layer, query, output, attn_metadata)
+        for encoded in attn_metadata.encoded:
+            self._attend_encoded(query, output, encoded, attn_metadata.num_actual_tokens)
         return output
+
+    def _attend_encoded(self, query: Tensor, output: Tensor, rows: EncodedRows, num_tokens: int) -> None:
+        own = rows.layers[self.layer_index]
+        tokens = slice(0, num_tokens) if rows.tokens is None else rows.tokens
+        target = output[tokens].view(-1, self.num_heads, self.head_size)
+        heads = query[tokens].view(-1, self.num_heads, self.head_size)
+        rows.attention.attend(heads, own, self.scale, self.logits_soft_cap, target)
+        if rows.tokens is not None:
+            output[tokens] = target.view(-1, *output.shape[1:])
 
     def _attend_compacted(
         self,

@@ -174,16 +174,23 @@ class Engine:
         return [outcome for _, outcome in outcomes.values()]
 
     def compactions(self, prompt: Sequence[int], variant: str) -> Tensor:
-        """Kept tokens of every layer and head, `[L, H]`, when this prompt is compacted."""
+        """Kept tokens of every layer and head, `[L, H]`, over those that might be, when this prompt is compacted.
+
+        Raises:
+            KVCompressionError: it is not.
+        """
         seen: list[Tensor] = []
-        listener = lambda job, counts, kept: seen.append(counts * self.block_size)  # noqa: E731
+
+        def listener(job, counts: Tensor, kept: Tensor) -> None:
+            seen.append(counts * kept.shape[1] / job.boundary)
+
         self.compactor.listeners.append(listener)
         try:
             self.run([Ask(prompt, variant, max_tokens=2, ignore_eos=True)])
         finally:
             self.compactor.listeners.remove(listener)
         if not seen:
-            raise RuntimeError(f"{variant} leaves a prompt of {len(prompt)} tokens as it is: nothing to show")
+            raise KVCompressionError(f"{variant} leaves a prompt of {len(prompt)} tokens as it is")
         return seen[0]
 
     def step_seconds(self, prompt: Sequence[int], variant: str, batch: int, steps: int) -> float:

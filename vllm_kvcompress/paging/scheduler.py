@@ -22,6 +22,7 @@ from vllm_kvcompress.plan import (
     Plan,
     is_ever_compacted,
     next_point,
+    page_tokens,
     peak_blocks,
     ring_budget,
     ring_tokens,
@@ -90,7 +91,8 @@ class _Compression:
         self._deferred: dict[str, int] = {}
         self._watermark_blocks = self.kv_cache_manager.watermark_blocks
         (group,) = self.kv_cache_config.kv_cache_groups
-        self._block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
+        self._spec = group.kv_cache_spec
+        self._block_bytes = self._spec.page_size_bytes * len(group.layer_names)
         self._ring_tokens = 0
         self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
@@ -123,14 +125,21 @@ class _Compression:
         """Remember a request that will be compacted."""
         block_size, num_prompt = self.compacting_manager.block_size, request.num_prompt_tokens
         num_tokens = min(num_prompt + request.max_tokens, self.max_model_len)
-        if not is_ever_compacted(config, num_prompt, num_tokens, block_size):
+        in_page = self._page_tokens(config)
+        if not is_ever_compacted(config, num_prompt, num_tokens, block_size, in_page):
             return
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "streaming":
-            peak = peak_blocks(config, num_prompt, num_tokens, block_size, not current_platform.is_cpu())
+            beside = not current_platform.is_cpu()
+            peak = peak_blocks(config, num_prompt, num_tokens, block_size, beside, in_page)
             self.compacting_manager.peak_blocks[request.request_id] = peak
+
+    def _page_tokens(self, config: KVCompressionConfig) -> int | None:
+        """Tokens that a page of this cache holds once they are encoded; None without a format."""
+        spec = self._spec
+        return page_tokens(config, spec.block_size, spec.head_size, spec.dtype.itemsize)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         jobs, late = self._compact_due()
@@ -372,7 +381,7 @@ class _Compression:
         tracked = self._tracked[request.request_id]
         config, point, held = tracked.config, tracked.point, tracked.held
         assert point is not None
-        plan = Plan.of(config, point, manager.block_size, held)
+        plan = Plan.of(config, point, manager.block_size, held, self._page_tokens(config))
         if plan is None:
             self._pass_point(request, tracked)
             return None

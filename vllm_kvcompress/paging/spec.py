@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.manager import CompactingManager
-from vllm_kvcompress.plan import peak_blocks
+from vllm_kvcompress.plan import page_tokens, peak_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,8 @@ class CompactableSpec(FullAttentionSpec):
         if config.when != "streaming":
             return super().max_memory_usage_bytes(vllm_config)
         beside = not current_platform.is_cpu()
-        return peak_blocks(config, longest, longest, self.block_size, beside) * self.page_size_bytes
+        in_page = page_tokens(config, self.block_size, self.head_size, self.dtype.itemsize)
+        return peak_blocks(config, longest, longest, self.block_size, beside, in_page) * self.page_size_bytes
 
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.

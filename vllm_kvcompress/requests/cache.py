@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import Allocation, select
+from vllm_kvcompress.formats import Format
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.requests.cpu_pages import Packing
@@ -61,6 +62,45 @@ class PagedCache(ABC):
     @abstractmethod
     def block_bytes(self) -> int:
         """Bytes of a block of all layers."""
+
+    @property
+    @abstractmethod
+    def content(self) -> Tensor:
+        """`[L·B·H, page_bytes]` uint8, the pages as bytes; a view."""
+
+    def records_per_page(self, format: Format) -> int:
+        """Records that a page holds."""
+        return self.content.shape[1] // format.record_bytes(self.head_size)
+
+    def read_records(self, records: Tensor, format: Format) -> Tensor:
+        """Records as they are, `[..., record_bytes]` uint8.
+
+        Args:
+            records: int64 of any shape: a page times the records of a page, plus the place in it; -1 for
+                none, of which the content is arbitrary.
+            format: theirs.
+        """
+        records, per_page = records.clamp(min=0), self.records_per_page(format)
+        return self._records(format)[records // per_page, records % per_page]
+
+    def write_records(self, records: Tensor, content: Tensor, format: Format) -> None:
+        """Put records `[..., record_bytes]` where `records` says, as in `read_records`."""
+        per_page = self.records_per_page(format)
+        self._records(format)[records // per_page, records % per_page] = content
+
+    def clear(self, blocks: Tensor) -> None:
+        """Have blocks `[n]` that held records hold numbers again: 0.
+
+        Kernels multiply what is behind a row's last token with 0, and bytes may stand for infinity.
+        """
+        grid = self.grid
+        self.content.view(grid.num_layers, grid.num_blocks, -1).index_fill_(1, blocks, 0)
+
+    def _records(self, format: Format) -> Tensor:
+        """`[L·B·H, records, record_bytes]`, a view."""
+        pages, size = self.content, format.record_bytes(self.head_size)
+        shape = len(pages), self.records_per_page(format), size
+        return pages.as_strided(shape, (pages.stride(0), size, 1))
 
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:
@@ -131,7 +171,7 @@ class PagedCache(ABC):
         sinks: int,
         capacity: Tensor | None,
     ) -> Tensor:
-        """What the allocation decides for each of J requests.
+        """What the allocation decides for each of J requests, in pages of raw tokens.
 
         Args:
             allocation: one of all.
@@ -244,6 +284,10 @@ class PackedCache(PagedCache):
     @property
     def head_size(self) -> int:
         return self.key_packing.head_size
+
+    @property
+    def content(self) -> Tensor:
+        return self.pages.flatten(1).view(torch.uint8)
 
     @property
     def block_bytes(self) -> int:

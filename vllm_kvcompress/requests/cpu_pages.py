@@ -33,6 +33,11 @@ class Packing:
         object.__setattr__(self, "_place", place)
         object.__setattr__(self, "_digits", (tokens, channels) if regular and tokens and channels else None)
 
+    @property
+    def places(self) -> Tensor:
+        """Where each element of a page is stored, `[N, D]` int64."""
+        return self._place
+
     def unpack(self, packed: Tensor) -> Tensor:
         """`[..., N·D]` as stored to `[..., N, D]`; a view where the packing allows one."""
         shape = *packed.shape[:-1], self.block_size, self.head_size

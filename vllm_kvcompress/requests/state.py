@@ -73,7 +73,9 @@ class CompressionState:
 
     def forget(self, request_id: str) -> None:
         """Drop everything known of a request."""
-        self.tables.pop(request_id, None)
+        table = self.tables.pop(request_id, None)
+        if table is not None and table.format is not None:
+            self.observer.cache.clear(table.destination)
         self.observer.forget(request_id)
         if self.runs is not None:
             self.runs.drop(request_id)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.formats import RECORD, Format
 from vllm_kvcompress.paging.layout import PageGrid
 
 SPARE_COLUMNS = 8  # raw-tail pages a table can take before it is widened
@@ -14,26 +15,46 @@ SPARE_COLUMNS = 8  # raw-tail pages a table can take before it is widened
 class RequestTable:
     """What one request is compacted to.
 
+    A head's tokens are in units that fill its pages one after the other: a unit is a whole page of `N` raw
+    tokens, or with a format a record of 32.
+
     Attributes:
         grid: the cache's geometry.
         destination: `[n]` int64, its compacted blocks.
         counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
         boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
-        positions: `[n·L·H, N]` int32, the kept tokens' positions in the sequence, in run order; None if
-            nobody will ask.
+        positions: `[units, unit_tokens]` int32, the kept tokens' positions in the sequence, in run order;
+            None if nobody will ask.
+        format: how the tokens are written; None for raw.
+        units: `[L, H]` int64, units of each head; of a format its last page may hold fewer than it could.
+        unit_tokens: of a unit.
+        per_page: units that a page holds.
         num_tail: raw blocks that `pages` shows.
     """
 
     def __init__(
-        self, grid: PageGrid, destination: Tensor, counts: Tensor, boundary: int, positions: Tensor | None
+        self,
+        grid: PageGrid,
+        destination: Tensor,
+        counts: Tensor,
+        boundary: int,
+        positions: Tensor | None,
+        format: Format | None = None,
+        records: Tensor | None = None,
+        per_page: int = 1,
     ) -> None:
         self.grid = grid
         self.destination = destination
         self.counts = counts
         self.boundary = boundary
         self.positions = positions
+        self.format = format
+        self.units = counts if records is None else records
+        self.unit_tokens = grid.block_size if format is None else RECORD
+        self.per_page = per_page
         self.num_tail = 0
-        self._on_host, self._arrived = torch.cat([counts.amax(1), counts.sum()[None]]), None
+        self._on_host = torch.cat([counts.amax(1), self.units.amax(1), counts.sum()[None]])
+        self._arrived: torch.cuda.Event | None = None
         if counts.is_cuda:  # asked for once the step is done or the request is compacted again
             self._on_host = self._on_host.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
@@ -41,7 +62,7 @@ class RequestTable:
 
     @functools.cached_property
     def _numbers(self) -> list[int]:
-        """Pages of the longest run of each layer, and of all runs."""
+        """Pages of the longest run of each layer, units of it, and pages of all runs."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._on_host.tolist()
@@ -53,13 +74,13 @@ class RequestTable:
 
     @functools.cached_property
     def _ends(self) -> Tensor:
-        """`[L, H]` int64, one past each run's last linear page."""
-        return self.counts.flatten().cumsum(0).view_as(self.counts)
+        """`[L, H]` int64, one past each run's last unit, counted through all runs."""
+        return self.units.flatten().cumsum(0).view_as(self.units)
 
     @functools.cached_property
     def run_tokens(self) -> Tensor:
         """`[L, H]` int32, tokens that each head kept below the boundary."""
-        return (self.counts * self.grid.block_size).to(torch.int32)
+        return (self.units * self.unit_tokens).to(torch.int32)
 
     @functools.cached_property
     def pages(self) -> Tensor:
@@ -67,7 +88,7 @@ class RequestTable:
 
         Entries past a head's length are 0.
         """
-        width = max(self._numbers[:-1]) + SPARE_COLUMNS
+        width = max(self._numbers[: len(self.counts)]) + SPARE_COLUMNS
         pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
         in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
@@ -75,26 +96,34 @@ class RequestTable:
         return pages
 
     def longest(self, layers: slice) -> int:
-        """Pages of the longest run of some layers."""
-        return max(self._numbers[:-1][layers])
+        """Units of the longest run of some layers."""
+        return max(self._numbers[len(self.counts) : -1][layers])
 
     def right_aligned(self, layers: slice) -> Tensor:
-        """Pages of some layers' runs, every head's last page in the last column.
+        """Where some layers' units are, every head's last one in the last column.
 
         Returns:
-            `[l·H, W]` int64, -1 before a head's first page; W is the longest run's.
+            `[l·H, W]` int64, a page times `per_page` plus the unit's place in it; -1 before a head's first
+            unit. W is the longest run's.
         """
-        linear, present = self._aligned(layers)
-        return self.grid.pages_at(self.destination, linear).masked_fill_(~present, -1)
+        unit, present = self._aligned(layers)
+        if self.format is None:
+            return self.grid.pages_at(self.destination, unit).masked_fill_(~present, -1)
+        heads = slice(*(edge * self.grid.num_heads for edge in layers.indices(len(self.counts))[:2]))
+        counts, units = self.counts.flatten(), self.units.flatten()
+        of_head = (unit - (units.cumsum(0) - units)[heads, None]).clamp_(min=0)
+        linear = (counts.cumsum(0) - counts)[heads, None] + of_head // self.per_page
+        pages = self.grid.pages_at(self.destination, linear)
+        return (pages * self.per_page + of_head % self.per_page).masked_fill_(~present, -1)
 
-    def align(self, layers: slice, of_pages: Tensor, nothing: int) -> Tensor:
-        """What is known of each page's tokens, `[n·L·H, N]`, in `right_aligned`'s columns.
+    def align(self, layers: slice, of_units: Tensor, nothing: int) -> Tensor:
+        """What is known of each unit's tokens, `[units, unit_tokens]`, in `right_aligned`'s columns.
 
         Returns:
-            `[l·H, W·N]`, `nothing` before a head's first token.
+            `[l·H, W·unit_tokens]`, `nothing` before a head's first token.
         """
-        linear, present = self._aligned(layers)
-        return of_pages[linear].masked_fill_(~present[..., None], nothing).flatten(1)
+        unit, present = self._aligned(layers)
+        return of_units[unit].masked_fill_(~present[..., None], nothing).flatten(1)
 
     def column_positions(self, layers: slice, num_tokens: int) -> Tensor:
         """Token positions of `right_aligned`'s columns, then of the raw tail.
@@ -108,10 +137,10 @@ class RequestTable:
         return torch.cat([own, tail.expand(len(own), -1)], 1)
 
     def _aligned(self, layers: slice) -> tuple[Tensor, Tensor]:
-        """Linear pages `[l·H, W]` int64 of some layers' runs aligned at their ends, and which there are."""
-        counts, ends = self.counts[layers].reshape(-1, 1), self._ends[layers].reshape(-1, 1)
-        from_end = torch.arange(-self.longest(layers), 0, device=counts.device)
-        present = from_end >= -counts
+        """Units `[l·H, W]` int64 of some layers' runs aligned at their ends, and which there are."""
+        units, ends = self.units[layers].reshape(-1, 1), self._ends[layers].reshape(-1, 1)
+        from_end = torch.arange(-self.longest(layers), 0, device=units.device)
+        present = from_end >= -units
         return (ends + from_end).masked_fill_(~present, 0), present
 
     def num_tail_blocks(self, seq_len: int) -> int:
@@ -136,6 +165,9 @@ class BatchTables:
         pages: `[L, R·H, W]` int32.
         run_tokens: `[L, R·H]` int32, run length minus boundary; plus the sequence length it is the number
             of tokens that a head attends over.
+        counts: `[L, R, H]` int32, pages of each run.
+        units: `[L, R, H]` int32, units in it.
+        longest: tokens of the longest run.
     """
 
     def __init__(self) -> None:
@@ -156,6 +188,11 @@ class BatchTables:
             pages[:, row, :, : table.pages.shape[-1]] = table.pages
         self.pages = pages.view(layers, -1, width)
         self.run_tokens = torch.stack([t.run_tokens - t.boundary for t in tables], 1).view(layers, -1)
+        self.counts, self.units = (
+            torch.stack(of_tables, 1).to(torch.int32)
+            for of_tables in ([t.counts for t in tables], [t.units for t in tables])
+        )
+        self.longest = max(table.longest(slice(None)) * table.unit_tokens for table in tables)
 
     def seq_lens(self, seq_lens: Tensor) -> Tensor:
         """Physical lengths `[L, R·H]` int32 of rows whose logical lengths are `[R]` int32."""

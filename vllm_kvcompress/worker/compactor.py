@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.formats import RECORD, Format
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
@@ -33,7 +34,8 @@ class Work:
     def method(self) -> tuple[object, ...]:
         """What works must have in common to run together."""
         config = self.job.config
-        alone = self.job if config.threshold is not None else None  # how much it keeps is not known before
+        # How much a threshold keeps is not known before, and tokens are encoded request by request.
+        alone = self.job if config.threshold is not None or config.record_format is not None else None
         return config.build_policy(), config.build_allocation(), config.sink_tokens, alone
 
 
@@ -63,6 +65,8 @@ class _Candidates:
         pages: `[X, W / N]` int64 physical pages, -1 for padding (see `PagedCache.context`).
         num_scored: columns below the new boundary, which all requests have at the same column.
         padding: `[X]` int64, leading columns that hold nothing; None for none.
+        records: `[X, E]` int64, what is before the pages, 32 columns each (see `PagedCache.read_records`);
+            None for nothing.
         positions: makes `[X, W]` int64, token positions of the columns; None where column i is token i.
     """
 
@@ -70,6 +74,7 @@ class _Candidates:
     pages: Tensor
     num_scored: int
     padding: Tensor | None
+    records: Tensor | None = None
     positions: Callable[[], Tensor] | None = None
 
 
@@ -81,7 +86,7 @@ class Compactor:
 
     Attributes:
         listeners: called after each Job with the Job, the page counts `[L, H]` and the kept token positions
-            `[pages, N]` in run order, all int64.
+            `[pages, N]` in run order, all int64; with a format, the counts of records and `[records, 32]`.
     """
 
     def __init__(
@@ -136,6 +141,9 @@ class Compactor:
 
     def _run_together(self, group: list[Work]) -> Iterator[RequestTable]:
         jobs, tasks = [work.job for work in group], self._tasks(group)
+        if (format := jobs[0].config.record_format) is not None:
+            yield self._encode(tasks[0], format)
+            return
         own = [self._candidates(task, slice(0, self.grid.num_layers)) for task in tasks]
         together = _aligned(own, self.grid.block_size)
         shape = len(jobs), self.grid.num_layers, self.grid.num_heads
@@ -154,7 +162,7 @@ class Compactor:
         widths = [each.num_scored for each in own]
         counts = self.cache.allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
         if type(tasks[0].policy).refine is not Policy.refine:
-            self._refine(tasks, together, scores, counts)
+            self._refine(tasks, together, scores, counts * self.grid.block_size)
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
         target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))[: sum(room)]
         overlaps = any(not {*job.previous, *job.source}.isdisjoint(job.destination) for job in jobs)
@@ -183,6 +191,144 @@ class Compactor:
             self._carry(task, new, columns - held.num_scored)
         return new
 
+    # ------------------------------------------------------------------ formats
+
+    def _encode(self, task: _Task, format: Format) -> RequestTable:
+        """Compact a request to records.
+
+        What is encoded already stays so, record by record. Raw tokens are encoded 32 by 32.
+        """
+        job, config = task.work.job, task.work.job.config
+        held = self._candidates(task, slice(0, self.grid.num_layers))
+        old = held.pages[:, :0] if held.records is None else held.records
+        per_page, device = self.cache.records_per_page(format), self.cache.device
+        num_raw = len(job.source) * self.grid.block_size
+        if config.keeps_all:
+            keep_old, keep_raw = old >= 0, None
+            num_new = torch.full((len(old),), num_raw // RECORD, device=device)
+            records = keep_old.sum(1) + num_new
+            counts = (records + per_page - 1) // per_page
+        else:
+            keep_old, keep_raw, counts = self._choose(task, held, old, per_page, num_raw)
+            num_new = keep_raw.sum(1) // RECORD
+            records = keep_old.sum(1) + num_new
+        row = torch.arange(len(old), device=device).repeat_interleave(records)
+        of_head = torch.arange(len(row), device=device) - (records.cumsum(0) - records)[row]
+        linear = (counts.cumsum(0) - counts)[row] + of_head // per_page
+        target = self.grid.pages_at(task.destination, linear) * per_page + of_head % per_page
+        is_old = of_head < keep_old.sum(1)[row]
+        staged = [(target[is_old], self.cache.read_records(old[keep_old], format))] if old.numel() else []
+        overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
+        new_target = target[~is_old].split(num_new.tolist())
+        columns = []
+        for begin, end in self._head_slices(len(old), num_raw):
+            content, own = self._encoded(held, begin, end, num_raw, keep_raw, format)
+            columns.append(own)
+            staged.append((torch.cat(new_target[begin:end]), content))
+            if not overlaps:
+                self._write(staged, format)
+        self._write(staged, format)
+        if freed := sorted({*job.previous} - {*job.destination}):
+            self.cache.clear(self.cache.on_device(freed))
+        old_columns = torch.arange(old.shape[1] * RECORD, device=device).view(-1, RECORD)
+        from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
+        from_start[is_old] = old_columns.expand(len(old), -1, -1)[keep_old]
+        from_start[~is_old] = torch.cat(columns) + old.shape[1] * RECORD
+        return self._finish_encoded(task, held, format, counts, records, row, from_start)
+
+    def _finish_encoded(
+        self,
+        task: _Task,
+        held: _Candidates,
+        format: Format,
+        counts: Tensor,
+        records: Tensor,
+        row: Tensor,
+        columns: Tensor,
+    ) -> RequestTable:
+        """Tell what a request keeps: `columns` `[records, 32]` of the rows of what it held."""
+        job, observed = task.work.job, task.work.observed
+        shape = self.grid.num_layers, self.grid.num_heads
+        positions = columns if held.positions is None else held.positions()[row[:, None], columns]
+        for listener in self.listeners:
+            listener(job, records.view(shape), positions)
+        again = job.config.interval is not None
+        new = RequestTable(
+            self.grid,
+            task.destination,
+            counts.view(shape),
+            job.boundary,
+            positions.to(torch.int32) if again else None,
+            format,
+            records.view(shape),
+            self.cache.records_per_page(format),
+        )
+        if observed is not None and again:
+            self._carry(task, new, columns - held.num_scored)
+        return new
+
+    def _choose(
+        self, task: _Task, held: _Candidates, old: Tensor, per_page: int, num_raw: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which records `[X, E]` and which raw tokens `[X, num_raw]` stay, and the pages `[X]` of each head.
+
+        A record stays or goes as a whole: each of its tokens counts as their mean. Raw tokens come in
+        thirty-twos, the best first.
+        """
+        job, width, in_page = task.work.job, old.shape[1], per_page * RECORD
+        shape = self.grid.num_layers, self.grid.num_heads
+        scores = self._scores([task], held)
+        present = (old >= 0).sum(1) + num_raw // RECORD
+        capacity = (present + per_page - 1) // per_page
+        alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
+        whole = torch.cat([alike, scores[:, width * RECORD :]], 1)
+        missing = -whole.shape[1] % in_page  # pages need not be full
+        counts = job.config.build_allocation().allocate(
+            torch.nn.functional.pad(whole, (missing, 0), value=-torch.inf).view(*shape, -1),
+            len(job.destination) * self.grid.pages_per_block,
+            in_page,
+            capacity.view(shape),
+        )
+        if type(task.policy).refine is not Policy.refine:
+            self._refine([task], held, scores, counts[None] * in_page)
+        num_units = torch.minimum(counts.flatten() * per_page, present)
+        return *_best_units(scores, width, num_units), counts.flatten()
+
+    def _encoded(
+        self,
+        held: _Candidates,
+        begin: int,
+        end: int,
+        num_raw: int,
+        keep_raw: Tensor | None,
+        format: Format,
+    ) -> tuple[Tensor, Tensor]:
+        """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
+        pages = held.pages[begin:end, : num_raw // self.grid.block_size]
+        keys, values = (
+            read(pages).reshape(-1, self.cache.head_size)
+            for read in (self.cache.read_keys, self.cache.read_values)
+        )
+        columns = torch.arange(num_raw, device=keys.device).repeat(end - begin)
+        if keep_raw is not None:
+            kept = keep_raw[begin:end].flatten().nonzero()[:, 0]
+            keys, values, columns = keys[kept], values[kept], columns[kept]
+        tokens = (-1, RECORD, self.cache.head_size)
+        return format.encode(keys.view(tokens), values.view(tokens)), columns.view(-1, RECORD)
+
+    def _head_slices(self, num_heads: int, num_tokens: int) -> Iterator[tuple[int, int]]:
+        """Heads of which so many tokens are encoded at a time."""
+        at_once = max(1, self.cache.slice_bytes // max(1, num_tokens * self.cache.head_size * 8))
+        for begin in range(0, num_heads, at_once):
+            yield begin, min(begin + at_once, num_heads)
+
+    def _write(self, staged: list[tuple[Tensor, Tensor]], format: Format) -> None:
+        for target, content in staged:
+            self.cache.write_records(target, content, format)
+        staged.clear()
+
+    # ------------------------------------------------------------------ parts
+
     def _tasks(self, group: list[Work]) -> list[_Task]:
         policy, jobs = group[0].job.config.build_policy(), [work.job for work in group]
         lists = [blocks for job in jobs for blocks in (job.source + job.tail, job.destination)]
@@ -192,12 +338,22 @@ class Compactor:
 
     def _candidates(self, task: _Task, layers: slice) -> _Candidates:
         job, table = task.work.job, task.work.table
-        pages = self.cache.context(layers, table, task.raw)
+        encoded = table is not None and table.format is not None
+        pages = self.cache.context(layers, None if encoded else table, task.raw)
+        num_scored = (pages.shape[1] - len(job.tail)) * self.grid.block_size
+        records = table.right_aligned(layers) if table is not None and encoded else None
+        padding = None
+        if records is not None:
+            num_scored += records.shape[1] * RECORD
+            padding = (records < 0).sum(1) * RECORD
+        elif table is not None:
+            padding = (pages < 0).sum(1) * self.grid.block_size
         return _Candidates(
             layers=layers,
             pages=pages,
-            num_scored=(pages.shape[1] - len(job.tail)) * self.grid.block_size,
-            padding=None if table is None else (pages < 0).sum(1) * self.grid.block_size,
+            num_scored=num_scored,
+            padding=padding,
+            records=records,
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
@@ -206,8 +362,8 @@ class Compactor:
         job, observed = task.work.job, task.work.observed
         at_once, heads = 1, self.grid.num_heads
         if policy.stacks_layers:
-            longest = task.work.table.longest(slice(None)) if task.work.table else 0
-            columns = (longest + len(job.source + job.tail)) * self.grid.block_size
+            columns = _longest(task.work.table, slice(None))
+            columns += len(job.source + job.tail) * self.grid.block_size
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
             # Keys and attention in float32, or else a number of each token. Who reads values, too, makes
             # several of their kind of both.
@@ -232,7 +388,7 @@ class Compactor:
     def _scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
         """The policy's scores `[X, T]`, ready to be compared: padding lowest, then what is no number."""
         sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy.scored_by
-        if self.cache.scores_windows(policy):
+        if self.cache.scores_windows(policy) and together.records is None:
             scores = self._window_scores(policy, tasks, together)
         else:
             shape = len(together.pages), together.num_scored
@@ -267,13 +423,13 @@ class Compactor:
         rows = slice(part.layers.start * heads, part.layers.stop * heads)
         return scores[rows, scores.shape[1] - part.num_scored :]
 
-    def _refine(self, tasks: list[_Task], together: _Candidates, scores: Tensor, counts: Tensor) -> None:
-        """Have the policy change its scores `[X, T]` by how many pages each head keeps, `[J, L, H]`."""
-        for task, of_request, pages in zip(tasks, scores.chunk(len(tasks)), counts, strict=True):
+    def _refine(self, tasks: list[_Task], together: _Candidates, scores: Tensor, num_kept: Tensor) -> None:
+        """Have the policy change its scores `[X, T]` by how many tokens each head keeps, `[J, L, H]`."""
+        for task, of_request, kept in zip(tasks, scores.chunk(len(tasks)), num_kept, strict=True):
             for part in self._slices(task, task.policy):
                 own = self._of(of_request, part)
-                num_kept = pages[part.layers].flatten() * self.grid.block_size
-                own[:] = task.policy.refine(own.clone(), num_kept, self._observe(task.policy, task, part))
+                seen = self._observe(task.policy, task, part)
+                own[:] = task.policy.refine(own.clone(), kept[part.layers].flatten(), seen)
         least = torch.finfo(torch.float32).min
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
         protect(scores, together.padding, tasks[0].work.job.config.sink_tokens)
@@ -283,10 +439,21 @@ class Compactor:
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
+        raw = width - (0 if part.records is None else part.records.shape[1] * RECORD)
         if policy.reads_keys:
-            keys = self.cache.read_keys(part.pages)[:, :width]
+            keys = self.cache.read_keys(part.pages)[:, :raw]
         if policy.reads_values:
-            values = self.cache.read_values(part.pages)[:, :width]
+            values = self.cache.read_values(part.pages)[:, :raw]
+        if part.records is not None and (policy.reads_keys or policy.reads_values):
+            assert task.work.table is not None and task.work.table.format is not None
+            format = task.work.table.format
+            encoded = format.decode(self.cache.read_records(part.records, format), self.cache.head_size)
+            before = (each.flatten(1, 2).to(keys.dtype) for each in encoded)
+            read = policy.reads_keys, policy.reads_values
+            keys, values = (
+                torch.cat([own, after], 1) if wanted else after
+                for own, after, wanted in zip(before, (keys, values), read, strict=True)
+            )
         queries = torch.empty(0, rows, 1, 0, device=device)
         if observed is not None and policy.window:
             queries = observed.window(part.layers, job.num_tokens).flatten(1, 2).unflatten(1, (rows, -1))
@@ -325,7 +492,7 @@ class Compactor:
             at_once = max(1, self.cache.slice_bytes // (8 * heads * columns))
         for begin in range(0, len(states), at_once):
             some = slice(begin, min(begin + at_once, len(states)))
-            width = (len(job.source) + (table.longest(some) if table else 0)) * block_size
+            width = len(job.source) * block_size + _longest(table, some)
             old = new.align(some, from_end, -width - 1) + width
             kept = torch.cat([old, (raw + width).expand(len(old), -1)], 1)
             if not together:
@@ -333,7 +500,45 @@ class Compactor:
                 continue
             after = policy.carry(policy.stack(states[some]), kept)
             for layer, own in zip(range(some.start, some.stop), after.split(heads), strict=True):
-                states[layer] = own[:, -(new.longest(slice(layer, layer + 1)) * block_size + num_raw) :]
+                states[layer] = own[:, -(_longest(new, slice(layer, layer + 1)) + num_raw) :]
+
+
+def _of_records(scores: Tensor, width: int) -> Tensor:
+    """Scores `[X, width]` of records, whose tokens `[X, 32·width]` come first: their means."""
+    return _means(scores[:, : width * RECORD].unflatten(1, (width, RECORD)))
+
+
+def _means(scores: Tensor) -> Tensor:
+    """The means of 32 scores each, which may be the lowest numbers that there are."""
+    return (scores / RECORD).sum(-1)
+
+
+def _best_units(scores: Tensor, width: int, num_units: Tensor) -> tuple[Tensor, Tensor]:
+    """The best units of each head, which are its records, and its raw tokens by thirty-twos, the best first.
+
+    Args:
+        scores: `[X, 32·width + T]`, of the tokens in records and of the raw ones; T a multiple of 32.
+        width: records.
+        num_units: `[X]` int64, how many units each head keeps.
+
+    Returns:
+        `[X, width]` bool, the records; `[X, T]` bool, the raw tokens.
+    """
+    raw = scores[:, width * RECORD :]
+    order = raw.argsort(dim=1, descending=True, stable=True)
+    of_raw = _means(raw.gather(1, order).unflatten(1, (-1, RECORD)))
+    units = torch.cat([_of_records(scores, width), of_raw], 1)
+    ranked = units.argsort(dim=1, descending=True, stable=True)
+    best = torch.arange(units.shape[1], device=units.device) < num_units[:, None]
+    keep = torch.zeros_like(best).scatter_(1, ranked, best)
+    num_new = keep[:, width:].sum(1, keepdim=True) * RECORD
+    first = torch.arange(raw.shape[1], device=raw.device) < num_new
+    return keep[:, :width], torch.zeros_like(first).scatter_(1, order, first)
+
+
+def _longest(table: RequestTable | None, layers: slice) -> int:
+    """Tokens of the longest run of some layers."""
+    return 0 if table is None else table.longest(layers) * table.unit_tokens
 
 
 def _aligned(requests: list[_Candidates], block_size: int) -> _Candidates:

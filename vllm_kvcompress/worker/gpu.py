@@ -12,6 +12,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.formats import RECORD
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
@@ -61,12 +62,13 @@ class CompressionGPUWorker(CompressionWorker):
                 "--attention-backend FLASH_ATTN or TRITON_ATTN"
             )
         size = layers[0].impl.head_size
-        by_token = every_page(layers).view(-1, grid.block_size, 2 * size).split(size, -1)
+        pages = every_page(layers)
+        by_token = pages.view(-1, grid.block_size, 2 * size).split(size, -1)
         shape = grid.num_layers, grid.num_blocks, grid.num_heads
         for index, layer in enumerate(layers):
             layer.impl.layer_index = index
             layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in by_token)
-        return PlainCache(grid, *by_token)
+        return PlainCache(grid, *by_token, pages)
 
     def determine_available_memory(self) -> int:
         """Bytes for the cache, less what compacting and its records will take."""
@@ -104,7 +106,11 @@ class CompressionGPUWorker(CompressionWorker):
         block_size, grid = compactor.grid.block_size, compactor.grid
         self.builder.warm_up(self.model_runner.get_model().modules())
         num_tokens = config.recent_tokens + 4 * block_size
-        plan, blocks = Plan.of(config, num_tokens, block_size), range(1, -(-num_tokens // block_size) + 1)
+        in_page = None
+        if config.record_format is not None:
+            in_page = compactor.cache.records_per_page(config.record_format) * RECORD
+        plan = Plan.of(config, num_tokens, block_size, page_tokens=in_page)
+        blocks = range(1, -(-num_tokens // block_size) + 1)
         policy = config.build_policy()
         if any(getattr(policy, need) for need in self.lacks):  # the engine will refuse it
             return

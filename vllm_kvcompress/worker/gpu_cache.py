@@ -25,10 +25,12 @@ class PlainCache(PagedCache):
     Attributes:
         keys: `[L·B·H, N, D]`, a view of the cache.
         values: `[L·B·H, N, D]`, likewise, with the same strides.
+        whole: `[L·B·H, N·2D]`, both; None if no format is asked for.
     """
 
     keys: Tensor
     values: Tensor
+    whole: Tensor | None = None
     slice_bytes: ClassVar[int] = 256 * 2**20
 
     @property
@@ -38,6 +40,11 @@ class PlainCache(PagedCache):
     @property
     def head_size(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def content(self) -> Tensor:
+        assert self.whole is not None
+        return self.whole.view(torch.uint8)
 
     @property
     def block_bytes(self) -> int:

@@ -44,19 +44,18 @@ def run(arguments: argparse.Namespace) -> None:
             f"a prompt of {len(prompt)} tokens and {OUTPUT} more exceed the model's context of {limit}; "
             "lower --tokens"
         )
-    plan = Plan.of(config, len(prompt), arguments.block_size)
-    if plan is None:
+    if config.record_format is None and Plan.of(config, len(prompt), arguments.block_size) is None:
         raise KVCompressionError(f"{arguments.compression} leaves a prompt of {len(prompt)} tokens as it is")
     from vllm_kvcompress.evaluation.engine import Engine
 
     engine = Engine(arguments.model, len(prompt) + OUTPUT, arguments.block_size)
-    kept = (engine.compactions(prompt, arguments.compression) / plan.boundary).tolist()
+    kept = engine.compactions(prompt, arguments.compression).tolist()
     title = f"{Path(arguments.model).name}, {arguments.compression}, {len(prompt)} tokens"
     print(title)
     print(pictures.text_heatmap(kept))
     folder = arguments.output or Path("kvcompress-inspect")
     folder.mkdir(parents=True, exist_ok=True)
-    data = {"compression": arguments.compression, "prompt_tokens": len(prompt), "boundary": plan.boundary}
+    data = {"compression": arguments.compression, "prompt_tokens": len(prompt)}
     (folder / "kept.json").write_text(json.dumps({**data, "kept": kept}))
     pictures.kept_by_head(kept, folder / "kept.png", title)
     print(f"picture and data are in {folder}")

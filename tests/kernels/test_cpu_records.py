@@ -1,0 +1,207 @@
+"""The CPU kernel over records and the raw tail, against plain PyTorch over what the format itself decodes."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats.kivi import Kivi4
+from vllm_kvcompress.kernels import cpu_records
+from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
+
+NUM_PAGES = 1500
+
+
+@dataclass
+class Case:
+    """Some rows in a cache, and what their heads hold, decoded.
+
+    Attributes:
+        held: keys, values and biases of each row's heads, float32.
+    """
+
+    attention: RecordAttention
+    rows: RecordRows
+    query: Tensor
+    group: int
+    held: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]
+
+    def out(self, scale: float, soft_cap: float) -> Tensor:
+        out = torch.full_like(self.query, torch.nan, dtype=torch.float32)
+        self.attention.attend(self.query, self.rows, scale, soft_cap, out)
+        return out
+
+    def expected(self, scale: float, soft_cap: float) -> Tensor:
+        """One query, one head at a time."""
+        out = torch.empty_like(self.query, dtype=torch.float32)
+        for row, tail in enumerate(self.rows.tail.tolist()):
+            begin, end = self.rows.start[row : row + 2].tolist()
+            for head in range(self.rows.pages.shape[1]):
+                keys, values, bias = self.held[row, head]
+                for token in range(begin, end):
+                    seen = len(keys) - (end - 1 - token)
+                    assert end - token <= tail
+                    members = slice(head * self.group, (head + 1) * self.group)
+                    logits = self.query[token, members].float() @ keys[:seen].T * scale
+                    if soft_cap:
+                        logits = soft_cap * torch.tanh(logits / soft_cap)
+                    out[token, members] = (logits + bias[:seen]).softmax(-1) @ values[:seen]
+        return out
+
+
+def make(
+    format: Format,
+    *,
+    head_size: int = 64,
+    group: int = 3,
+    heads: int = 2,
+    block_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    queries: tuple[int, ...] = (1, 1),
+    records: tuple[int, ...] = (5, 9),
+    tails: tuple[int, ...] = (40, 7),
+    channels_first: bool = True,
+    bias: bool = False,
+) -> Case:
+    generator = torch.Generator().manual_seed(7)
+    normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    size = format.record_bytes(head_size)
+    cache = torch.full((NUM_PAGES, 2 * block_size * head_size * dtype.itemsize), 0xFF, dtype=torch.uint8)
+    per_page = cache.shape[1] // size
+    assert per_page
+    free = iter(torch.randperm(NUM_PAGES, generator=generator).tolist())
+    if channels_first:  # as vLLM has it where there is no AMX
+        token, channel = torch.arange(block_size)[:, None], torch.arange(head_size)
+        places = token + channel * block_size, token * head_size + channel
+    else:  # as the AMX kernel's are, or any other
+        places = tuple(
+            torch.randperm(block_size * head_size, generator=generator).view(block_size, head_size)
+            for _ in "kv"
+        )
+    width = max(-(-r // per_page) for r in records) + max(-(-tail // block_size) for tail in tails)
+    shape = len(queries), heads
+    pages = torch.full((*shape, width), -1, dtype=torch.int32)
+    counts, in_run = (torch.zeros(shape, dtype=torch.int32) for _ in range(2))
+    held = {}
+    for row, (num_records, tail) in enumerate(zip(records, tails, strict=True)):
+        for head in range(heads):
+            own = max(num_records - head, 0)
+            in_run[row, head] = own
+            counts[row, head] = -(-own // per_page)
+            plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
+            content = format.encode(*plain)
+            biases = torch.zeros(own, RECORD)
+            if bias:
+                biases = normal(own, RECORD)
+                content[:, -4 * RECORD :] = biases.view(torch.uint8)
+            keys, values = format.decode(content, head_size)
+            run = [next(free) for _ in range(int(counts[row, head]))]
+            for index, record in enumerate(content):
+                at = index % per_page * size
+                cache[run[index // per_page], at : at + size] = record
+            blocks = [next(free) for _ in range(-(-tail // block_size))]
+            raw = [normal(len(blocks) * block_size, head_size).to(dtype) for _ in "kv"]
+            for part in raw:
+                part[tail:] = torch.nan  # what is not there must not be looked at
+            for index, page in enumerate(blocks):
+                stored = torch.empty(2, block_size * head_size, dtype=dtype)
+                for part, place, to in zip(raw, places, stored, strict=True):
+                    to[place.flatten()] = part[index * block_size :][:block_size].flatten()
+                cache[page] = stored.view(torch.uint8).flatten()
+            pages[row, head, : len(run) + len(blocks)] = torch.tensor(run + blocks, dtype=torch.int32)
+            after = [
+                torch.cat([a.flatten(0, 1), b[:tail].float()])
+                for a, b in zip((keys, values), raw, strict=True)
+            ]
+            held[row, head] = *after, torch.cat([biases.flatten(), torch.zeros(tail)])
+    start = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = RECORD * max(records) + max(tails)
+    return Case(
+        RecordAttention(format, cache, places, dtype, size - 4 * RECORD if bias else -1),
+        RecordRows(
+            start, pages, counts, in_run, torch.tensor(tails, dtype=torch.int32), max(queries), longest
+        ),
+        normal(int(start[-1]), heads * group, head_size).to(dtype),
+        group,
+        held,
+    )
+
+
+def check(case: Case, soft_cap: float = 0.0) -> None:
+    scale = case.query.shape[2] ** -0.5
+    torch.testing.assert_close(
+        case.out(scale, soft_cap), case.expected(scale, soft_cap), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(),
+        dict(dtype=torch.float32, head_size=128, group=1),
+        dict(dtype=torch.float16, head_size=80, group=4, heads=3),
+        dict(head_size=48, group=7, heads=1, queries=(1, 1, 1), records=(1, 40, 2), tails=(1, 64, 65)),
+    ],
+    ids=["64", "128", "80", "48"],
+)
+def test_decode_is_softmax_over_what_was_written(name, shape):
+    check(make(FORMATS[name], **{"block_size": 96, **shape}))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_later_queries_see_the_tail_up_to_themselves(name):
+    check(make(FORMATS[name], block_size=96, queries=(5, 40), tails=(6, 150)))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_logits_are_capped(name):
+    check(make(FORMATS[name], block_size=96, queries=(1, 3)), soft_cap=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_raw_tokens_are_found_wherever_the_packing_has_them(dtype):
+    check(make(Kivi4(), dtype=dtype, channels_first=False, queries=(2, 1)))
+
+
+def test_a_head_without_records_has_its_tail():
+    check(make(Kivi4(), records=(0, 1)))
+
+
+@pytest.mark.parametrize("queries", [(1, 1), (30, 2)])
+def test_shares_of_a_long_head_are_merged(monkeypatch, queries):
+    monkeypatch.setattr(cpu_records, "MIN_SHARE", 64)
+    monkeypatch.setattr(cpu_records, "PIECES_PER_THREAD", 50)
+    case = make(Kivi4(), records=(30, 2), tails=(40, 70), queries=queries)
+    assert cpu_records._shares(4, case.rows.max_tokens, 1)[1] > 3
+    check(case)
+
+
+def test_many_queries_are_cut_into_blocks():
+    check(make(Kivi4(), group=7, queries=(1, 100), tails=(1, 120)))
+
+
+class Biased(Kivi4):
+    """KIVI with a bias per token behind each record."""
+
+    def record_bytes(self, head_size: int) -> int:
+        return super().record_bytes(head_size) + 4 * RECORD
+
+    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(super().encode(keys, values), (0, 4 * RECORD))
+
+    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        return super().decode(records[..., : -4 * RECORD], head_size)
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 1.0])
+def test_a_bias_is_added_to_the_logits(soft_cap):
+    check(make(Biased(), bias=True), soft_cap)
+
+
+def test_numbers_that_no_exponential_holds():
+    case = make(Kivi4())
+    case.query *= 200
+    check(case)

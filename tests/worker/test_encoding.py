@@ -1,0 +1,245 @@
+"""Compactions into records: which tokens, in which bytes, where; against lists of records."""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+from worker.compaction import Absolute, ByKey, ByTable, Request
+
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.policies import POLICIES
+from vllm_kvcompress.worker.compactor import Work
+
+BLOCK, SIZE = 32, 16
+
+
+@pytest.fixture(autouse=True)
+def policies(monkeypatch):
+    for policy in (ByKey, Absolute, ByTable):
+        monkeypatch.setitem(POLICIES, policy.name, policy)
+
+
+@dataclass
+class Head:
+    """What one head holds below the boundary: the content of its records and the positions in each."""
+
+    content: list[Tensor] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+
+    def scores(self, format: Format) -> list[list[float]]:
+        """Of the tokens of each record, as `by_key` has them: the keys are what was written."""
+        return [format.decode(own, SIZE)[0][:, 0].tolist() for own in self.content]
+
+
+class Encoded(Request):
+    """A request whose tokens become records."""
+
+    def __init__(self, format: str, seed: int = 0, packings=("plain", "plain")) -> None:
+        super().__init__(seed, block_size=BLOCK, size=SIZE, most=2700, packings=packings)
+        self.format = FORMATS[format]
+        self.per_page = 2 * BLOCK * SIZE * 4 // self.format.record_bytes(SIZE)
+        assert self.per_page > 1
+        layers, heads = range(self.grid.num_layers), range(self.grid.num_heads)
+        self.heads = {(layer, head): Head() for layer in layers for head in heads}
+
+    def record(self, layer: int, head: int, positions: list[int]) -> Tensor:
+        both = self.keys[layer, head, positions], self.values[layer, head, positions]
+        return self.format.encode(*both)
+
+    def compact(
+        self, config: KVCompressionConfig, num_blocks: int, raw_tail: int = 3, reuse: str = "none"
+    ) -> Job:
+        """Run one Job and check everything that it leaves."""
+        job = self.job(config, num_blocks, raw_tail, reuse)
+        fresh = list(range(self.boundary, job.boundary))
+        wanted = self._wanted(config, fresh, num_blocks * self.grid.pages_per_block)
+        before = self.cache.pages.clone()
+        (table,) = self.compactor.run([Work(job, self.observer.tables.get("r"), self.observer.of("r"))])
+        self.taken = set(job.destination)
+        self._check_bytes(job, table, wanted, before)
+        self._take_records(job, table, wanted)
+        return job
+
+    def _wanted(
+        self, config: KVCompressionConfig, fresh: list[int], num_pages: int
+    ) -> dict[tuple[int, int], Head]:
+        """Old records that stay, then new ones of raw tokens in position order."""
+        units = {at: self._units(at, config, fresh) for at in self.heads}
+        wanted = {}
+        for (at, head), pages in zip(self.heads.items(), self._pages(config, units, num_pages), strict=True):
+            # Of equals the earlier: records before raw tokens.
+            ranked = sorted(units[at], key=lambda unit: -unit[0])[: pages * self.per_page]
+            old = sorted(number for _, number, _ in ranked if number is not None)
+            new = sorted(token for _, number, tokens in ranked if number is None for token in tokens)
+            kept = Head([head.content[i] for i in old], [head.positions[i] for i in old])
+            for begin in range(0, len(new), RECORD):
+                own = new[begin : begin + RECORD]
+                kept.content.append(self.record(*at, own))
+                kept.positions.append(own)
+            wanted[at] = kept
+        return wanted
+
+    def _units(self, at: tuple[int, int], config: KVCompressionConfig, fresh: list[int]):
+        """What stays or goes together: a score, a record's number or None, and the tokens."""
+        head = self.heads[at]
+        units = []
+        for number, (scores, positions) in enumerate(
+            zip(head.scores(self.format), head.positions, strict=True)
+        ):
+            protected = [
+                math.inf if p < config.sink_tokens else s for s, p in zip(scores, positions, strict=True)
+            ]
+            units.append((sum(protected) / RECORD, number, positions))
+        score = {p: math.inf if p < config.sink_tokens else float(self.keys[*at, p, 0]) for p in fresh}
+        best = sorted(fresh, key=lambda p: (-score[p], p))
+        for begin in range(0, len(best), RECORD):
+            own = best[begin : begin + RECORD]
+            units.append((sum(score[p] for p in own) / RECORD, None, own))
+        return units
+
+    def _pages(self, config: KVCompressionConfig, units, num_pages: int) -> list[int]:
+        """Pages of each head: all that it needs, as many for each, or where one less costs most."""
+        need = [-(-len(own) // self.per_page) for own in units.values()]
+        if config.keeps_all:
+            assert sum(need) == num_pages
+            return need
+        if config.allocation == "uniform":
+            each, more = divmod(num_pages, len(need))
+            pages = [each + (index < more) for index in range(len(need))]
+            assert all(own <= most for own, most in zip(pages, need, strict=True))
+            return pages
+        pages = list(need)
+        in_page = self.per_page * RECORD
+        tokens = []
+        for at, own in units.items():
+            scores = []
+            for mean, number, positions in own:
+                if number is not None:
+                    scores += [mean] * RECORD
+                else:
+                    scores += [
+                        math.inf if p < config.sink_tokens else float(self.keys[*at, p, 0]) for p in positions
+                    ]
+            tokens.append(sorted(scores))
+        while sum(pages) > num_pages:
+            # The page that a head gives up next holds what is left of its worst tokens.
+            cost = [
+                own[len(own) - (pages[head] - 1) * in_page - 1] if pages[head] > 1 else math.inf
+                for head, own in enumerate(tokens)
+            ]
+            cheapest = min(range(len(cost)), key=lambda head: (cost[head], -head))
+            pages[cheapest] -= 1
+        return pages
+
+    def _check_bytes(self, job: Job, table, wanted: dict[tuple[int, int], Head], before: Tensor) -> None:
+        """The runs hold the records, one behind the other, and no other page has changed."""
+        linear = self.linear(list(job.destination))
+        content, size = self.cache.content, self.format.record_bytes(SIZE)
+        begin = 0
+        for (layer, head), kept in wanted.items():
+            pages = int(table.counts[layer, head])
+            assert pages * self.per_page >= len(kept.content) > (pages - 1) * self.per_page
+            for number, record in enumerate(kept.content):
+                page, at = linear[begin + number // self.per_page], number % self.per_page * size
+                assert torch.equal(content[page, at : at + size], record), (layer, head, number)
+            begin += pages
+        assert begin == len(linear), "every page of the destination is filled"
+        untouched = torch.ones(len(content), dtype=torch.bool)
+        untouched[linear] = False
+        freed = self.linear(sorted({*job.previous} - {*job.destination}))
+        assert not self.cache.pages[freed].any(), "whoever gets them may multiply what is in them with 0"
+        untouched[freed] = False
+        assert torch.equal(self.cache.pages[untouched], before[untouched])
+
+    def _take_records(self, job: Job, table, wanted: dict[tuple[int, int], Head]) -> None:
+        records, positions = self.kept[-1]
+        assert records.flatten().tolist() == [len(kept.content) for kept in wanted.values()]
+        assert positions.tolist() == [own for kept in wanted.values() for own in kept.positions]
+        assert torch.equal(table.units, records) and table.boundary == job.boundary
+        if job.config.interval is not None:
+            assert torch.equal(table.positions.long(), positions)
+        self.observer.tables["r"] = table
+        self.heads, self.destination = wanted, list(job.destination)
+        for index in range(self.boundary // BLOCK, job.boundary // BLOCK):
+            self._free(self.raw.pop(index))
+        for block in job.previous:
+            self._free(block)
+        self.boundary = job.boundary
+
+
+def configure(format: str, **options) -> KVCompressionConfig:
+    return KVCompressionConfig("by_key", recompact_every=1, format=format, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "allocation", "reuse"),
+    [("kivi4", *rest) for rest in itertools.product(["uniform", "global"], ["none", "source", "previous"])]
+    + [(name, "global", "both") for name in FORMATS],
+)
+def test_each_head_keeps_its_best_records_time_after_time(name, allocation, reuse):
+    ragged = False
+    for seed in range(2):
+        request = Encoded(name, seed, ("transposed", "plain") if seed else ("shuffled", "plain"))
+        config = configure(name, allocation=allocation, budget=0.5)
+        page = request.per_page * RECORD // BLOCK  # blocks that become one
+        request.compute(BLOCK * 4 * page + 5)
+        request.compact(config, 2, reuse="source" if reuse == "both" else reuse)
+        for tokens, blocks in ((3 * page * BLOCK, 3), (page * BLOCK, 3), (BLOCK, 2)):
+            request.compute(tokens)
+            request.compact(config, blocks, reuse=reuse)
+            ragged |= len({len(head.content) for head in request.heads.values()}) > 1
+    assert ragged == (allocation != "uniform")
+
+
+@pytest.mark.parametrize("reuse", ["none", "previous"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_token_stays_and_is_encoded_once(name, reuse):
+    request = Encoded(name)
+    config = KVCompressionConfig("kivi", format=name)
+    request.compute(1)
+    for tokens in (300, 40, 128, 128):
+        request.compute(tokens)
+        records = (request.num_tokens - 3) // RECORD
+        first = [head.content[:] for head in request.heads.values()]
+        request.compact(config, -(-records // request.per_page), reuse=reuse)
+        for head, before in zip(request.heads.values(), first, strict=True):
+            assert [p for own in head.positions for p in own] == list(range(request.boundary))
+            assert all(map(torch.equal, head.content[: len(before)], before))
+
+
+def test_scores_that_are_no_numbers_leave_whole_records():
+    request = Encoded("kivi2")
+    config = configure("kivi2", budget=0.5)
+    request.keys[0, 0, ::2, 0] = torch.nan
+    request.keys[1, 1, :, 0] = -torch.inf
+    blocks = 4 * request.per_page * RECORD // BLOCK
+    request.compute(BLOCK * blocks + 3)
+    for _ in range(2):
+        job = request.job(config, 2, 3)
+        (table,) = request.compactor.run([Work(job, request.observer.tables.get("r"))])
+        records, positions = request.kept[-1]
+        assert (records.flatten() == 2 * request.per_page).all()
+        for own in positions.split((records.flatten()).tolist()):
+            assert len(own.flatten().unique()) == own.numel() and own.min() == 0
+        request.observer.tables["r"] = table
+        request.destination, request.boundary = list(job.destination), job.boundary
+        request.raw = {i: block for i, block in request.raw.items() if i * BLOCK >= job.boundary}
+        request.compute(BLOCK * 2)
+
+
+def test_what_is_forgotten_leaves_no_bytes_that_are_no_numbers():
+    from vllm_kvcompress.requests.state import CompressionState
+
+    request = Encoded("kivi4")
+    request.compute(400)
+    job = request.compact(KVCompressionConfig("kivi"), -(-(397 // RECORD) // request.per_page))
+    state = CompressionState(rows=None, observer=request.observer)
+    pages = request.linear(list(job.destination))
+    assert request.cache.pages[pages].isnan().any() or request.cache.pages[pages].any()
+    state.forget("r")
+    assert not request.cache.pages[pages].any()

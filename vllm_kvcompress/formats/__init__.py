@@ -1,0 +1,22 @@
+"""How kept tokens are written in a page: one file per format."""
+
+from vllm_kvcompress.formats.base import RECORD, Format
+from vllm_kvcompress.formats.kivi import Kivi2, Kivi4, Kivi8
+from vllm_kvcompress.formats.turboquant import Turbo2, Turbo3, Turbo4, TurboProd2, TurboProd3, TurboProd4
+
+__all__ = ["FORMATS", "RECORD", "Format", "get_format"]
+
+_KIVI: tuple[type[Format], ...] = (Kivi8, Kivi4, Kivi2)
+_TURBO: tuple[type[Format], ...] = (Turbo4, Turbo3, Turbo2, TurboProd4, TurboProd3, TurboProd2)
+FORMATS: dict[str, Format] = {format.name: format() for format in _KIVI + _TURBO}
+
+
+def get_format(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"unknown format {name!r}; use one of {', '.join(FORMATS)}")
+    return FORMATS[name]

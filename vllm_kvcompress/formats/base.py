@@ -1,0 +1,107 @@
+"""How kept tokens are written in a page: what every format must answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+RECORD = 32  # tokens that are encoded together
+CHANNELS = 16  # head sizes are multiples of it
+
+
+class Format(ABC):
+    """Writes keys and values of one KV head in fewer bytes.
+
+    Tokens are encoded in records of 32, and a page holds as many whole records as fit its bytes, one behind
+    the other. A record says all that is needed to read it, so records are moved between pages as they are and
+    never encoded twice.
+
+    Inside a record all numbers lie in little-endian order, codes first. Codes of b bits stand for 32 numbers
+    (or for 16) in planes: byte j of w holds those of the numbers j, j + w, j + 2w, … from its lowest bits on.
+    Keys' codes are channel after channel, each of 32 tokens; values' are token after token.
+
+    Subclasses are dataclasses of the format's options.
+
+    Attributes:
+        name: what users write.
+        paper: title and arXiv id.
+        bits: of a code.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    bits: ClassVar[int]
+
+    @abstractmethod
+    def record_bytes(self, head_size: int) -> int:
+        """Bytes of 32 tokens' keys and values, with all that belongs to them."""
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Write records.
+
+        Args:
+            keys: `[..., 32, D]`, after RoPE, of any float dtype; D is a multiple of 16.
+            values: `[..., 32, D]`.
+
+        Returns:
+            `[..., record_bytes]` uint8.
+        """
+
+    @abstractmethod
+    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        """Read records `[..., record_bytes]`.
+
+        Returns:
+            Keys and values `[..., 32, D]` float32: what attention reads.
+        """
+
+    def rotation(self, head_size: int) -> Tensor | None:
+        """The orthogonal `[D, D]` float32 on the CPU by which keys and values are multiplied before they are
+        written, so that attention may be computed there; None if they are written as they are."""
+        return None
+
+    def tokens_per_page(self, page_bytes: int, head_size: int) -> int:
+        """Tokens that a page of so many bytes holds; 0 if not even one record fits."""
+        return page_bytes // self.record_bytes(head_size) * RECORD
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[..., n]` of b bits in planes.
+
+    Args:
+        codes: integers below 2**bits; n is 32 or 16.
+        bits: 1, 2, 4 or 8; 3 bits are two of 2 and 1.
+
+    Returns:
+        `[..., n·b / 8]` uint8.
+    """
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], -1)
+    each = 8 // bits
+    planes = codes.to(torch.uint8).unflatten(-1, (each, -1))
+    packed = planes[..., 0, :].clone()
+    for plane in range(1, each):
+        packed |= planes[..., plane, :] << (bits * plane)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The codes `[..., n]` uint8 of what `pack` made."""
+    if bits == 3:
+        low, high = packed.split([packed.shape[-1] // 3 * 2, packed.shape[-1] // 3], -1)
+        return unpack(low, 2) | unpack(high, 1) << 2
+    planes = [packed >> (bits * plane) & (1 << bits) - 1 for plane in range(8 // bits)]
+    return torch.cat(planes, -1)
+
+
+def as_bytes(numbers: Tensor) -> Tensor:
+    """The bytes `[..., k]` uint8 of numbers `[...]`, k of each row one behind the other."""
+    return numbers.contiguous().view(torch.uint8)
+
+
+def sections(records: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
+    """Records `[..., record_bytes]` cut into parts of so many bytes, each contiguous."""
+    return tuple(part.contiguous() for part in records.split(list(sizes), -1))

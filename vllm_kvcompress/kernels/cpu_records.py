@@ -1,0 +1,679 @@
+"""Attention over records and the raw tail on a CPU, in one pass.
+
+Every thread takes the next piece of work: some queries of one row, one KV head with its whole group, and one
+share of the head's tokens. Of 32 tokens at a time the codes are made float32 in the core's own cache, once
+for all queries of the piece; scales stay outside of the products. Shares are merged at the end.
+"""
+
+import ctypes
+import enum
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import cfunc, njit, types
+from torch import Tensor
+
+from vllm_kvcompress.formats import RECORD, Format
+from vllm_kvcompress.formats.kivi import Kivi, value_group
+from vllm_kvcompress.formats.turboquant import TurboProd, TurboQuant
+from vllm_kvcompress.kernels import cpu_vectors as v
+
+LOG2_E = 1.4426950408889634
+ROWS = 64  # queries times group of a piece, about
+MIN_SHARE = 512  # tokens: less would cost more to merge than it saves
+PIECES_PER_THREAD = 4
+PAIRS = 16  # merged by a thread at a time
+KIVI, TURBO = 0, 1
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+class A(enum.IntEnum):
+    """Where the kernel's arguments are, all int64 or addresses."""
+
+    NEXT = 0  # piece; counted up by the threads
+    THREAD = 1  # counted up likewise
+    PIECES = 2
+    ROWS = 3
+    HEADS = 4
+    GROUP = 5
+    SIZE = 6  # channels
+    BLOCKS = 7  # of queries
+    QUERIES = 8  # of a block
+    SPLITS = 9
+    SHARE = 10  # tokens
+    QUERY = 11  # float32 [T, Hq, D]
+    START = 12  # int32 [R + 1]
+    PAGES = 13  # int32 [R, H, W]
+    WIDTH = 14
+    COUNTS = 15  # int32 [R, H], pages of the run
+    RECORDS = 16  # int32 [R, H], records in it
+    TAIL = 17  # int32 [R], tokens behind it
+    CACHE = 18
+    PAGE_BYTES = 19
+    PER_PAGE = 20  # records
+    RECORD_BYTES = 21
+    KIND = 22
+    KEY_BITS = 23
+    VALUE_BITS = 24
+    VALUE_GROUP = 25  # channels of a value that are packed together
+    SIGNS = 26  # whether keys have a bit of their residual
+    KEY_BOOK = 27  # float32 [16]
+    VALUE_BOOK = 28  # float32 [16]
+    SIGN_BOOK = 29  # float32 [16]
+    ROTATION = 30  # float32 [D, D]; 0 for none
+    BACK = 31  # its transpose
+    PROJECTION = 32  # float32 [D, D], of what is rotated
+    BIAS_AT = 33  # in a record; -1 for none
+    BLOCK_SIZE = 34
+    DTYPE = 35
+    KEY_PLACE = 36  # int32 [N, D]
+    KEY_STRIDE = 37  # from a channel to the next where tokens follow each other; else 0
+    VALUE_PLACE = 38
+    VALUE_STRIDE = 39  # from a token to the next where channels follow each other; else 0
+    SCRATCH = 40
+    SCRATCH_BYTES = 41  # of a thread
+    PART_OUT = 42  # float32 [T·Hq, SPLITS, D]
+    PART_STATE = 43  # float32 [T·Hq, SPLITS, 2], peak and total
+    OUT = 44  # float32 [T, Hq, D]
+    INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
+    PAIRS = 46  # T·Hq
+
+
+# As plain numbers, which Numba takes for constants.
+(NEXT, THREAD, PIECES, NUM_ROWS, HEADS, GROUP, SIZE, BLOCKS, QUERIES, SPLITS, SHARE) = map(int, list(A)[:11])
+(QUERY, START, PAGES, WIDTH, COUNTS, RECORDS, TAIL, CACHE, PAGE_BYTES, PER_PAGE) = map(int, list(A)[11:21])
+(RECORD_BYTES, KIND, KEY_BITS, VALUE_BITS, VALUE_GROUP, SIGNS, KEY_BOOK, VALUE_BOOK) = map(
+    int, list(A)[21:29]
+)
+(SIGN_BOOK, ROTATION, BACK, PROJECTION, BIAS_AT, BLOCK_SIZE, DTYPE, KEY_PLACE) = map(int, list(A)[29:37])
+(KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
+(PART_STATE, OUT, INNER, NUM_PAIRS) = map(int, list(A)[43:])
+
+_compiled = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
+
+
+@_compiled
+def _get(args, which):
+    return v.get_i64(args + 8 * which)
+
+
+@_compiled
+def _multiply_add(a, a_row, b, b_row, k, c, c_row, rows, width):
+    """C += A·B of float32 rows; strides in bytes, the width a multiple of 16."""
+    for first in range(0, rows, 4):
+        left, to = a + first * a_row, c + first * c_row
+        some = min(rows - first, 4)
+        column = 0
+        while column + 32 <= width:
+            right, target = b + 4 * column, to + 4 * column
+            if some == 4:
+                v.product_4_32(left, a_row, right, b_row, k, target, c_row)
+            elif some == 3:
+                v.product_3_32(left, a_row, right, b_row, k, target, c_row)
+            elif some == 2:
+                v.product_2_32(left, a_row, right, b_row, k, target, c_row)
+            else:
+                v.product_1_32(left, a_row, right, b_row, k, target, c_row)
+            column += 32
+        if column < width:
+            right, target = b + 4 * column, to + 4 * column
+            for row in range(some):
+                v.product_1_16(left + row * a_row, a_row, right, b_row, k, target + row * c_row, c_row)
+
+
+@_compiled
+def _read_halves(source, target, count):
+    """float16 numbers, a multiple of 16."""
+    done = 0
+    while done + 32 <= count:
+        v.read_float16(source + 2 * done, target + 4 * done)
+        done += 32
+    if done < count:
+        v.read_float16_16(source + 2 * done, target + 4 * done)
+
+
+@_compiled
+def _read_codes(source, bits, rows, per_row, group, target):
+    """Codes of `rows` rows of `per_row` numbers, packed `group` (32 or 16) together, as float32."""
+    step = group * bits // 8
+    for number in range(rows * per_row // group):
+        at, to = source + number * step, target + number * group * 4
+        if group == 32:
+            if bits == 4:
+                v.read_4(at, to)
+            elif bits == 2:
+                v.read_2(at, to)
+            else:
+                v.read_8(at, to)
+        elif bits == 4:
+            v.read_4_16(at, to)
+        elif bits == 2:
+            v.read_2_16(at, to)
+        else:
+            v.read_8_16(at, to)
+
+
+@_compiled
+def _look_codes_up(source, bits, rows, per_row, group, book, target):
+    """As `_read_codes`, but what a book of 16 float32 says of each code."""
+    step = group * bits // 8
+    for number in range(rows * per_row // group):
+        at, to = source + number * step, target + number * group * 4
+        if group == 32:
+            if bits == 4:
+                v.look_up_4(at, to, book)
+            elif bits == 3:
+                v.look_up_3(at, to, book)
+            elif bits == 2:
+                v.look_up_2(at, to, book)
+            else:
+                v.look_up_1(at, to, book)
+        elif bits == 4:
+            v.look_up_4_16(at, to, book)
+        elif bits == 3:
+            v.look_up_3_16(at, to, book)
+        else:
+            v.look_up_2_16(at, to, book)
+
+
+@_compiled
+def _read_raw(args, page, first, valid, keys, values):
+    """32 tokens of a raw page from `first` on as float32: keys `[D, 32]`, values `[32, D]`."""
+    size, dtype, num_tokens = _get(args, SIZE), _get(args, DTYPE), _get(args, BLOCK_SIZE)
+    item = 4 if dtype == 2 else 2
+    stride, second = _get(args, KEY_STRIDE), page + num_tokens * size * item
+    if stride > 0:
+        for channel in range(size):
+            at, to = page + (channel * stride + first) * item, keys + 128 * channel
+            if dtype == 0:
+                v.read_bfloat16(at, to)
+            elif dtype == 1:
+                v.read_float16(at, to)
+            else:
+                v.read_float32(at, to)
+    else:
+        place = _get(args, KEY_PLACE) + 4 * first * size
+        for channel in range(size):
+            for token in range(32):
+                where = page + item * v.get_i32(place + 4 * (token * size + channel))
+                v.set_f32(keys + 128 * channel + 4 * token, _number(where, dtype))
+    stride = _get(args, VALUE_STRIDE)
+    for token in range(valid):
+        if stride > 0:
+            at, to, done = second + (first + token) * stride * item, values + 4 * token * size, 0
+            while done + 32 <= size:
+                if dtype == 0:
+                    v.read_bfloat16(at + 2 * done, to + 4 * done)
+                elif dtype == 1:
+                    v.read_float16(at + 2 * done, to + 4 * done)
+                else:
+                    v.read_float32(at + 4 * done, to + 4 * done)
+                done += 32
+            if done < size:
+                if dtype == 0:
+                    v.read_bfloat16_16(at + 2 * done, to + 4 * done)
+                elif dtype == 1:
+                    v.read_float16_16(at + 2 * done, to + 4 * done)
+                else:
+                    v.read_float32_16(at + 4 * done, to + 4 * done)
+        else:
+            place = _get(args, VALUE_PLACE) + 4 * (first + token) * size
+            for channel in range(size):
+                where = second + item * v.get_i32(place + 4 * channel)
+                v.set_f32(values + 4 * (token * size + channel), _number(where, dtype))
+
+
+@_compiled
+def _number(where, dtype):
+    if dtype == 0:
+        return v.get_bfloat16(where)
+    if dtype == 1:
+        return v.get_float16(where)
+    return v.get_f32(where)
+
+
+@_compiled
+def _cap(args, logits, rows, bias):
+    """Products of 32 tokens become logits in base 2."""
+    factors = _get(args, INNER)
+    inner, outer, capped = v.get_f32(factors), v.get_f32(factors + 4), v.get_f32(factors + 8)
+    for row in range(rows):
+        own = logits + 128 * row
+        if capped > 0:
+            v.cap(own, inner, outer)
+        else:
+            v.scale(own, 2, inner)
+        if bias != 0:
+            v.add_scaled(own, bias, 2, np.float32(LOG2_E))
+
+
+@_compiled
+def _soften(args, logits, rows, state, out, rotated):
+    """Logits become weights, and what was summed up so far shrinks with them."""
+    size = _get(args, SIZE)
+    for row in range(rows):
+        v.soften(logits + 128 * row, state + 16 * row)
+        shrink = v.get_f32(state + 16 * row + 8)
+        if shrink != 1:
+            v.scale(out + 4 * size * row, size // 16, shrink)
+            if rotated != 0:
+                v.scale(rotated + 4 * size * row, size // 16, shrink)
+
+
+@_compiled
+def _bias(args, record):
+    at = _get(args, BIAS_AT)
+    return record + at if at >= 0 else 0
+
+
+@_compiled
+def _attend_kivi(args, record, query, scaled, rows, keys, values, numbers, logits, weights, state, out):
+    """Add what a record of KIVI says to the rows' output."""
+    size, bits, group = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_GROUP)
+    codes = 32 * size * bits // 8
+    of_keys = record + 2 * codes
+    of_values = of_keys + 4 * size
+    key_scale, key_zero = numbers, numbers + 4 * size
+    value_scale, value_zero = key_zero + 4 * size, key_zero + 4 * size + 128
+    _read_codes(record, bits, size, 32, 32, keys)
+    _read_codes(record + codes, bits, 32, size, group, values)
+    _read_halves(of_keys, key_scale, size)
+    _read_halves(of_keys + 2 * size, key_zero, size)
+    for row in range(rows):
+        own = query + 4 * size * row
+        v.multiply(own, key_scale, scaled + 4 * size * row, size // 16)
+        v.fill(logits + 128 * row, 2, v.dot(own, key_zero, size // 16))
+    _multiply_add(scaled, 4 * size, keys, 128, size, logits, 128, rows, 32)
+    _cap(args, logits, rows, _bias(args, record))
+    _soften(args, logits, rows, state, out, 0)
+    num_groups = size // group
+    for number in range(num_groups):
+        _read_halves(of_values + 64 * number, value_scale, 32)
+        _read_halves(of_values + 64 * (num_groups + number), value_zero, 32)
+        part = 4 * group * number
+        for row in range(rows):
+            own = logits + 128 * row
+            v.multiply(own, value_scale, weights + 128 * row, 2)
+            v.add(out + 4 * size * row + part, group // 16, v.dot(own, value_zero, 2))
+        _multiply_add(weights, 128, values + part, 4 * size, 32, out + part, 4 * size, rows, group)
+
+
+@_compiled
+def _attend_turbo(
+    args, record, rotated_query, projected, rows, keys, values, numbers, logits, weights, state, out, rotated
+):
+    """Add what a record of TurboQuant says to the rows' output, which stays rotated."""
+    size, key_bits, value_bits = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_BITS)
+    signs = _get(args, SIGNS)
+    at = record + 32 * size * key_bits // 8
+    norms, residual, value_norms = numbers, numbers + 128, numbers + 256
+    for row in range(rows):
+        v.fill(logits + 128 * row, 2, np.float32(0.0))
+    _look_codes_up(record, key_bits, size, 32, 32, _get(args, KEY_BOOK), keys)
+    _multiply_add(rotated_query, 4 * size, keys, 128, size, logits, 128, rows, 32)
+    sign_codes = at
+    if signs:
+        at += 4 * size
+    value_codes = at
+    at += 32 * size * value_bits // 8
+    _read_halves(at, norms, 32)
+    at += 64
+    if signs:
+        _read_halves(at, residual, 32)
+        at += 64
+        _look_codes_up(sign_codes, 1, size, 32, 32, _get(args, SIGN_BOOK), keys)
+        for row in range(rows):
+            v.fill(weights + 128 * row, 2, np.float32(0.0))
+        _multiply_add(projected, 4 * size, keys, 128, size, weights, 128, rows, 32)
+        for row in range(rows):
+            v.multiply(weights + 128 * row, residual, weights + 128 * row, 2)
+            v.add_scaled(logits + 128 * row, weights + 128 * row, 2, np.float32(1.0))
+    for row in range(rows):
+        v.multiply(logits + 128 * row, norms, logits + 128 * row, 2)
+    _read_halves(at, value_norms, 32)
+    _cap(args, logits, rows, _bias(args, record))
+    _soften(args, logits, rows, state, out, rotated)
+    _look_codes_up(value_codes, value_bits, 32, size, _get(args, VALUE_GROUP), _get(args, VALUE_BOOK), values)
+    for row in range(rows):
+        v.multiply(logits + 128 * row, value_norms, weights + 128 * row, 2)
+    _multiply_add(weights, 128, values, 4 * size, 32, rotated, 4 * size, rows, size)
+
+
+@_compiled
+def _record(args, pages, number):
+    """Where a record of a run is."""
+    per_page = _get(args, PER_PAGE)
+    page = v.get_i32(pages + 4 * (number // per_page))
+    at = _get(args, CACHE) + page * _get(args, PAGE_BYTES)
+    return at + number % per_page * _get(args, RECORD_BYTES)
+
+
+@_compiled
+def _attend_piece(args, scratch, row, block, head, split):
+    size, group, heads = _get(args, SIZE), _get(args, GROUP), _get(args, HEADS)
+    queries, splits, share = _get(args, QUERIES), _get(args, SPLITS), _get(args, SHARE)
+    start = v.get_i32(_get(args, START) + 4 * row)
+    num_queries = v.get_i32(_get(args, START) + 4 * row + 4) - start
+    first_query = block * queries
+    if first_query >= num_queries:
+        return
+    some = min(queries, num_queries - first_query)
+    rows = some * group
+    in_run = 32 * v.get_i32(_get(args, RECORDS) + 4 * (row * heads + head))
+    tail = v.get_i32(_get(args, TAIL) + 4 * row)
+    begin = split * share
+    end = min(begin + share, in_run + tail)
+
+    most, row_bytes = queries * group, 4 * size
+    query = scratch
+    rotated_query = query + most * row_bytes
+    projected = rotated_query + most * row_bytes
+    scaled = projected + most * row_bytes
+    out = scaled + most * row_bytes
+    rotated = out + most * row_bytes
+    keys = rotated + most * row_bytes
+    values = keys + 32 * row_bytes
+    logits = values + 32 * row_bytes
+    weights = logits + 128 * most
+    state = weights + 128 * most
+    numbers = state + 16 * most
+
+    turbo = _get(args, KIND) == TURBO
+    for number in range(rows):
+        token, member = start + first_query + number // group, number % group
+        pair = (token * heads + head) * group + member
+        at = _get(args, QUERY) + pair * row_bytes
+        own = query + number * row_bytes
+        for channel in range(0, size, 16):
+            v.copy(at + 4 * channel, own + 4 * channel)
+        v.set_f32(state + 16 * number, np.float32(-np.inf))
+        v.set_f32(state + 16 * number + 4, np.float32(0.0))
+        v.fill(out + number * row_bytes, size // 16, np.float32(0.0))
+        v.fill(rotated + number * row_bytes, size // 16, np.float32(0.0))
+
+    if begin < min(end, in_run) and turbo:
+        for number in range(rows):
+            v.fill(rotated_query + number * row_bytes, size // 16, np.float32(0.0))
+            v.fill(projected + number * row_bytes, size // 16, np.float32(0.0))
+        matrix = _get(args, ROTATION)
+        _multiply_add(query, row_bytes, matrix, row_bytes, size, rotated_query, row_bytes, rows, size)
+        if _get(args, SIGNS):
+            matrix = _get(args, PROJECTION)
+            _multiply_add(rotated_query, row_bytes, matrix, row_bytes, size, projected, row_bytes, rows, size)
+
+    own_pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
+    cache, page_bytes, lines = _get(args, CACHE), _get(args, PAGE_BYTES), _get(args, RECORD_BYTES) // 64 + 1
+    last = min(end, in_run) // 32
+    record = _record(args, own_pages, begin // 32)
+    for number in range(begin // 32, last):
+        following = _record(args, own_pages, min(number + 1, last - 1))
+        v.fetch(following, lines)
+        if turbo:
+            _attend_turbo(
+                args,
+                record,
+                rotated_query,
+                projected,
+                rows,
+                keys,
+                values,
+                numbers,
+                logits,
+                weights,
+                state,
+                out,
+                rotated,
+            )
+        else:
+            _attend_kivi(
+                args, record, query, scaled, rows, keys, values, numbers, logits, weights, state, out
+            )
+        record = following
+
+    first_page = v.get_i32(_get(args, COUNTS) + 4 * (row * heads + head))
+    block_size = _get(args, BLOCK_SIZE)
+    for token in range(max(begin - in_run, 0), end - in_run, 32):
+        valid = min(32, tail - token)
+        page = v.get_i32(own_pages + 4 * (first_page + token // block_size))
+        _read_raw(args, cache + page * page_bytes, token % block_size, valid, keys, values)
+        for number in range(rows):
+            v.fill(logits + 128 * number, 2, np.float32(0.0))
+        _multiply_add(query, row_bytes, keys, 128, size, logits, 128, rows, 32)
+        _cap(args, logits, rows, 0)
+        for number in range(rows):
+            # The last query sees the whole tail, each earlier one a token less.
+            seen = tail - (num_queries - 1 - first_query - number // group) - token
+            for unseen in range(max(min(seen, valid), 0), 32):
+                v.set_f32(logits + 128 * number + 4 * unseen, np.float32(-np.inf))
+        _soften(args, logits, rows, state, out, rotated if turbo else 0)
+        _multiply_add(logits, 128, values, row_bytes, valid, out, row_bytes, rows, size)
+
+    if turbo:
+        _multiply_add(rotated, row_bytes, _get(args, BACK), row_bytes, size, out, row_bytes, rows, size)
+    for number in range(rows):
+        token, member = start + first_query + number // group, number % group
+        part = ((token * heads + head) * group + member) * splits + split
+        for channel in range(0, size, 16):
+            v.copy(
+                out + number * row_bytes + 4 * channel, _get(args, PART_OUT) + part * row_bytes + 4 * channel
+            )
+        to = _get(args, PART_STATE) + 8 * part
+        v.set_f32(to, v.get_f32(state + 16 * number))
+        v.set_f32(to + 4, v.get_f32(state + 16 * number + 4))
+
+
+def _attend_thread(args):
+    scratch = _get(args, SCRATCH) + v.take(args + 8 * THREAD) * _get(args, SCRATCH_BYTES)
+    heads, blocks, num_rows = _get(args, HEADS), _get(args, BLOCKS), _get(args, NUM_ROWS)
+    while True:
+        piece = v.take(args + 8 * NEXT)
+        if piece >= _get(args, PIECES):
+            return
+        head, piece = piece % heads, piece // heads
+        row, piece = piece % num_rows, piece // num_rows
+        _attend_piece(args, scratch, row, piece % blocks, head, piece // blocks)
+
+
+def _merge_thread(args):
+    size, splits, pairs = _get(args, SIZE), _get(args, SPLITS), _get(args, NUM_PAIRS)
+    while True:
+        first = v.take(args + 8 * NEXT) * PAIRS
+        if first >= pairs:
+            return
+        for pair in range(first, min(first + PAIRS, pairs)):
+            states = _get(args, PART_STATE) + 8 * pair * splits
+            peak = np.float32(-np.inf)
+            for split in range(splits):
+                peak = max(peak, v.get_f32(states + 8 * split))
+            level = np.float32(0.0) if peak == np.float32(-np.inf) else peak
+            total = np.float32(0.0)
+            for split in range(splits):
+                weight = v.exp2(v.get_f32(states + 8 * split) - level)
+                total += weight * v.get_f32(states + 8 * split + 4)
+            out = _get(args, OUT) + 4 * size * pair
+            v.fill(out, size // 16, np.float32(0.0))
+            for split in range(splits):
+                weight = v.exp2(v.get_f32(states + 8 * split) - level)
+                if weight > 0:
+                    part = _get(args, PART_OUT) + 4 * size * (pair * splits + split)
+                    v.add_scaled(out, part, size // 16, np.float32(weight / total))
+
+
+@functools.cache
+def _steps() -> tuple[int, int]:
+    """Addresses of the compiled steps. That takes some seconds, once on a machine."""
+    compiled = cfunc(types.void(types.int64), nopython=True, cache=True)
+    _compiled_steps = [compiled(step) for step in (_attend_thread, _merge_thread)]
+    _KEPT.extend(_compiled_steps)
+    return tuple(step.address for step in _compiled_steps)
+
+
+_KEPT: list = []  # compiled code lives as long as its Python object
+
+
+def _parallel() -> Callable[[int, int], None]:
+    """Calls a function of one address on every thread that torch computes with; on this one alone where torch
+    has another kind of threads."""
+    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not library.exists():
+        return lambda function, args: ctypes.CFUNCTYPE(None, ctypes.c_int64)(function)(args)
+    run = ctypes.CDLL(str(library)).GOMP_parallel
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    run.restype = None
+    return lambda function, args: run(function, args, 0, 0)
+
+
+_run = functools.cache(_parallel)
+
+
+@dataclass(frozen=True)
+class RecordRows:
+    """Rows of a batch that hold records, in one layer; all int32 on the CPU and contiguous.
+
+    Attributes:
+        start: `[R + 1]`, where each row's queries begin.
+        pages: `[R, H, W]`, of a head's run, then of its raw tail.
+        counts: `[R, H]`, pages of the run.
+        records: `[R, H]`, records that fill them, one page after the other.
+        tail: `[R]`, tokens of the raw tail, the queries' own included.
+        max_query_len: queries of the longest row.
+        max_tokens: tokens of the longest head, or a bound on it.
+    """
+
+    start: Tensor
+    pages: Tensor
+    counts: Tensor
+    records: Tensor
+    tail: Tensor
+    max_query_len: int
+    max_tokens: int
+
+
+class RecordAttention:
+    """Attention over the records of one format in a paged cache."""
+
+    def __init__(
+        self,
+        format: Format,
+        cache: Tensor,
+        places: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
+        bias_at: int = -1,
+    ) -> None:
+        """Bind to a cache.
+
+        Args:
+            format: of the records.
+            cache: `[P, page_bytes]` uint8, every page of every layer, contiguous.
+            places: `[N, D]` int64 of keys and of values: where a raw page has each element, counted from its
+                keys' or values' first.
+            dtype: of raw pages.
+            bias_at: where in a record float32 `[32]` are that are added to its tokens' logits; -1 for none.
+        """
+        assert cache.is_contiguous() and cache.dtype == torch.uint8
+        self.block_size, self.head_size = places[0].shape
+        size, page_bytes = self.head_size, cache.shape[1]
+        self._keep: list[Tensor] = [cache]
+        args = np.zeros(len(A), dtype=np.int64)
+        args[A.SIZE], args[A.CACHE], args[A.PAGE_BYTES] = size, cache.data_ptr(), page_bytes
+        args[A.RECORD_BYTES] = format.record_bytes(size)
+        args[A.PER_PAGE] = format.tokens_per_page(page_bytes, size) // RECORD
+        args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
+        args[A.VALUE_GROUP], args[A.BIAS_AT] = value_group(size), bias_at
+        args[A.KIND] = KIVI if isinstance(format, Kivi) else TURBO
+        if isinstance(format, TurboQuant):
+            self._describe_turbo(args, format)
+        args[A.BLOCK_SIZE], args[A.DTYPE] = self.block_size, DTYPES[dtype]
+        keys, values = (self._held(place.to(torch.int32)) for place in places)
+        args[A.KEY_PLACE], args[A.VALUE_PLACE] = keys.data_ptr(), values.data_ptr()
+        token, channel = torch.arange(self.block_size)[:, None], torch.arange(size)
+        key_stride, value_stride = int(keys[0, 1]), int(values[1, 0])
+        if torch.equal(keys, (token + channel * key_stride).to(torch.int32)):
+            args[A.KEY_STRIDE] = key_stride
+        if torch.equal(values, (token * value_stride + channel).to(torch.int32)):
+            args[A.VALUE_STRIDE] = value_stride
+        self._args = args
+        self._scratch = torch.empty(0)
+
+    def _held(self, tensor: Tensor) -> Tensor:
+        """The tensor, contiguous and alive for as long as this is."""
+        self._keep.append(tensor.contiguous())
+        return self._keep[-1]
+
+    def _describe_turbo(self, args: np.ndarray, format: TurboQuant) -> None:
+        size = self.head_size
+        rotation = self._held(format.rotation(size))
+        args[A.ROTATION], args[A.BACK] = rotation.data_ptr(), self._held(rotation.T).data_ptr()
+        books = [format.key_codebook(size), format.codebook(size), torch.tensor([-1.0, 1.0])]
+        padded = [self._held(torch.nn.functional.pad(book, (0, 16 - len(book)))) for book in books]
+        args[A.KEY_BOOK], args[A.VALUE_BOOK], args[A.SIGN_BOOK] = (book.data_ptr() for book in padded)
+        args[A.KEY_BITS] = format.key_bits
+        if isinstance(format, TurboProd):
+            factor = math.sqrt(math.pi / 2) / size
+            args[A.SIGNS] = 1
+            args[A.PROJECTION] = self._held(format.projection(size).T * factor).data_ptr()
+
+    def attend(
+        self, query: Tensor, rows: RecordRows, scale: float, logits_soft_cap: float, out: Tensor
+    ) -> None:
+        """Attention of each row's newest tokens over what every head holds.
+
+            O = softmax(cap·tanh(scale·q·kᵀ / cap))·v, or softmax(scale·q·kᵀ)·v without a cap
+
+        Args:
+            query: `[T, Hq, D]`, the rows' queries one row after the other.
+            rows: whose they are.
+            scale: softmax scale.
+            logits_soft_cap: 0 for none.
+            out: `[T, Hq, D]`, written.
+        """
+        num_tokens, query_heads, size = query.shape
+        num_rows, heads, width = rows.pages.shape
+        group, threads = query_heads // heads, torch.get_num_threads()
+        queries = max(1, ROWS // group)
+        blocks = -(-rows.max_query_len // queries)
+        share, splits = _shares(num_rows * heads * blocks, rows.max_tokens, threads)
+        most = queries * group
+        floats = 6 * most * size + 2 * 32 * size + 2 * 32 * most + 4 * most + 4 * size + 3 * 32
+        if self._scratch.numel() < threads * floats:
+            self._scratch = torch.empty(threads * floats)
+        query = query.to(torch.float32, memory_format=torch.contiguous_format)
+        result = torch.empty(num_tokens, query_heads, size)
+        parts = torch.empty(num_tokens * query_heads * splits, size + 2)
+        capped = logits_soft_cap > 0
+        inner = scale / logits_soft_cap if capped else scale * LOG2_E
+        factors = np.array([inner, logits_soft_cap * LOG2_E, capped], dtype=np.float32)
+        args = self._args
+        args[A.PIECES] = num_rows * heads * blocks * splits
+        args[A.ROWS], args[A.HEADS], args[A.GROUP] = num_rows, heads, group
+        args[A.BLOCKS], args[A.QUERIES], args[A.SPLITS], args[A.SHARE] = blocks, queries, splits, share
+        args[A.QUERY], args[A.START], args[A.PAGES] = (
+            tensor.data_ptr() for tensor in (query, rows.start, rows.pages)
+        )
+        args[A.WIDTH], args[A.COUNTS] = width, rows.counts.data_ptr()
+        args[A.RECORDS], args[A.TAIL] = rows.records.data_ptr(), rows.tail.data_ptr()
+        args[A.SCRATCH], args[A.SCRATCH_BYTES] = self._scratch.data_ptr(), 4 * floats
+        args[A.PART_OUT] = parts.data_ptr()
+        args[A.PART_STATE] = parts.data_ptr() + 4 * num_tokens * query_heads * splits * size
+        args[A.OUT], args[A.INNER], args[A.PAIRS] = (
+            result.data_ptr(),
+            factors.ctypes.data,
+            num_tokens * query_heads,
+        )
+        for step in _steps():
+            args[A.NEXT] = args[A.THREAD] = 0
+            _run()(step, args.ctypes.data)
+        out.copy_(result)
+
+
+def _shares(pieces: int, max_tokens: int, threads: int) -> tuple[int, int]:
+    """Tokens of a share and the number of shares, so that few rows still keep every thread busy."""
+    wanted = -(-PIECES_PER_THREAD * threads // pieces)
+    share = max(-(-max_tokens // wanted), MIN_SHARE)
+    share = -(-share // RECORD) * RECORD
+    return share, max(1, -(-max_tokens // share))

@@ -1,0 +1,437 @@
+"""Vector instructions for kernels that Numba compiles on a CPU.
+
+Numba vectorises loops over arrays only where it can show that nothing overlaps, and holds no vector in a
+register from one loop to the next. So what kernels spend their time on is written here in LLVM's terms, on
+plain addresses (int64): each function below becomes a few instructions, whatever the processor's vectors are.
+"""
+
+import math
+from collections.abc import Callable
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+LANES = 16
+FAST = ("nnan", "nsz", "arcp", "contract", "reassoc")  # infinities mean something here
+F32, HALF, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), *map(ir.IntType, (8, 16, 32, 64))
+VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+# One instruction looks sixteen numbers up where there is one that does; LLVM does not find it by itself.
+HAS_LOOKUP = bool(llvm.get_host_cpu_features().get("avx512f"))
+
+
+def _at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
+    if offset:
+        address = builder.add(address, I64(offset))
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
+    element = kind.element if isinstance(kind, ir.VectorType) else kind
+    return builder.load(_at(builder, address, kind, offset), align=element.get_abi_size(_LAYOUT))
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, offset: int = 0) -> None:
+    builder.store(value, _at(builder, address, value.type, offset), align=4)
+
+
+_LAYOUT = llvm.create_target_data("")
+
+
+def _splat(builder: ir.IRBuilder, value: ir.Value, lanes: int = LANES) -> ir.Value:
+    kind = ir.VectorType(value.type, lanes)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(
+        one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    )
+
+
+def _constant(value: float) -> ir.Constant:
+    return ir.Constant(VECTOR, [value] * LANES)
+
+
+def _integers(value: int) -> ir.Constant:
+    return ir.Constant(INTEGERS, [value] * LANES)
+
+
+def _call(builder: ir.IRBuilder, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=FAST if name.endswith("f32") else ())
+
+
+def _loop(builder: ir.IRBuilder, count: ir.Value, initial: list[ir.Value], body: Callable) -> list[ir.Value]:
+    """`body(i, *values) -> values` for i below count; the values stay in registers."""
+    before, head = builder.block, builder.append_basic_block("loop")
+    inside, after = builder.append_basic_block("body"), builder.append_basic_block("after")
+    builder.branch(head)
+    builder.position_at_end(head)
+    index = builder.phi(I64)
+    index.add_incoming(I64(0), before)
+    values = [builder.phi(value.type) for value in initial]
+    for phi, value in zip(values, initial, strict=True):
+        phi.add_incoming(value, before)
+    builder.cbranch(builder.icmp_signed("<", index, count), inside, after)
+    builder.position_at_end(inside)
+    new = body(index, *values)
+    index.add_incoming(builder.add(index, I64(1)), builder.block)
+    for phi, value in zip(values, new, strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return values
+
+
+def _on_addresses(num_arguments: int, emit: Callable, result: types.Type = types.void) -> Callable:
+    """A function of int64 that Numba puts in place; `emit(builder, *arguments)` writes it."""
+
+    def code(context, builder, signature, arguments):
+        value = emit(builder, *arguments)
+        return context.get_dummy_value() if value is None else value
+
+    names = ", ".join(f"a{i}" for i in range(num_arguments))
+    space: dict = {"result": result, "code": code, "i64": types.int64}
+    signature = f"result({', '.join(['i64'] * num_arguments)})"
+    exec(f"def function(typing, {names}):\n    return {signature}, code\n", space)
+    return intrinsic(space["function"])
+
+
+def _emit_fetch(builder, address, lines):
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    name = "llvm.prefetch.p0"
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+
+    def step(i):
+        at = builder.inttoptr(builder.add(address, builder.mul(i, I64(LINE))), pointer)
+        builder.call(function, [at, I32(0), I32(3), I32(1)])  # to read, into the core's own cache, data
+        return []
+
+    _loop(builder, lines, [], step)
+
+
+LINE = 64  # bytes that memory hands over at once
+# `(address, lines)`: have so many lines brought near while something else is computed.
+fetch = _on_addresses(2, _emit_fetch)
+
+# ---------------------------------------------------------------------- single numbers
+
+get_f32 = _on_addresses(1, lambda b, at: _load(b, at, F32), types.float32)
+get_bfloat16 = _on_addresses(
+    1,
+    lambda b, at: b.bitcast(b.shl(b.zext(_load(b, at, I16), I32), I32(16)), F32),
+    types.float32,
+)
+get_float16 = _on_addresses(1, lambda b, at: b.fpext(_load(b, at, HALF), F32), types.float32)
+get_i32 = _on_addresses(1, lambda b, at: b.sext(_load(b, at, I32), I64), types.int64)
+get_i64 = _on_addresses(1, lambda b, at: _load(b, at, I64), types.int64)
+# The next number of a counter that threads share.
+take = _on_addresses(1, lambda b, at: b.atomic_rmw("add", _at(b, at, I64), I64(1), "monotonic"), types.int64)
+
+
+@intrinsic
+def set_f32(typing, address, value):
+    """Store a float32."""
+
+    def code(context, builder, signature, arguments):
+        _store(builder, arguments[1], arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), code
+
+
+# ---------------------------------------------------------------------- what is stored, as float32
+
+
+def _reader(kind: str, count: int) -> Callable:
+    """`(source, target)`: `count` (32 or 16) numbers as float32."""
+
+    def whole(builder, source, target):
+        for first in range(0, count, LANES):
+            if kind == "bfloat16":
+                raw = _load(builder, source, ir.VectorType(I16, LANES), 2 * first)
+                bits = builder.shl(builder.zext(raw, INTEGERS), _integers(16))
+                vector = builder.bitcast(bits, VECTOR)
+            elif kind == "float16":
+                vector = builder.fpext(_load(builder, source, ir.VectorType(HALF, LANES), 2 * first), VECTOR)
+            else:
+                vector = _load(builder, source, VECTOR, 4 * first)
+            _store(builder, vector, target, 4 * first)
+
+    return _on_addresses(2, whole)
+
+
+def _code_reader(bits: int, count: int, table: bool) -> Callable:
+    """`(source, target)`: codes in `formats.base.pack`'s planes as float32, or what a table says of them."""
+
+    def planes(builder, source, width, width_bits):
+        raw = builder.zext(_load(builder, source, ir.VectorType(I8, width)), ir.VectorType(I32, width))
+        kind = ir.VectorType(I32, width)
+        mask = ir.Constant(kind, [(1 << width_bits) - 1] * width)
+        shifts = (ir.Constant(kind, [width_bits * plane] * width) for plane in range(8 // width_bits))
+        return [builder.and_(builder.lshr(raw, shift), mask) for shift in shifts]
+
+    def vectors(builder, source, width_bits):
+        """Codes as vectors of 16."""
+        width = count * width_bits // 8
+        parts = planes(builder, source, width, width_bits)
+        while parts[0].type.count < LANES:
+            size = parts[0].type.count
+            index = ir.Constant(ir.VectorType(I32, 2 * size), list(range(2 * size)))
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [builder.shuffle_vector(low, high, index) for low, high in pairs]
+        if parts[0].type.count > LANES:
+            index = [ir.Constant(INTEGERS, list(range(first, first + LANES))) for first in (0, LANES)]
+            parts = [builder.shuffle_vector(part, part, half) for part in parts for half in index]
+        return parts
+
+    def emit(builder, source, target, *looked_up):
+        if bits == 3:
+            low = vectors(builder, source, 2)
+            high = vectors(builder, builder.add(source, I64(count // 4)), 1)
+            codes = [builder.or_(a, builder.shl(b, _integers(2))) for a, b in zip(low, high, strict=True)]
+        else:
+            codes = vectors(builder, source, bits)
+        for number, code in enumerate(codes):
+            if looked_up:
+                value = _look_up(builder, code, looked_up[0])
+            else:
+                value = builder.sitofp(code, VECTOR)
+            _store(builder, value, target, 4 * LANES * number)
+
+    return _on_addresses(3 if table else 2, emit)
+
+
+def _look_up(builder: ir.IRBuilder, code: ir.Value, table: ir.Value) -> ir.Value:
+    """Numbers of a table of 16 float32."""
+    if HAS_LOOKUP:
+        numbers = _load(builder, table, VECTOR)
+        return _call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, numbers, code)
+    value = ir.Constant(VECTOR, ir.Undefined)
+    for lane in range(LANES):
+        offset = builder.shl(builder.zext(builder.extract_element(code, I32(lane)), I64), I64(2))
+        value = builder.insert_element(value, _load(builder, builder.add(table, offset), F32), I32(lane))
+    return value
+
+
+read_bfloat16, read_float16, read_float32 = (
+    _reader(kind, 2 * LANES) for kind in ("bfloat16", "float16", "float32")
+)
+read_bfloat16_16, read_float16_16, read_float32_16 = (
+    _reader(kind, LANES) for kind in ("bfloat16", "float16", "float32")
+)
+read_8, read_4, read_2 = (_code_reader(bits, 2 * LANES, table=False) for bits in (8, 4, 2))
+read_8_16, read_4_16, read_2_16 = (_code_reader(bits, LANES, table=False) for bits in (8, 4, 2))
+look_up_4, look_up_3, look_up_2, look_up_1 = (
+    _code_reader(bits, 2 * LANES, table=True) for bits in (4, 3, 2, 1)
+)
+look_up_4_16, look_up_3_16, look_up_2_16 = (_code_reader(bits, LANES, table=True) for bits in (4, 3, 2))
+
+
+# ---------------------------------------------------------------------- arithmetic on rows
+
+
+def _product(rows: int, width: int) -> Callable:
+    """`(a, a_row, b, b_row, k, c, c_row)`: C += A·B, of `rows` rows and `width` columns; rows in bytes."""
+    each = width // LANES
+
+    def emit(builder, a, a_row, b, b_row, k, c, c_row):
+        a_at = [builder.add(a, builder.mul(I64(row), a_row)) for row in range(rows)]
+        c_at = [builder.add(c, builder.mul(I64(row), c_row)) for row in range(rows)]
+        sums = [_load(builder, at, VECTOR, 4 * LANES * j) for at in c_at for j in range(each)]
+
+        def step(i, *sums):
+            row_b = builder.add(b, builder.mul(i, b_row))
+            right = [_load(builder, row_b, VECTOR, 4 * LANES * j) for j in range(each)]
+            new = []
+            for row in range(rows):
+                factor = _load(builder, builder.add(a_at[row], builder.shl(i, I64(2))), F32)
+                left = _splat(builder, factor)
+                for j in range(each):
+                    product = builder.fmul(left, right[j], flags=FAST)
+                    new.append(builder.fadd(sums[row * each + j], product, flags=FAST))
+            return new
+
+        sums = _loop(builder, k, sums, step)
+        for number, total in enumerate(sums):
+            _store(builder, total, c_at[number // each], 4 * LANES * (number % each))
+
+    return _on_addresses(7, emit)
+
+
+product_1_32, product_2_32, product_3_32, product_4_32 = (_product(rows, 32) for rows in (1, 2, 3, 4))
+product_1_16, product_2_16, product_3_16, product_4_16 = (_product(rows, 16) for rows in (1, 2, 3, 4))
+
+
+def _emit_dot(builder, a, b, vectors):
+    def step(i, total):
+        offset = builder.mul(i, I64(4 * LANES))
+        left = _load(builder, builder.add(a, offset), VECTOR)
+        right = _load(builder, builder.add(b, offset), VECTOR)
+        return [builder.fadd(total, builder.fmul(left, right, flags=FAST), flags=FAST)]
+
+    (total,) = _loop(builder, vectors, [_constant(0.0)], step)
+    return _reduced(builder, "fadd", total)
+
+
+def _reduced(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
+    """The sum or the largest of a vector's numbers."""
+    size = LANES
+    while size > 1:
+        size //= 2
+        index = ir.Constant(INTEGERS, [(lane + size) % LANES for lane in range(LANES)])
+        other = builder.shuffle_vector(vector, vector, index)
+        vector = (
+            builder.fadd(vector, other, flags=FAST)
+            if operation == "fadd"
+            else _larger(builder, vector, other)
+        )
+    return builder.extract_element(vector, I32(0))
+
+
+def _larger(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
+# `(a, b, vectors)`: the dot product of so many vectors of 16.
+dot = _on_addresses(3, _emit_dot, types.float32)
+
+
+def _emit_multiply(builder, a, b, target, vectors):
+    def step(i):
+        offset = builder.mul(i, I64(4 * LANES))
+        left, right = (_load(builder, builder.add(at, offset), VECTOR) for at in (a, b))
+        _store(builder, builder.fmul(left, right), builder.add(target, offset))
+        return []
+
+    _loop(builder, vectors, [], step)
+
+
+# `(a, b, target, vectors)`: element by element.
+multiply = _on_addresses(4, _emit_multiply)
+
+
+copy = _on_addresses(2, lambda b, source, target: _store(b, _load(b, source, VECTOR), target))
+
+
+@intrinsic
+def add_scaled(typing, target, source, vectors, factor):
+    """target += source·factor, so many vectors of 16."""
+
+    def code(context, builder, signature, arguments):
+        target, source, vectors, factor = arguments
+        splat = _splat(builder, factor)
+
+        def step(i):
+            offset = builder.mul(i, I64(4 * LANES))
+            to = builder.add(target, offset)
+            added = builder.fmul(_load(builder, builder.add(source, offset), VECTOR), splat)
+            _store(builder, builder.fadd(_load(builder, to, VECTOR), added), to)
+            return []
+
+        _loop(builder, vectors, [], step)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.float32), code
+
+
+def _with_number(emit: Callable) -> Callable:
+    """`(address, vectors, number)`, the number a float32."""
+
+    @intrinsic
+    def function(typing, address, vectors, number):
+        def code(context, builder, signature, arguments):
+            address, vectors, number = arguments
+            splat = _splat(builder, number)
+
+            def step(i):
+                at = builder.add(address, builder.mul(i, I64(4 * LANES)))
+                _store(builder, emit(builder, at, splat), at)
+                return []
+
+            _loop(builder, vectors, [], step)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float32), code
+
+    return function
+
+
+fill = _with_number(lambda builder, at, number: number)
+scale = _with_number(lambda builder, at, number: builder.fmul(_load(builder, at, VECTOR), number))
+add = _with_number(lambda builder, at, number: builder.fadd(_load(builder, at, VECTOR), number))
+
+
+# ---------------------------------------------------------------------- softmax
+
+# 2**x for 0 <= x < 1 to one in 10**8, in Horner's order: fitted so that the largest relative error is least.
+_EXP2 = (0.0002170225, 0.00124396896, 0.00967884064, 0.0554833412, 0.24022983, 0.693147004, 1.0)
+
+
+def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2**x; 0 below -126, where float32 has no more whole numbers."""
+    whole = _call(builder, "llvm.floor.v16f32", VECTOR, x)
+    rest = builder.fsub(x, whole)
+    result = _constant(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        product = builder.fmul(result, rest, flags=("contract",))
+        result = builder.fadd(product, _constant(coefficient), flags=("contract",))
+    gone = builder.fcmp_unordered("<", x, _constant(-126.0))  # NaN from -inf too
+    exponent = builder.fptosi(builder.select(gone, _constant(0.0), whole), INTEGERS)
+    power = builder.bitcast(builder.shl(builder.add(exponent, _integers(127)), _integers(23)), VECTOR)
+    return builder.select(gone, _constant(0.0), builder.fmul(result, power))
+
+
+def _emit_soften(builder, logits, state):
+    """See `soften`."""
+    halves = [_load(builder, logits, VECTOR, 4 * LANES * half) for half in range(2)]
+    peak, total = _load(builder, state, F32), _load(builder, state, F32, 4)
+    highest = _reduced(builder, "max", _larger(builder, *halves))
+    new = builder.select(builder.fcmp_ordered(">", highest, peak), highest, peak)
+    none = builder.fcmp_ordered("==", new, F32(-math.inf))
+    level = builder.select(none, F32(0.0), new)
+    weights = [_exp2(builder, builder.fsub(half, _splat(builder, level))) for half in halves]
+    shrink = builder.extract_element(_exp2(builder, _splat(builder, builder.fsub(peak, level))), I32(0))
+    added = _reduced(builder, "fadd", builder.fadd(*weights))
+    for half, weight in enumerate(weights):
+        _store(builder, weight, logits, 4 * LANES * half)
+    _store(builder, new, state)
+    _store(builder, builder.fadd(builder.fmul(total, shrink), added), state, 4)
+    _store(builder, shrink, state, 8)
+
+
+# `(logits, state)`: 32 logits in base 2 become weights; the state is (peak, total, shrink), of which shrink
+# is what all that was summed before must be multiplied with.
+soften = _on_addresses(2, _emit_soften)
+
+
+@intrinsic
+def exp2(typing, number):
+    """2**x of a float32."""
+
+    def code(context, builder, signature, arguments):
+        return builder.extract_element(_exp2(builder, _splat(builder, arguments[0])), I32(0))
+
+    return types.float32(types.float32), code
+
+
+@intrinsic
+def cap(typing, logits, inner, outer):
+    """32 logits x become tanh(x·inner)·outer, in place."""
+
+    def code(context, builder, signature, arguments):
+        logits, inner, outer = arguments
+        inner = _splat(builder, builder.fmul(inner, F32(2 / math.log(2))))
+        outer = _splat(builder, outer)
+        for half in range(2):
+            x = builder.fmul(_load(builder, logits, VECTOR, 4 * LANES * half), inner)
+            # Beyond that the tanh is 1 in float32.
+            high = builder.fcmp_ordered(">", x, _constant(60.0))
+            power = _exp2(builder, builder.select(high, _constant(60.0), x))
+            fraction = builder.fdiv(_constant(2.0), builder.fadd(power, _constant(1.0)))
+            result = builder.fmul(builder.fsub(_constant(1.0), fraction), outer)
+            _store(builder, result, logits, 4 * LANES * half)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.float32), code
