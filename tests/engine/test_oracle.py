@@ -7,7 +7,7 @@ allocations follow the papers' formulas in loops, and what a head dropped is a m
 import copy
 import heapq
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -591,6 +591,49 @@ def test_the_oracle_tells_compacted_from_full_attention(case):
         for token, logprob in top.items()
     )
     assert off > 3e-2
+
+
+ENCODED = ["kivi", "kivi+kivi2", "turboquant+turbo3", "kv_compress+kivi4:budget=0.125", "snapkv+turbo2_prod"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"), [*(("random", form) for form in ENCODED), ("smollm2", ENCODED[3])]
+)
+def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written(
+    engines, models, long_ids, model, options
+):
+    model = models[model]
+    prompt = model.prompt(long_ids(640, seed=7))
+    engine = engines(model.path, "snapkv:budget=0.25")
+    engine.forget_prefixes()
+    name = engine.add(prompt.ids, sampling(NUM_TOKENS, options, logprobs=5))
+    engine.finish()
+    output, compaction = engine.outputs.pop(name), engine.compaction_of(name)
+    config = KVCompressionConfig.parse(options)
+    boundary, records = compaction.job.boundary, iter(compaction.kept.tolist())
+    assert boundary == 608 and compaction.kept.shape[1] == 32
+    if config.keeps_all:
+        assert bool((compaction.counts == boundary // 32).all())
+    hidden = torch.ones(*compaction.counts.shape, boundary, dtype=torch.bool)
+    cache = copy.deepcopy(prompt.cache)
+    for layer, of_heads in enumerate(compaction.counts.tolist()):
+        for head, num_records in enumerate(of_heads):
+            for _ in range(num_records):
+                kept = next(records)
+                assert kept == sorted(set(kept))
+                hidden[layer, head, kept] = False
+                plain = prompt.keys[layer][head, kept], prompt.values[layer][head, kept]
+                size = plain[0].shape[1]
+                read = config.record_format.decode(config.record_format.encode(*plain), size)
+                cache.layers[layer].keys[0, head, kept], cache.layers[layer].values[0, head, kept] = read
+    answer = tokens(output)
+    expected = continue_on_kept(model.reference, replace(prompt, cache=cache), answer, hidden)
+    exact = continue_on_kept(model.reference, prompt, answer, hidden)
+    assert float((expected - exact).abs().max()) > 1e-2, "what is written is not what was there"
+    for index, top in enumerate(output.outputs[0].logprobs):
+        for token, logprob in top.items():
+            # Two float32 models may write a number that lies between two codes either way.
+            assert logprob.logprob == pytest.approx(float(expected[index, token]), abs=2e-2), index
 
 
 def test_a_policy_in_user_code_runs_in_the_engine(shared_engine, long_ids):

@@ -201,6 +201,18 @@ def test_a_bias_is_added_to_the_logits(soft_cap):
     check(make(Biased(), bias=True), soft_cap)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_queries_and_results_may_be_parts_of_wider_arrays(dtype):
+    case = make(Kivi4(), dtype=dtype, queries=(3, 2))
+    num_tokens, heads, size = case.query.shape
+    wide = torch.zeros(num_tokens, 3 * heads, size, dtype=dtype)
+    wide[:, :heads] = case.query
+    out = torch.zeros(num_tokens, 2 * heads, size)
+    case.attention.attend(wide[:, :heads], case.rows, 0.1, 0.0, out[:, heads:])
+    torch.testing.assert_close(out[:, heads:], case.expected(0.1, 0.0), atol=1e-5, rtol=1e-5)
+    assert not out[:, :heads].any()
+
+
 def test_numbers_that_no_exponential_holds():
     case = make(Kivi4())
     case.query *= 200

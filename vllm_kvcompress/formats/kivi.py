@@ -18,8 +18,8 @@ class Kivi(Format):
         code = round((x - zero) / scale),  zero = min,  scale = (max - min) / (2^b - 1)
 
     Zero and scale are float16 and codes are chosen for what they are rounded to, upwards for the scale, so
-    that no number is cut off. Of a group of equal numbers the scale is 0 and every code 0. Where D is no
-    multiple of 32, the groups of a token have 16 channels.
+    that no number is cut off. Of a group of equal float16 numbers the scale is 0 and every code 0. Where D is
+    no multiple of 32, the groups of a token have 16 channels.
 
     A record is: key codes `[D, 32·b/8]`, value codes `[32, D·b/8]` (group after group), key scales `[D]`, key
     zeros `[D]`, value scales `[D/32, 32]`, value zeros `[D/32, 32]`.

@@ -642,7 +642,7 @@ class RecordAttention:
         floats = 6 * most * size + 2 * 32 * size + 2 * 32 * most + 4 * most + 4 * size + 3 * 32
         if self._scratch.numel() < threads * floats:
             self._scratch = torch.empty(threads * floats)
-        query = query.to(torch.float32, memory_format=torch.contiguous_format)
+        query = query.float().contiguous()  # it may be a part of a wider array
         result = torch.empty(num_tokens, query_heads, size)
         parts = torch.empty(num_tokens * query_heads * splits, size + 2)
         capped = logits_soft_cap > 0

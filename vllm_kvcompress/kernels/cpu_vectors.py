@@ -5,6 +5,7 @@ register from one loop to the next. So what kernels spend their time on is writt
 plain addresses (int64): each function below becomes a few instructions, whatever the processor's vectors are.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,6 +13,27 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
+
+
+def _answer_for_functions_alone() -> None:
+    """Have llvmlite's library say that it has no `__dict__`; it would hand out a C function of that name.
+
+    vLLM asks everything that any loaded module holds for it whenever an engine starts, and would fail.
+    """
+    library = type(llvm.ffi.lib)
+    look_up = library.__getattr__
+
+    @functools.wraps(look_up)
+    def of_functions(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return look_up(self, name)
+
+    if not hasattr(look_up, "__wrapped__"):
+        library.__getattr__ = of_functions
+
+
+_answer_for_functions_alone()
 
 LANES = 16
 FAST = ("nnan", "nsz", "arcp", "contract", "reassoc")  # infinities mean something here
