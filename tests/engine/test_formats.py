@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from crowd import Member, Run, compacted, finished, in_time, serve
-from harness import BLOCK_SIZE, WINDOW, Engine, first_difference, sampling, tokens
+from harness import BLOCK_SIZE, WINDOW, Engine, first_difference, sampling
 
 from vllm_kvcompress import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, RECORD

@@ -241,6 +241,7 @@ def test_divergence_counts_what_compaction_can_change_and_nothing_else(store):
 
     assert ours["kl"] == pytest.approx([kl(1), kl(2), kl(3)], abs=1e-4)
     total = [math.log(299 + math.exp(height)) for height in (1, 2, 3)]  # token 7 is the second of them
+    assert ours["agrees"] == [0, 0, 0]
     assert ours["surprise"] == pytest.approx([total[0], total[1] - 2, total[2]], abs=1e-4)
 
 
@@ -253,6 +254,9 @@ def test_divergence_is_from_the_full_cache_to_ours():
     p, q = full.softmax(-1), ours.softmax(-1)
     assert recorder.kl[0] == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
     assert recorder.surprise[0] == pytest.approx(-float(q[1].log()), rel=1e-5)
+    assert not recorder.agrees[0]
+    recorder(0, full)
+    assert recorder.agrees[0]
 
 
 @pytest.mark.parametrize("count", [1, 8])

@@ -99,6 +99,7 @@ def results_of(scores: dict[str, dict[str, list[float]]]) -> dict:
             "length": 512,
             "kl": [0.0, 0.2],
             "surprise": [math.log(4), math.log(9)],
+            "agrees": [1, 1, 0, 1],
             "kept_fraction": 1.0 if variant == "off" else 0.3,
             "seconds": 1.0,
         }
@@ -140,8 +141,9 @@ def test_the_table_shows_what_was_measured(summary):
     assert cells[5] == "50 %"  # of the full cache's
     assert cells[8] == "0.100"  # mean KL on prose
     assert cells[10] == "6.00"  # perplexity: the square root of 4 * 9
-    assert cells[12] == "2.5 %"  # 0.05 s over a prefill of 2 s
-    assert cells[13] == "0.50"
+    assert cells[12] == "75.0"  # next tokens that are the full cache's
+    assert cells[14] == "2.5 %"  # 0.05 s over a prefill of 2 s
+    assert cells[15] == "0.50"
     assert any("Left out of *inside*: json" in line for line in lines)
 
 

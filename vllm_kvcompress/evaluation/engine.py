@@ -282,15 +282,18 @@ class Reference:
 
 @dataclass
 class Divergence:
-    """KL divergence to the full cache, and surprise at the true token, per position, in nats."""
+    """Per position: KL divergence to the full cache and surprise at the true token, in nats; whether both say
+    the same next token."""
 
     reference: Reference
     tokens: Sequence[int]
     kl: dict[int, float] = field(default_factory=dict)
     surprise: dict[int, float] = field(default_factory=dict)
+    agrees: dict[int, bool] = field(default_factory=dict)
 
     def __call__(self, position: int, logits: Tensor) -> None:
         ours = logits.float().log_softmax(-1)
         full = self.reference.rows[position]
         self.kl[position] = float(kl_div(ours, full, reduction="sum", log_target=True))
         self.surprise[position] = -float(ours[self.tokens[position]])
+        self.agrees[position] = bool(ours.argmax() == full.argmax())

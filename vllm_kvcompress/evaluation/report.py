@@ -83,6 +83,7 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results
             entry[mode] = share([s for task in solved[mode] for s in scores.get(task, [])])
         entry["kl"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "kl")) for kind in KINDS}
         entry["nll"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "surprise")) for kind in KINDS}
+        entry["agrees"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "agrees")) for kind in KINDS}
         entry["kinds"] = _by_kind(diverged.get(row.spec, []))
         entry["kept_fraction"] = _mean_of(both or diverged.get(row.spec, []), "kept_fraction")
         entry["kept_bytes"] = _mean_of(both, "kept_bytes")
@@ -118,7 +119,7 @@ def _by_task(results: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 def _per_text(results: Iterable[Mapping[str, Any]], kind: str, name: str) -> list[float]:
-    return [statistics.fmean(r[name]) for r in results if r["task"] == f"kl_{kind}"]
+    return [statistics.fmean(r[name]) for r in results if r["task"] == f"kl_{kind}" and name in r]
 
 
 def _mean_of(results: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -173,7 +174,8 @@ def table(summary: Mapping[str, Any]) -> str:
         "",
     ]
     head = ["method", "budget", "kept KV", "kept MB", "inside", "% of full", "after", "% of full"]
-    head += ["KL prose", "KL repeat", "ppl prose", "ppl repeat", "compaction", "decode step"]
+    head += ["KL prose", "KL repeat", "ppl prose", "ppl repeat", "same token, prose", "same token, repeat"]
+    head += ["compaction", "decode step"]
     body = []
     for row in rows:
         body.append(
@@ -192,6 +194,7 @@ def table(summary: Mapping[str, Any]) -> str:
                     "" if row["nll"][kind] is None else f"{math.exp(row['nll'][kind]['value']):.2f}"
                     for kind in KINDS
                 ),
+                *(_interval(row["agrees"][kind], 100, 1) for kind in KINDS),
                 _over_prefill(row["compaction_seconds"], prefill),
                 _ratio(row["step_seconds"], full["step_seconds"]),
             ]

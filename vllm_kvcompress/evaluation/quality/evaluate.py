@@ -359,6 +359,7 @@ def _diverge(
             **({"kind": text["kind"]} if "kind" in text else {}),
             kl=[round(recorder.kl[p], 6) for p in after],
             surprise=[round(recorder.surprise[p], 6) for p in after],
+            agrees=[int(recorder.agrees[p]) for p in after],
             kept_fraction=kept[row.spec],
             seconds=prefill,
         )
