@@ -60,7 +60,7 @@ def test_a_bare_method_name_has_its_presets(method):
         ("kivi", "kivi", "kivi4", None),
         ("kivi+kivi2", "kivi", "kivi2", None),
         ("kivi:budget=0.125", "kivi", "kivi4", 0.125),
-        ("turboquant", "turboquant", "turbo4", None),
+        ("turboquant", "turboquant", "turbo4_centred", None),
         ("snapkv", "snapkv", None, 0.25),
     ],
 )

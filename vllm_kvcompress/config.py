@@ -84,7 +84,10 @@ METHODS: dict[str, Method] = {
         "kv_compress", "global", "every token in 4 bits: keys by channel, values by token", "kivi4"
     ),
     "turboquant": Method(
-        "kv_compress", "global", "every token in 4 bits of a random rotation, and its length", "turbo4"
+        "kv_compress",
+        "global",
+        "every token in 4 bits of a random rotation, and its length; keys less their mean",
+        "turbo4_centred",
     ),
 }
 

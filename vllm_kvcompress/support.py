@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.formats.base import CHANNELS
+from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -51,7 +51,8 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
     if (problem := _format_problem(config, vllm_config)) is not None:
         raise KVCompressionError(f"kv-compression: {problem}")
     for need, reason in (vllm_config.additional_config or {}).get(LACKS, {}).items():
-        if getattr(policy, need):
+        of_formats = need == NEEDS_HEAD_SIZE and config.record_format is not None
+        if getattr(policy, need, False) or of_formats:
             raise KVCompressionError(
                 f"kv-compression method {config.method} cannot serve this model: {reason}; use another method"
             )
@@ -84,12 +85,19 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
 
 
 def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_config: VllmConfig) -> None:
-    """Refuse a request's method that must see queries which this engine computes inside captured graphs.
+    """Refuse a request's method that must see queries which this engine computes inside captured graphs, and
+    formats that these cannot read.
 
     Raises:
         KVCompressionError: one line that names it and what to do.
     """
     graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    format = request.record_format
+    if graphs and format is not None and format != engine.record_format:
+        raise KVCompressionError(
+            f"full CUDA graphs have no place for the format {format.name}; start the server with it, "
+            "or with --enforce-eager"
+        )
     if graphs and request.watches_every_query and not engine.watches_every_query:
         raise KVCompressionError(
             f"kv-compression method {request.method} watches every query, which full CUDA graphs would hide; "

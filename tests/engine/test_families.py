@@ -35,8 +35,12 @@ NO_ROTARY = dict.fromkeys(
 )
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
-    "foresight": "its layers have 4 KV heads of 32 channels, and its configuration says 4 of 16",
+    **dict.fromkeys(
+        ("foresight", "kivi", "turboquant"),
+        "its layers have 4 KV heads of 32 channels, and its configuration says 4 of 16",
+    ),
 }
+ROUNDED = dict.fromkeys(("kivi", "turboquant"), "writes what --kv-cache-dtype fp8 has rounded; use one")
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,7 @@ SERVED = {
     ),
     "llama with adapters": family("LlamaForCausalLM", "llama", FULL, options=dict(enable_lora=True)),
     **(
-        {"llama, fp8 cache": family("LlamaForCausalLM", "llama", FULL, options=dict(kv_cache_dtype="fp8"))}
+        {"llama, fp8 cache": family("LlamaForCausalLM", "llama", FULL, ROUNDED, dict(kv_cache_dtype="fp8"))}
         if torch.cpu._is_avx512_supported()  # which vLLM's CPU kernel takes for it
         else {}
     ),

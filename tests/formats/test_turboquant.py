@@ -346,3 +346,38 @@ def test_lengths_beyond_float16_are_cut_off(name):
     expected[1] = -65504.0
     cosine = torch.nn.functional.cosine_similarity(read[1][1], expected, dim=0)
     assert cosine > {4: 0.99, 3: 0.97, 2: 0.9}[MSE[name]]
+
+
+# ------------------------------------------------------------------ centred
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_what_all_keys_of_a_record_share_costs_them_nothing(bits, head_size):
+    plain, centred = FORMATS[f"turbo{bits}"], FORMATS[f"turbo{bits}_centred"]
+    assert centred.record_bytes(head_size) == plain.record_bytes(head_size) + 2 * head_size
+    keys, values = draw(50, 32, head_size, channels=0.0), draw(50, 32, head_size, seed=1)
+    offset = 40 * draw(head_size, seed=2)
+    read, read_values = centred.decode(centred.encode(keys + offset, values), head_size)
+    assert torch.equal(read_values, plain.decode(plain.encode(keys, values), head_size)[1])
+    spread = (keys - keys.mean(1, keepdim=True)).square().sum(-1).mean()
+    error = float((read - keys - offset).square().sum(-1).mean() / spread)
+    assert error == pytest.approx(theory(plain.codebook(head_size), head_size), rel=0.05)
+    lost = float(
+        (plain.decode(plain.encode(keys + offset, values), head_size)[0] - keys - offset)
+        .square()
+        .sum(-1)
+        .mean()
+    )
+    assert lost / spread > 10 * error
+
+
+@pytest.mark.parametrize("name", ["turbo4_centred", "turbo2_centred"])
+def test_a_centred_record_is_that_of_the_differences_and_their_mean(name):
+    format, plain = FORMATS[name], FORMATS[name.removesuffix("_centred")]
+    keys, values = draw(32, 64) + 3, draw(32, 64, seed=1)
+    mean = keys.double().mean(0).half()
+    record = format.encode(keys, values)
+    assert torch.equal(record[: -2 * 64], plain.encode(keys - mean.float(), values))
+    stored = np.frombuffer(bytes(record[-2 * 64 :].tolist()), "<f2")
+    np.testing.assert_allclose(stored, mean.numpy(), rtol=2.0**-10)

@@ -26,8 +26,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.formats import FORMATS, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
 from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.requests.observer import Span
@@ -78,7 +80,8 @@ class CompressedBatch:
         runs: where compacted requests have their pages.
         rows: the batch, every row of it.
         arrays: whose `ring` and `capacity` belong to the rows.
-        attends: whether a row is compacted.
+        attends: whether a row is compacted, to raw pages.
+        formats: those that rows may be compacted to.
         largest_ring: queries of the largest ring that a row may have; 0 if none has one.
         spans: what the policies that watch every query note.
         max_keys: a bound on the keys of a head.
@@ -89,6 +92,7 @@ class CompressedBatch:
     rows: Rows
     arrays: RowArrays
     attends: bool
+    formats: tuple[Format, ...]
     largest_ring: int
     spans: list[Span]
     max_keys: int
@@ -103,21 +107,21 @@ class CompressedBatch:
             write_rings(ring, capacity, index, query, rows.seq_lens, rows.query_start_loc, *bounds)
         for span in self.spans:
             span.record(index, query)
+        if not (self.attends or self.formats):
+            return
+        num_tiles, heads = max(len(rows.seq_lens), len(query) // 16), layer.keys.shape[2]
+        batch = self.runs, rows, index
+        constants = layer.scale, layer.logits_soft_cap
+        num_splits = choose_splits(num_tiles, heads, self.max_keys, self.processors)
+        cache = layer.keys, layer.values
         if self.attends:
-            num_tiles = max(len(rows.seq_lens), len(query) // 16)
-            heads = layer.keys.shape[2]
             attend(
-                query,
-                layer.keys,
-                layer.values,
-                self.runs,
-                rows,
-                index,
-                layer.scale,
-                layer.logits_soft_cap,
-                num_splits=choose_splits(num_tiles, heads, self.max_keys, self.processors),
-                out=output,
-                compacted_only=True,
+                query, *cache, *batch, *constants, num_splits=num_splits, out=output, compacted_only=True
+            )
+        for format in self.formats:
+            read = format, number_of(format)
+            attend_records(
+                query, layer.content, *cache, *batch, *read, *constants, num_splits=num_splits, out=output
             )
 
 
@@ -127,6 +131,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
     state: "CompressionState | None" = None  # both set by the worker once the cache exists
     arrays: RowArrays
     processors: int = 1
+    format: Format | None = None  # the engine's own, for which captured graphs have a place
     _capturing = False
 
     @classmethod
@@ -155,12 +160,13 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         common = common_attn_metadata
         batch = self._batch(self.state, common)
         stock = super().build(
-            0 if batch.attends else common_prefix_len,  # compacted rows have no prefix in place
+            # Compacted rows have no prefix in place.
+            0 if batch.attends or batch.formats else common_prefix_len,
             common.replace(seq_lens=self.arrays.update_seq_lens(common)),
             fast_build,
             **kwargs,
         )
-        if batch.attends or batch.largest_ring or batch.spans:
+        if batch.attends or batch.formats or batch.largest_ring or batch.spans:
             stock.kv_compression = batch
         return stock
 
@@ -177,15 +183,19 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             query = layer.keys.new_zeros(2 * query_len, layer.num_heads, layer.head_size)
             constants = 0, layer.scale, layer.logits_soft_cap
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
-                attend(
-                    query, layer.keys, layer.values, runs, rows, *constants, num_splits, compacted_only=True
-                )
+                cache = layer.keys, layer.values
+                attend(query, *cache, runs, rows, *constants, num_splits, compacted_only=True)
+                if self.format is not None:
+                    layer_and_format = 0, self.format, number_of(self.format)
+                    own = *layer_and_format, *constants[1:], num_splits
+                    attend_records(query, layer.content, *cache, runs, rows, *own)
             write_rings(arrays.ring, arrays.capacity, 0, query, rows.seq_lens, bounds, query_len, 1)
 
     def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
         assert state.runs is not None
         shown, spans = [], []
+        held: set[Format | None] = set()  # formats of the compacted rows, None for raw pages
         if state.active:
             slots = state.runs.slots
             request_ids = state.rows.request_ids(common)
@@ -193,11 +203,14 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 ring = None if request_id is None else state.observer.ring(request_id)
                 place = (0, 0) if ring is None else (ring.data_ptr(), ring.shape[1])
                 shown.append((slots.get(request_id, -1), *place))
+                if (table := state.tables.get(request_id)) is not None:
+                    held.add(table.format)
             if state.observer.needs_spans:
                 spans = state.observer.spans(
                     request_ids, common.query_start_loc_cpu, common.seq_lens.cpu(), common.block_table_tensor
                 )
         self.arrays.show(shown)
+        captured = {self.format} if self._capturing else set()
         largest_ring = max((capacity for _, _, capacity in shown), default=0)
         return CompressedBatch(
             runs=state.runs.arrays,
@@ -209,7 +222,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 max_query_len=common.max_query_len,
             ),
             arrays=self.arrays,
-            attends=self._capturing or any(slot >= 0 for slot, _, _ in shown),
+            attends=self._capturing or None in held,
+            formats=tuple(format for format in FORMATS.values() if format in held | captured),
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
             max_keys=common.max_seq_len,
@@ -220,7 +234,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
 class CompressedAttentionImpl(AttentionImpl):
     """Put before a stock implementation: replaces its output for compacted rows."""
 
-    layer_index: int  # all three set by the worker once the cache exists
+    layer_index: int  # all four set by the worker once the cache exists
+    content: Tensor  # `[L·B·H, page_bytes]` uint8, the whole cache
     keys: Tensor  # `[L, B, H, N, D]`, a view of the whole cache
     values: Tensor  # `[L, B, H, N, D]`, likewise
 

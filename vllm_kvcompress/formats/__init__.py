@@ -2,13 +2,29 @@
 
 from vllm_kvcompress.formats.base import RECORD, Format
 from vllm_kvcompress.formats.kivi import Kivi2, Kivi4, Kivi8
-from vllm_kvcompress.formats.turboquant import Turbo2, Turbo3, Turbo4, TurboProd2, TurboProd3, TurboProd4
+from vllm_kvcompress.formats.turboquant import (
+    Turbo2,
+    Turbo3,
+    Turbo4,
+    TurboCentred2,
+    TurboCentred3,
+    TurboCentred4,
+    TurboProd2,
+    TurboProd3,
+    TurboProd4,
+)
 
-__all__ = ["FORMATS", "RECORD", "Format", "get_format"]
+__all__ = ["FORMATS", "RECORD", "Format", "get_format", "number_of"]
 
 _KIVI: tuple[type[Format], ...] = (Kivi8, Kivi4, Kivi2)
 _TURBO: tuple[type[Format], ...] = (Turbo4, Turbo3, Turbo2, TurboProd4, TurboProd3, TurboProd2)
-FORMATS: dict[str, Format] = {format.name: format() for format in _KIVI + _TURBO}
+_CENTRED: tuple[type[Format], ...] = (TurboCentred4, TurboCentred3, TurboCentred2)
+FORMATS: dict[str, Format] = {format.name: format() for format in _KIVI + _TURBO + _CENTRED}
+
+
+def number_of(format: Format | None) -> int:
+    """What arrays on a device say of a format: its place in `FORMATS`, counted from 1; 0 for none."""
+    return 0 if format is None else 1 + list(FORMATS).index(format.name)
 
 
 def get_format(name: str) -> Format:

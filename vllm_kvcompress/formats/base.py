@@ -9,6 +9,7 @@ from torch import Tensor
 
 RECORD = 32  # tokens that are encoded together
 CHANNELS = 16  # head sizes are multiples of it
+NEEDS_HEAD_SIZE = "needs_known_head_size"  # said of a model whose configuration has another than its layers
 
 
 class Format(ABC):

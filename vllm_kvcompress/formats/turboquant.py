@@ -132,6 +132,34 @@ class TurboProd(TurboQuant):
         return super()._read_keys(codes, signs, residual_norms) + scale * residual_norms * residual
 
 
+@dataclass(frozen=True)
+class TurboCentred(TurboQuant):
+    """TurboQuant of how keys differ from their mean over the record; values as in TurboQuant.
+
+    Where a model adds a bias to its keys they lie far from 0, all on one side: those of Qwen2.5 up to ten
+    times as far as they lie from each other. An error in proportion to their length is then larger than all
+    that tells them apart (1.5 times at 4 bits in one layer of Qwen2.5-Coder-0.5B, 0.7 % once centred).
+
+    A record is TurboQuant's, then the means `[D]`, float16. Source: ours; subtracting what all keys share
+    costs attention nothing, and is what KIVI's zeros do.
+    """
+
+    def record_bytes(self, head_size: int) -> int:
+        return super().record_bytes(head_size) + 2 * head_size
+
+    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        limit = torch.finfo(torch.float16)
+        keys = keys.float().nan_to_num(0.0, limit.max, limit.min).clamp(limit.min, limit.max)
+        means = keys.mean(-2).half()
+        records = super().encode(keys - means.float().unsqueeze(-2), values)
+        return torch.cat([records, as_bytes(means)], -1)
+
+    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        plain, means = sections(records, [records.shape[-1] - 2 * head_size, 2 * head_size])
+        keys, values = super().decode(plain, head_size)
+        return keys + means.view(torch.float16).float().unsqueeze(-2), values
+
+
 def _directions(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Rotated unit vectors `[..., 32, D]` float32 and float16 norms `[..., 32]` of vectors; 0 stays 0."""
     limit = torch.finfo(torch.float16)
@@ -251,4 +279,28 @@ class TurboProd2(TurboProd):
     """Keys of 1 bit and a sign, values of 2 bits."""
 
     name: ClassVar[str] = "turbo2_prod"
+    bits: ClassVar[int] = 2
+
+
+@dataclass(frozen=True)
+class TurboCentred4(TurboCentred):
+    """TurboQuant of 4 bits, of how keys differ from their mean."""
+
+    name: ClassVar[str] = "turbo4_centred"
+    bits: ClassVar[int] = 4
+
+
+@dataclass(frozen=True)
+class TurboCentred3(TurboCentred):
+    """TurboQuant of 3 bits, of how keys differ from their mean."""
+
+    name: ClassVar[str] = "turbo3_centred"
+    bits: ClassVar[int] = 3
+
+
+@dataclass(frozen=True)
+class TurboCentred2(TurboCentred):
+    """TurboQuant of 2 bits, of how keys differ from their mean."""
+
+    name: ClassVar[str] = "turbo2_centred"
     bits: ClassVar[int] = 2

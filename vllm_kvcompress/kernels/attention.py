@@ -56,7 +56,8 @@ def attend(
         num_splits: most shares that the keys of a head are cut into (see `choose_splits`).
         min_share: least keys of a share; short heads are cut into fewer.
         out: `[T, Hq, D]` for the result; made if absent.
-        compacted_only: leave the other rows' part of the result alone: another kernel has written it.
+        compacted_only: serve the compacted rows of raw pages and leave the others' part of the result alone:
+            other kernels write it.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -80,13 +81,13 @@ def attend(
 
     channels = triton.next_power_of_2(head_size)
     tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * query.element_size())))
-    tile_rows = _rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
+    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
     num_rows = rows.seq_lens.shape[0]
     # Of the rows together, T // queries + R tiles are always enough, however the tokens are spread over them.
     num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
-    inner, outer = _logit_factors(scale, logits_soft_cap)
+    inner, outer = logit_factors(scale, logits_soft_cap)
     _attend_kernel[num_tiles, heads, num_splits](
         query,
         keys,
@@ -96,6 +97,7 @@ def attend(
         runs.destination,
         runs.start,
         runs.boundary,
+        runs.format,
         rows.slot,
         rows.block_table,
         rows.seq_lens,
@@ -128,23 +130,51 @@ def attend(
         num_stages=3,
     )
     if num_splits > 1:
-        _merge_kernel[num_tokens, query_heads](
-            share_out,
-            share_lse,
-            out,
-            lse,
-            rows.slot,
-            rows.query_start_loc,
-            num_rows,
-            *out.stride()[:2],
-            COMPACTED_ONLY=compacted_only,
-            HEAD_SIZE=head_size,
-            CHANNELS=channels,
-            SPLITS=num_splits,
-            ALL=triton.next_power_of_2(num_splits),
-            AT_ONCE=min(16, triton.next_power_of_2(num_splits)),
-        )
+        merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only)
     return out, lse
+
+
+def merge(
+    share_out: Tensor,
+    share_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    runs: Runs,
+    rows: Rows,
+    format_id: int,
+    compacted_only: bool = True,
+) -> None:
+    """Put the shares of each head's keys together.
+
+    Args:
+        share_out: `[T, Hq, splits, D]` float32, contiguous; never read of a share without keys.
+        share_lse: `[T, Hq, splits]` float32, contiguous; -inf where a share has no keys.
+        out: `[T, Hq, D]` for the result.
+        lse: `[T, Hq]` float32, contiguous, likewise.
+        runs: of the compacted rows.
+        rows: the batch.
+        format_id: of the rows that are served, see `Runs`.
+        compacted_only: leave all others alone; else every row is served.
+    """
+    num_tokens, query_heads, num_splits, head_size = share_out.shape
+    _merge_kernel[num_tokens, query_heads](
+        share_out,
+        share_lse,
+        out,
+        lse,
+        runs.format,
+        rows.slot,
+        rows.query_start_loc,
+        format_id,
+        rows.seq_lens.shape[0],
+        *out.stride()[:2],
+        COMPACTED_ONLY=compacted_only,
+        HEAD_SIZE=head_size,
+        CHANNELS=triton.next_power_of_2(head_size),
+        SPLITS=num_splits,
+        ALL=triton.next_power_of_2(num_splits),
+        AT_ONCE=min(16, triton.next_power_of_2(num_splits)),
+    )
 
 
 def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> int:
@@ -164,19 +194,19 @@ def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> 
     return 1 << max(min(wanted, useful, MAX_SPLITS) - 1, 0).bit_length()
 
 
-def _rows_per_tile(group: int, max_query_len: int, most: int) -> int:
+def rows_per_tile(group: int, max_query_len: int, most: int) -> int:
     """Rows of the score matrix in one program: (query, member of the group) pairs."""
     wanted = triton.next_power_of_2(group * max_query_len)
     return max(MIN_DOT, triton.next_power_of_2(group), min(wanted, most))
 
 
-def _logit_factors(scale: float, soft_cap: float) -> tuple[float, float]:
+def logit_factors(scale: float, soft_cap: float) -> tuple[float, float]:
     """What dot products are multiplied with before the cap's tanh and after it, for a softmax in base 2."""
     return (scale / soft_cap, soft_cap * LOG2_E) if soft_cap > 0 else (scale * LOG2_E, 1.0)
 
 
 @triton.jit
-def _find_row(number, query_start_loc, num_rows, QUERIES: tl.constexpr, SPARE: tl.constexpr):
+def find_row(number, query_start_loc, num_rows, QUERIES: tl.constexpr, SPARE: tl.constexpr):
     """The row of a tile of QUERIES tokens; row r's tiles begin at query_start_loc[r] // QUERIES + r·SPARE.
 
     One spare tile per row leaves room for its last, incomplete one.
@@ -190,6 +220,24 @@ def _find_row(number, query_start_loc, num_rows, QUERIES: tl.constexpr, SPARE: t
         else:
             high = middle - 1
     return low
+
+
+@triton.jit
+def find_queries(query_start_loc, num_rows, QUERIES: tl.constexpr, ONE_TILE: tl.constexpr):
+    """A program's row and the first of its queries there; ONE_TILE: no row has more than QUERIES."""
+    if ONE_TILE:
+        row, first_query = tl.program_id(0), 0
+    else:
+        tile = tl.program_id(0)
+        row = find_row(tile, query_start_loc, num_rows, QUERIES, 1)
+        first_query = (tile - tl.load(query_start_loc + row) // QUERIES - row) * QUERIES
+    return row, first_query
+
+
+@triton.jit
+def has_format(slot, formats, wanted):
+    """Whether a row is compacted and its runs are of that format."""
+    return (slot >= 0) & (tl.load(formats + tl.maximum(slot, 0)) == wanted)
 
 
 @triton.jit
@@ -236,6 +284,7 @@ def _attend_kernel(
     destination,
     start,
     boundary,
+    formats,
     row_slot,
     block_table,
     seq_lens,
@@ -274,19 +323,14 @@ def _attend_kernel(
     KEYS: tl.constexpr,
 ):
     head, split = tl.program_id(1), tl.program_id(2)
-    if ONE_TILE:
-        row, first_query = tl.program_id(0), 0
-    else:
-        tile = tl.program_id(0)
-        row = _find_row(tile, query_start_loc, num_rows, QUERIES, 1)
-        first_query = (tile - tl.load(query_start_loc + row) // QUERIES - row) * QUERIES
+    row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     slot = tl.load(row_slot + row)
     compacted = slot >= 0
     idle = first_query >= num_queries
     if COMPACTED_ONLY:
-        idle = idle | (slot < 0)
+        idle = idle | (not has_format(slot, formats, 0))
     if idle:
         return
 
@@ -376,14 +420,16 @@ def _attend_kernel(
     tl.store(out_at[:, None] + channel[None, :], result.to(share_out.dtype.element_ty), mask=real_channels)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["format_id", "num_rows"])
 def _merge_kernel(
     share_out,  # [T, Hq, SPLITS, D] float32
     share_lse,  # [T, Hq, SPLITS] float32; -inf where a share is empty, and its share_out was never written
     out,
     lse,  # [T, Hq] float32
+    formats,
     row_slot,
     query_start_loc,
+    format_id,
     num_rows,
     out_token,
     out_head,
@@ -397,8 +443,8 @@ def _merge_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     idle = token >= tl.load(query_start_loc + num_rows)
     if COMPACTED_ONLY:
-        row = _find_row(token, query_start_loc, num_rows, 1, 0)
-        idle = idle | (tl.load(row_slot + row) < 0)
+        row = find_row(token, query_start_loc, num_rows, 1, 0)
+        idle = idle | (not has_format(tl.load(row_slot + row), formats, format_id))
     if idle:
         return
     pair = token * tl.num_programs(1) + head

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -14,11 +15,23 @@ class Runs:
         start: `[S, L·H + 1]` int32; the run of (layer l, head h) goes from linear page start[l·H + h] up to
             the next entry.
         boundary: `[S]` int32, first raw token, a multiple of the block size.
+        format: `[S]` int32, how each request's runs are written: 0 for raw tokens, else 1 + the place of the
+            format in `formats.FORMATS`; all are raw if it is not given.
+        encoded: `[S, L·H]` int32, tokens that the run of each (layer, head) holds in records, a multiple of
+            32; read of requests with a format only.
     """
 
     destination: Tensor
     start: Tensor
     boundary: Tensor
+    format: Tensor = None  # type: ignore[assignment]
+    encoded: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.format is None:
+            object.__setattr__(self, "format", torch.zeros_like(self.boundary))
+        if self.encoded is None:
+            object.__setattr__(self, "encoded", torch.zeros_like(self.start[:, 1:]))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from vllm_kvcompress.formats import RECORD, Format
 from vllm_kvcompress.formats.kivi import Kivi, value_group
-from vllm_kvcompress.formats.turboquant import TurboProd, TurboQuant
+from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels import cpu_vectors as v
 
 LOG2_E = 1.4426950408889634
@@ -82,6 +83,7 @@ class A(enum.IntEnum):
     OUT = 44  # float32 [T, Hq, D]
     INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
     PAIRS = 46  # T·Hq
+    MEANS_AT = 47  # of keys, in a record; -1 for none
 
 
 # As plain numbers, which Numba takes for constants.
@@ -92,7 +94,45 @@ class A(enum.IntEnum):
 )
 (SIGN_BOOK, ROTATION, BACK, PROJECTION, BIAS_AT, BLOCK_SIZE, DTYPE, KEY_PLACE) = map(int, list(A)[29:37])
 (KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
-(PART_STATE, OUT, INNER, NUM_PAIRS) = map(int, list(A)[43:])
+(PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT) = map(int, list(A)[43:])
+
+
+class Buffers(NamedTuple):
+    """Addresses of a thread's own memory, all float32; M is the most rows that a piece has.
+
+    Attributes:
+        query: `[M, D]`, the piece's queries.
+        turned: `[M, D]`, rotated.
+        projected: `[M, D]`, for the signs of residuals.
+        scaled: `[M, D]`, times the scales of a record's keys.
+        out: `[M, D]`, the sum so far.
+        rotated: `[M, D]`, that of encoded values, before it is rotated back.
+        keys: `[D, 32]`, of 32 tokens.
+        values: `[32, D]`.
+        logits: `[M, 32]`, then weights.
+        weights: `[M, 32]`, times the scales of a record's values.
+        state: `[M, 4]`, see `cpu_vectors.soften`.
+        numbers: `[4·D + 96]`, scales, zeros, norms.
+    """
+
+    query: int
+    turned: int
+    projected: int
+    scaled: int
+    out: int
+    rotated: int
+    keys: int
+    values: int
+    logits: int
+    weights: int
+    state: int
+    numbers: int
+
+
+def _floats(most: int, size: int) -> int:
+    """Of a thread's memory."""
+    return 6 * most * size + 2 * RECORD * size + 2 * RECORD * most + 4 * most + 4 * size + 96
+
 
 _compiled = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
 
@@ -238,31 +278,31 @@ def _number(where, dtype):
 
 
 @_compiled
-def _cap(args, logits, rows, bias):
+def _cap(args, own, rows, bias):
     """Products of 32 tokens become logits in base 2."""
     factors = _get(args, INNER)
     inner, outer, capped = v.get_f32(factors), v.get_f32(factors + 4), v.get_f32(factors + 8)
     for row in range(rows):
-        own = logits + 128 * row
+        logits = own.logits + 128 * row
         if capped > 0:
-            v.cap(own, inner, outer)
+            v.cap(logits, inner, outer)
         else:
-            v.scale(own, 2, inner)
+            v.scale(logits, 2, inner)
         if bias != 0:
-            v.add_scaled(own, bias, 2, np.float32(LOG2_E))
+            v.add_scaled(logits, bias, 2, np.float32(LOG2_E))
 
 
 @_compiled
-def _soften(args, logits, rows, state, out, rotated):
+def _soften(args, own, rows):
     """Logits become weights, and what was summed up so far shrinks with them."""
-    size = _get(args, SIZE)
+    size, turbo = _get(args, SIZE), _get(args, KIND) == TURBO
     for row in range(rows):
-        v.soften(logits + 128 * row, state + 16 * row)
-        shrink = v.get_f32(state + 16 * row + 8)
+        v.soften(own.logits + 128 * row, own.state + 16 * row)
+        shrink = v.get_f32(own.state + 16 * row + 8)
         if shrink != 1:
-            v.scale(out + 4 * size * row, size // 16, shrink)
-            if rotated != 0:
-                v.scale(rotated + 4 * size * row, size // 16, shrink)
+            v.scale(own.out + 4 * size * row, size // 16, shrink)
+            if turbo:
+                v.scale(own.rotated + 4 * size * row, size // 16, shrink)
 
 
 @_compiled
@@ -272,76 +312,101 @@ def _bias(args, record):
 
 
 @_compiled
-def _attend_kivi(args, record, query, scaled, rows, keys, values, numbers, logits, weights, state, out):
+def _attend_kivi(args, record, own, rows):
     """Add what a record of KIVI says to the rows' output."""
     size, bits, group = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_GROUP)
-    codes = 32 * size * bits // 8
+    row_bytes, codes = 4 * size, 32 * size * bits // 8
     of_keys = record + 2 * codes
     of_values = of_keys + 4 * size
-    key_scale, key_zero = numbers, numbers + 4 * size
-    value_scale, value_zero = key_zero + 4 * size, key_zero + 4 * size + 128
-    _read_codes(record, bits, size, 32, 32, keys)
-    _read_codes(record + codes, bits, 32, size, group, values)
+    key_scale, key_zero = own.numbers, own.numbers + row_bytes
+    value_scale, value_zero = key_zero + row_bytes, key_zero + row_bytes + 128
+    _read_codes(record, bits, size, 32, 32, own.keys)
+    _read_codes(record + codes, bits, 32, size, group, own.values)
     _read_halves(of_keys, key_scale, size)
     _read_halves(of_keys + 2 * size, key_zero, size)
     for row in range(rows):
-        own = query + 4 * size * row
-        v.multiply(own, key_scale, scaled + 4 * size * row, size // 16)
-        v.fill(logits + 128 * row, 2, v.dot(own, key_zero, size // 16))
-    _multiply_add(scaled, 4 * size, keys, 128, size, logits, 128, rows, 32)
-    _cap(args, logits, rows, _bias(args, record))
-    _soften(args, logits, rows, state, out, 0)
+        query = own.query + row_bytes * row
+        v.multiply(query, key_scale, own.scaled + row_bytes * row, size // 16)
+        v.fill(own.logits + 128 * row, 2, v.dot(query, key_zero, size // 16))
+    _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
+    _cap(args, own, rows, _bias(args, record))
+    _soften(args, own, rows)
     num_groups = size // group
     for number in range(num_groups):
         _read_halves(of_values + 64 * number, value_scale, 32)
         _read_halves(of_values + 64 * (num_groups + number), value_zero, 32)
         part = 4 * group * number
         for row in range(rows):
-            own = logits + 128 * row
-            v.multiply(own, value_scale, weights + 128 * row, 2)
-            v.add(out + 4 * size * row + part, group // 16, v.dot(own, value_zero, 2))
-        _multiply_add(weights, 128, values + part, 4 * size, 32, out + part, 4 * size, rows, group)
+            paid = own.logits + 128 * row
+            v.multiply(paid, value_scale, own.weights + 128 * row, 2)
+            v.add(own.out + row_bytes * row + part, group // 16, v.dot(paid, value_zero, 2))
+        values, out = own.values + part, own.out + part
+        _multiply_add(own.weights, 128, values, row_bytes, 32, out, row_bytes, rows, group)
 
 
 @_compiled
-def _attend_turbo(
-    args, record, rotated_query, projected, rows, keys, values, numbers, logits, weights, state, out, rotated
-):
+def _attend_turbo(args, record, own, rows):
     """Add what a record of TurboQuant says to the rows' output, which stays rotated."""
     size, key_bits, value_bits = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_BITS)
-    signs = _get(args, SIGNS)
-    at = record + 32 * size * key_bits // 8
-    norms, residual, value_norms = numbers, numbers + 128, numbers + 256
+    row_bytes, signs = 4 * size, record + 32 * size * key_bits // 8
+    value_codes = signs + 4 * size * _get(args, SIGNS)
+    at = value_codes + 32 * size * value_bits // 8
+    norms, residuals, value_norms, means = (
+        own.numbers,
+        own.numbers + 128,
+        own.numbers + 256,
+        own.numbers + 384,
+    )
     for row in range(rows):
-        v.fill(logits + 128 * row, 2, np.float32(0.0))
-    _look_codes_up(record, key_bits, size, 32, 32, _get(args, KEY_BOOK), keys)
-    _multiply_add(rotated_query, 4 * size, keys, 128, size, logits, 128, rows, 32)
-    sign_codes = at
-    if signs:
-        at += 4 * size
-    value_codes = at
-    at += 32 * size * value_bits // 8
+        v.fill(own.logits + 128 * row, 2, np.float32(0.0))
+    _look_codes_up(record, key_bits, size, 32, 32, _get(args, KEY_BOOK), own.keys)
+    _multiply_add(own.turned, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
     _read_halves(at, norms, 32)
     at += 64
-    if signs:
-        _read_halves(at, residual, 32)
+    if _get(args, SIGNS):
+        _read_halves(at, residuals, 32)
         at += 64
-        _look_codes_up(sign_codes, 1, size, 32, 32, _get(args, SIGN_BOOK), keys)
+        _look_codes_up(signs, 1, size, 32, 32, _get(args, SIGN_BOOK), own.keys)
         for row in range(rows):
-            v.fill(weights + 128 * row, 2, np.float32(0.0))
-        _multiply_add(projected, 4 * size, keys, 128, size, weights, 128, rows, 32)
+            v.fill(own.weights + 128 * row, 2, np.float32(0.0))
+        _multiply_add(own.projected, row_bytes, own.keys, 128, size, own.weights, 128, rows, 32)
         for row in range(rows):
-            v.multiply(weights + 128 * row, residual, weights + 128 * row, 2)
-            v.add_scaled(logits + 128 * row, weights + 128 * row, 2, np.float32(1.0))
+            weights = own.weights + 128 * row
+            v.multiply(weights, residuals, weights, 2)
+            v.add_scaled(own.logits + 128 * row, weights, 2, np.float32(1.0))
     for row in range(rows):
-        v.multiply(logits + 128 * row, norms, logits + 128 * row, 2)
+        v.multiply(own.logits + 128 * row, norms, own.logits + 128 * row, 2)
+    if _get(args, MEANS_AT) >= 0:
+        _read_halves(record + _get(args, MEANS_AT), means, size)
+        for row in range(rows):
+            v.add(own.logits + 128 * row, 2, v.dot(own.query + row_bytes * row, means, size // 16))
     _read_halves(at, value_norms, 32)
-    _cap(args, logits, rows, _bias(args, record))
-    _soften(args, logits, rows, state, out, rotated)
-    _look_codes_up(value_codes, value_bits, 32, size, _get(args, VALUE_GROUP), _get(args, VALUE_BOOK), values)
+    _cap(args, own, rows, _bias(args, record))
+    _soften(args, own, rows)
+    group, book = _get(args, VALUE_GROUP), _get(args, VALUE_BOOK)
+    _look_codes_up(value_codes, value_bits, 32, size, group, book, own.values)
     for row in range(rows):
-        v.multiply(logits + 128 * row, value_norms, weights + 128 * row, 2)
-    _multiply_add(weights, 128, values, 4 * size, 32, rotated, 4 * size, rows, size)
+        v.multiply(own.logits + 128 * row, value_norms, own.weights + 128 * row, 2)
+    _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
+
+
+@_compiled
+def _attend_raw(args, page, token, own, rows, first_query, num_queries, tail):
+    """Add what 32 tokens of the raw tail, from `token` on, say to the rows' output."""
+    size, group, block_size = _get(args, SIZE), _get(args, GROUP), _get(args, BLOCK_SIZE)
+    row_bytes, valid = 4 * size, min(32, tail - token)
+    _read_raw(args, page, token % block_size, valid, own.keys, own.values)
+    for row in range(rows):
+        v.fill(own.logits + 128 * row, 2, np.float32(0.0))
+    _multiply_add(own.query, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
+    _cap(args, own, rows, 0)
+    for row in range(rows):
+        # The last query sees the whole tail, each earlier one a token less.
+        seen = tail - (num_queries - 1 - first_query - row // group) - token
+        for unseen in range(max(min(seen, valid), 0), 32):
+            v.set_f32(own.logits + 128 * row + 4 * unseen, np.float32(-np.inf))
+    _soften(args, own, rows)
+    _multiply_add(own.logits, 128, own.values, row_bytes, valid, own.out, row_bytes, rows, size)
 
 
 @_compiled
@@ -354,6 +419,52 @@ def _record(args, pages, number):
 
 
 @_compiled
+def _buffers(args, scratch):
+    size, most = _get(args, SIZE), _get(args, QUERIES) * _get(args, GROUP)
+    rows, tile = 4 * most * size, 128 * size
+    keys = scratch + 6 * rows
+    logits = keys + 2 * tile
+    state = logits + 256 * most
+    return Buffers(
+        scratch,
+        scratch + rows,
+        scratch + 2 * rows,
+        scratch + 3 * rows,
+        scratch + 4 * rows,
+        scratch + 5 * rows,
+        keys,
+        keys + tile,
+        logits,
+        logits + 128 * most,
+        state,
+        state + 16 * most,
+    )
+
+
+@_compiled
+def _begin(args, own, rows, pair, encoded):
+    """Bring a piece's queries together, from its first pair of query and head on; nothing is summed yet."""
+    size, group, heads = _get(args, SIZE), _get(args, GROUP), _get(args, HEADS)
+    row_bytes = 4 * size
+    for row in range(rows):
+        source = pair + row // group * heads * group + row % group
+        for channel in range(0, row_bytes, 64):
+            v.copy(_get(args, QUERY) + source * row_bytes + channel, own.query + row * row_bytes + channel)
+        v.set_f32(own.state + 16 * row, np.float32(-np.inf))
+        v.set_f32(own.state + 16 * row + 4, np.float32(0.0))
+        for sum_ in (own.out, own.rotated, own.turned, own.projected):
+            v.fill(sum_ + row * row_bytes, size // 16, np.float32(0.0))
+    if encoded and _get(args, KIND) == TURBO:
+        matrix = _get(args, ROTATION)
+        _multiply_add(own.query, row_bytes, matrix, row_bytes, size, own.turned, row_bytes, rows, size)
+        if _get(args, SIGNS):
+            matrix = _get(args, PROJECTION)
+            _multiply_add(
+                own.turned, row_bytes, matrix, row_bytes, size, own.projected, row_bytes, rows, size
+            )
+
+
+@_compiled
 def _attend_piece(args, scratch, row, block, head, split):
     size, group, heads = _get(args, SIZE), _get(args, GROUP), _get(args, HEADS)
     queries, splits, share = _get(args, QUERIES), _get(args, SPLITS), _get(args, SHARE)
@@ -362,109 +473,47 @@ def _attend_piece(args, scratch, row, block, head, split):
     first_query = block * queries
     if first_query >= num_queries:
         return
-    some = min(queries, num_queries - first_query)
-    rows = some * group
+    rows = min(queries, num_queries - first_query) * group
     in_run = 32 * v.get_i32(_get(args, RECORDS) + 4 * (row * heads + head))
     tail = v.get_i32(_get(args, TAIL) + 4 * row)
     begin = split * share
     end = min(begin + share, in_run + tail)
-
-    most, row_bytes = queries * group, 4 * size
-    query = scratch
-    rotated_query = query + most * row_bytes
-    projected = rotated_query + most * row_bytes
-    scaled = projected + most * row_bytes
-    out = scaled + most * row_bytes
-    rotated = out + most * row_bytes
-    keys = rotated + most * row_bytes
-    values = keys + 32 * row_bytes
-    logits = values + 32 * row_bytes
-    weights = logits + 128 * most
-    state = weights + 128 * most
-    numbers = state + 16 * most
-
-    turbo = _get(args, KIND) == TURBO
-    for number in range(rows):
-        token, member = start + first_query + number // group, number % group
-        pair = (token * heads + head) * group + member
-        at = _get(args, QUERY) + pair * row_bytes
-        own = query + number * row_bytes
-        for channel in range(0, size, 16):
-            v.copy(at + 4 * channel, own + 4 * channel)
-        v.set_f32(state + 16 * number, np.float32(-np.inf))
-        v.set_f32(state + 16 * number + 4, np.float32(0.0))
-        v.fill(out + number * row_bytes, size // 16, np.float32(0.0))
-        v.fill(rotated + number * row_bytes, size // 16, np.float32(0.0))
-
-    if begin < min(end, in_run) and turbo:
-        for number in range(rows):
-            v.fill(rotated_query + number * row_bytes, size // 16, np.float32(0.0))
-            v.fill(projected + number * row_bytes, size // 16, np.float32(0.0))
-        matrix = _get(args, ROTATION)
-        _multiply_add(query, row_bytes, matrix, row_bytes, size, rotated_query, row_bytes, rows, size)
-        if _get(args, SIGNS):
-            matrix = _get(args, PROJECTION)
-            _multiply_add(rotated_query, row_bytes, matrix, row_bytes, size, projected, row_bytes, rows, size)
-
-    own_pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
-    cache, page_bytes, lines = _get(args, CACHE), _get(args, PAGE_BYTES), _get(args, RECORD_BYTES) // 64 + 1
     last = min(end, in_run) // 32
-    record = _record(args, own_pages, begin // 32)
+    own = _buffers(args, scratch)
+    pair = ((start + first_query) * heads + head) * group
+    _begin(args, own, rows, pair, begin // 32 < last)
+
+    pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
+    lines, turbo = _get(args, RECORD_BYTES) // 64 + 1, _get(args, KIND) == TURBO
+    record = _record(args, pages, begin // 32) if begin // 32 < last else 0
     for number in range(begin // 32, last):
-        following = _record(args, own_pages, min(number + 1, last - 1))
+        following = _record(args, pages, min(number + 1, last - 1))
         v.fetch(following, lines)
         if turbo:
-            _attend_turbo(
-                args,
-                record,
-                rotated_query,
-                projected,
-                rows,
-                keys,
-                values,
-                numbers,
-                logits,
-                weights,
-                state,
-                out,
-                rotated,
-            )
+            _attend_turbo(args, record, own, rows)
         else:
-            _attend_kivi(
-                args, record, query, scaled, rows, keys, values, numbers, logits, weights, state, out
-            )
+            _attend_kivi(args, record, own, rows)
         record = following
 
     first_page = v.get_i32(_get(args, COUNTS) + 4 * (row * heads + head))
-    block_size = _get(args, BLOCK_SIZE)
     for token in range(max(begin - in_run, 0), end - in_run, 32):
-        valid = min(32, tail - token)
-        page = v.get_i32(own_pages + 4 * (first_page + token // block_size))
-        _read_raw(args, cache + page * page_bytes, token % block_size, valid, keys, values)
-        for number in range(rows):
-            v.fill(logits + 128 * number, 2, np.float32(0.0))
-        _multiply_add(query, row_bytes, keys, 128, size, logits, 128, rows, 32)
-        _cap(args, logits, rows, 0)
-        for number in range(rows):
-            # The last query sees the whole tail, each earlier one a token less.
-            seen = tail - (num_queries - 1 - first_query - number // group) - token
-            for unseen in range(max(min(seen, valid), 0), 32):
-                v.set_f32(logits + 128 * number + 4 * unseen, np.float32(-np.inf))
-        _soften(args, logits, rows, state, out, rotated if turbo else 0)
-        _multiply_add(logits, 128, values, row_bytes, valid, out, row_bytes, rows, size)
+        page = v.get_i32(pages + 4 * (first_page + token // _get(args, BLOCK_SIZE)))
+        at = _get(args, CACHE) + page * _get(args, PAGE_BYTES)
+        _attend_raw(args, at, token, own, rows, first_query, num_queries, tail)
 
+    row_bytes = 4 * size
     if turbo:
-        _multiply_add(rotated, row_bytes, _get(args, BACK), row_bytes, size, out, row_bytes, rows, size)
+        _multiply_add(
+            own.rotated, row_bytes, _get(args, BACK), row_bytes, size, own.out, row_bytes, rows, size
+        )
     for number in range(rows):
-        token, member = start + first_query + number // group, number % group
-        part = ((token * heads + head) * group + member) * splits + split
-        for channel in range(0, size, 16):
-            v.copy(
-                out + number * row_bytes + 4 * channel, _get(args, PART_OUT) + part * row_bytes + 4 * channel
-            )
+        part = (pair + number // group * heads * group + number % group) * splits + split
+        to = _get(args, PART_OUT) + part * row_bytes
+        for channel in range(0, row_bytes, 64):
+            v.copy(own.out + number * row_bytes + channel, to + channel)
         to = _get(args, PART_STATE) + 8 * part
-        v.set_f32(to, v.get_f32(state + 16 * number))
-        v.set_f32(to + 4, v.get_f32(state + 16 * number + 4))
+        v.set_f32(to, v.get_f32(own.state + 16 * number))
+        v.set_f32(to + 4, v.get_f32(own.state + 16 * number + 4))
 
 
 def _attend_thread(args):
@@ -585,6 +634,7 @@ class RecordAttention:
         args[A.PER_PAGE] = format.tokens_per_page(page_bytes, size) // RECORD
         args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
         args[A.VALUE_GROUP], args[A.BIAS_AT] = value_group(size), bias_at
+        args[A.MEANS_AT] = -1
         args[A.KIND] = KIVI if isinstance(format, Kivi) else TURBO
         if isinstance(format, TurboQuant):
             self._describe_turbo(args, format)
@@ -613,6 +663,8 @@ class RecordAttention:
         padded = [self._held(torch.nn.functional.pad(book, (0, 16 - len(book)))) for book in books]
         args[A.KEY_BOOK], args[A.VALUE_BOOK], args[A.SIGN_BOOK] = (book.data_ptr() for book in padded)
         args[A.KEY_BITS] = format.key_bits
+        if isinstance(format, TurboCentred):
+            args[A.MEANS_AT] = format.record_bytes(size) - 2 * size
         if isinstance(format, TurboProd):
             factor = math.sqrt(math.pi / 2) / size
             args[A.SIGNS] = 1
@@ -639,7 +691,7 @@ class RecordAttention:
         blocks = -(-rows.max_query_len // queries)
         share, splits = _shares(num_rows * heads * blocks, rows.max_tokens, threads)
         most = queries * group
-        floats = 6 * most * size + 2 * 32 * size + 2 * 32 * most + 4 * most + 4 * size + 3 * 32
+        floats = _floats(most, size)
         if self._scratch.numel() < threads * floats:
             self._scratch = torch.empty(threads * floats)
         query = query.float().contiguous()  # it may be a part of a wider array

@@ -3,8 +3,17 @@
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.formats.base import RECORD, Format
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
+
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Causal attention of one KV head's group over the tokens that the head kept.
 
     The last query sees every key, and each earlier one sees one key less: all kept tokens below the boundary
@@ -16,20 +25,29 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float, logits_sof
         values: `[n, D]`.
         scale: softmax scale of the layer.
         logits_soft_cap: cap of `cap·tanh(logits / cap)`; 0 for none.
+        bias: `[n]` float32, added to every query's logits behind the cap.
 
     Returns:
         `[q, G, D]` float32.
     """
-    weights = causal_logits(query, keys, scale, logits_soft_cap).softmax(-1)
+    weights = causal_logits(query, keys, scale, logits_soft_cap, bias).softmax(-1)
     return torch.einsum("gqn,nd->qgd", weights, values.float())
 
 
-def causal_logits(query: Tensor, keys: Tensor, scale: float, logits_soft_cap: float = 0.0) -> Tensor:
+def causal_logits(
+    query: Tensor,
+    keys: Tensor,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    bias: Tensor | None = None,
+) -> Tensor:
     """What `attend` takes the softmax of, `[G, q, n]` float32; -inf where a query precedes a key."""
     num_queries, num_keys = query.shape[0], keys.shape[0]
     logits = torch.einsum("qgd,nd->gqn", query.float(), keys.float()) * scale
     if logits_soft_cap:
         logits = logits_soft_cap * torch.tanh(logits / logits_soft_cap)
+    if bias is not None:
+        logits = logits + bias
     newest = torch.arange(num_queries, device=keys.device)[:, None] + num_keys - num_queries
     return logits.masked_fill(torch.arange(num_keys, device=keys.device) > newest, -torch.inf)
 
@@ -76,4 +94,71 @@ def attend_paged(
         )
         outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap))
         lses.append(causal_logits(group, own_keys, scale, logits_soft_cap).logsumexp(-1).T)
+    return torch.cat(outputs, 1), torch.cat(lses, 1)
+
+
+def attend_records_paged(
+    query: Tensor,
+    pages: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    format: Format,
+    destination: Tensor,
+    start: Tensor,
+    encoded: Tensor,
+    tail: Tensor,
+    tail_len: int,
+    layer: int,
+    scale: float,
+    logits_soft_cap: float = 0.0,
+    bias: Tensor | None = None,
+    bias_at: int = -1,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one row over the records of its runs and its raw tail.
+
+    Args:
+        query: `[q, Hq, D]`, the row's newest q tokens.
+        pages: `[L·B·H, page_bytes]` uint8.
+        keys: `[L, B, H, N, D]`, in which the tail lies.
+        values: `[L, B, H, N, D]`.
+        format: of the records.
+        destination: `[n]` int64 on the CPU, its compacted blocks.
+        start: `[L·H + 1]` int64 on the CPU, where each (layer, head)'s run begins.
+        encoded: `[L·H]` int64 on the CPU, tokens that the run of each (layer, head) holds.
+        tail: `[m]` int64 on the CPU, its raw blocks from the boundary on.
+        tail_len: tokens that they hold.
+        layer: which of the L layers.
+        scale: softmax scale of the layer.
+        logits_soft_cap: 0 for none.
+        bias: `[L, B, H, N]` float32, of raw tokens.
+        bias_at: bytes of a record before its tokens' bias, 32 float32; -1 if records have none.
+
+    Returns:
+        `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
+    """
+    num_layers, _, heads, _, head_size = keys.shape
+    by_place = pages.unflatten(0, (num_layers, -1, heads))
+    size = format.record_bytes(head_size)
+    outputs, lses = [], []
+    for head, group in enumerate(query.unflatten(1, (heads, -1)).unbind(1)):
+        run = torch.arange(*start[layer * heads + head :][:2].tolist())
+        slot = run % (num_layers * heads)  # a block holds one page of each layer and head, of whichever owner
+        own = by_place[slot // heads, destination[run // (num_layers * heads)], slot % heads]
+        held = int(encoded[layer * heads + head])
+        records = own[:, : own.shape[1] // size * size].reshape(-1, size)[: held // RECORD]
+        parts = zip(
+            format.decode(records, head_size),
+            (cache[layer, tail, head] for cache in (keys, values)),
+            strict=True,
+        )
+        own_keys, own_values = (
+            torch.cat([old.flatten(0, 1), new.flatten(0, 1)[:tail_len].float()]) for old, new in parts
+        )
+        shift = torch.zeros(len(own_keys))
+        if bias_at >= 0:
+            shift[:held] = records[:, bias_at:][:, : 4 * RECORD].contiguous().view(torch.float32).flatten()
+        if bias is not None:
+            shift[held:] = bias[layer, tail, head].flatten()[:tail_len]
+        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap, shift))
+        lses.append(causal_logits(group, own_keys, scale, logits_soft_cap, shift).logsumexp(-1).T)
     return torch.cat(outputs, 1), torch.cat(lses, 1)

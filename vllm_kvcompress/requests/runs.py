@@ -2,6 +2,7 @@
 
 import torch
 
+from vllm_kvcompress.formats import number_of
 from vllm_kvcompress.kernels.batch import Runs
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.tables import RequestTable
@@ -28,6 +29,8 @@ class RunArrays:
             destination=torch.zeros(max_requests, max_blocks, dtype=torch.int32, device=device),
             start=torch.zeros(max_requests, grid.pages_per_block + 1, dtype=torch.int32, device=device),
             boundary=torch.zeros(max_requests, dtype=torch.int32, device=device),
+            format=torch.zeros(max_requests, dtype=torch.int32, device=device),
+            encoded=torch.zeros(max_requests, grid.pages_per_block, dtype=torch.int32, device=device),
         )
         self.slots: dict[str, int] = {}
         self._free = list(range(max_requests))
@@ -40,6 +43,9 @@ class RunArrays:
         self.arrays.destination[slot, : len(table.destination)] = table.destination
         self.arrays.start[slot, 1:] = table.counts.flatten().cumsum(0)
         self.arrays.boundary[slot] = table.boundary
+        self.arrays.format[slot] = number_of(table.format)
+        if table.format is not None:
+            self.arrays.encoded[slot] = table.run_tokens.flatten()
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is known; its slot may be given to another."""

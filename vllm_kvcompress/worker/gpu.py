@@ -66,8 +66,9 @@ class CompressionGPUWorker(CompressionWorker):
         by_token = pages.view(-1, grid.block_size, 2 * size).split(size, -1)
         shape = grid.num_layers, grid.num_blocks, grid.num_heads
         for index, layer in enumerate(layers):
-            layer.impl.layer_index = index
+            layer.impl.layer_index, layer.impl.content = index, pages.view(torch.uint8)
             layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in by_token)
+        builder.format = self._config.record_format
         return PlainCache(grid, *by_token, pages)
 
     def determine_available_memory(self) -> int:

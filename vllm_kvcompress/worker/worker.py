@@ -20,6 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
@@ -81,10 +82,13 @@ class CompressionWorker(Worker):
         self.lacks = probed.lacks
         said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
         if said != (num_heads, cache.head_size):
-            self.lacks["needs_known_shape"] = (
+            differs = (
                 f"its layers have {num_heads} KV heads of {cache.head_size} channels, "
                 "and its configuration says {} of {}".format(*said)
             )
+            self.lacks["needs_known_shape"] = differs
+            if said[1] != cache.head_size:
+                self.lacks[NEEDS_HEAD_SIZE] = differs
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)

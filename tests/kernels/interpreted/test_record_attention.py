@@ -1,0 +1,296 @@
+"""The kernel over encoded pages equals the plain PyTorch reference, output and log-sum-exp."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged import Batch, Row, pairwise
+from torch import Tensor
+
+from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats.kivi import Kivi4
+from vllm_kvcompress.kernels.attention import attend
+from vllm_kvcompress.kernels.records import attend_records
+from vllm_kvcompress.kernels.reference import attend_records_paged
+
+# Keys, values and rotated queries are rounded to the dtype after they are decoded or turned.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+RAW = "raw"
+
+
+@dataclass(frozen=True)
+class BiasedKivi4(Kivi4):
+    """kivi4 with 32 float32 behind each record."""
+
+    name: ClassVar[str] = "biased"
+
+    def record_bytes(self, head_size: int) -> int:
+        return super().record_bytes(head_size) + 4 * RECORD
+
+    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        bias = torch.randn(keys.shape[:-1])
+        return torch.cat([super().encode(keys, values), bias.view(torch.uint8)], -1)
+
+    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
+        return super().decode(records[..., : super().record_bytes(head_size)], head_size)
+
+
+NAMED = {**FORMATS, "biased": BiasedKivi4()}
+IDS = {RAW: 0, **{name: 1 + place for place, name in enumerate(NAMED)}}
+
+
+class RecordBatch(Batch):
+    """A batch whose compacted rows are of several formats.
+
+    Attributes:
+        formats: of the rows, by name; `RAW` for raw pages and None for rows without compaction.
+        pages: `[L·B·H, page_bytes]` uint8, the whole cache.
+        bias: `[L, B, H, N]` float32, of raw tokens.
+    """
+
+    def __init__(self, rows: list[Row], formats: list[str | None], group: int, cache: Tensor) -> None:
+        self.head_size = cache.shape[-1] // 2
+        super().__init__(rows, *cache.split(self.head_size, -1), group)
+        self.formats = formats
+        self.pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
+        num_slots, width = self.runs.start.shape
+        self.runs = replace(
+            self.runs,
+            format=torch.zeros(num_slots, dtype=torch.int32),
+            encoded=torch.full((num_slots, width - 1), 99, dtype=torch.int32),
+        )
+        for index, name in enumerate(formats):
+            if name in NAMED:
+                self._encode(index, NAMED[name], IDS[name])
+
+    def _encode(self, index: int, format: Format, format_id: int) -> None:
+        """Fill a row's runs with records: as many of each head as there is room for, or somewhat fewer."""
+        layers, _, heads, _, _ = self.keys.shape
+        per_page = self.pages.shape[1] // format.record_bytes(self.head_size)
+        slot = int(self.rows.slot[index])
+        self.runs.format[slot] = format_id
+        by_place = self.pages.unflatten(0, (layers, -1, heads))
+        destination, start = self.runs.destination[slot].long(), self.runs.start[slot].long()
+        for head, own in enumerate(start.diff().tolist()):
+            count = max(0, own * per_page - int(torch.randint(0, 2 * per_page + 1, ())))
+            self.runs.encoded[slot, head] = count * RECORD
+            tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
+            records = format.encode(*tokens)
+            for page in range(own):
+                linear = int(start[head]) + page
+                place = linear % (layers * heads)
+                target = by_place[place // heads, destination[linear // (layers * heads)], place % heads]
+                target.fill_(255)  # NaN to whoever reads it
+                held = records[page * per_page : (page + 1) * per_page].flatten()
+                target[: len(held)] = held
+
+    def rows_of(self, name: str) -> list[tuple[int, slice]]:
+        """Rows of a format, and their tokens."""
+        bounds = self.rows.query_start_loc.tolist()
+        return [(row, slice(*bounds[row : row + 2])) for row, own in enumerate(self.formats) if own == name]
+
+    def launch(self, name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias=None):
+        """Serve the rows of a format into `out`; the log-sum-exp."""
+        arguments = layer, scale, logits_soft_cap, num_splits, min_share, out
+        if name == RAW:
+            caches = self.keys, self.values
+            return attend(self.query, *caches, self.runs, self.rows, *arguments, compacted_only=True)[1]
+        caches = self.pages, self.keys, self.values
+        format = layer, NAMED[name], IDS[name], *arguments[1:]
+        bias = {"bias": bias, "bias_at": bias_at(name, self.head_size)}
+        found, lse = attend_records(self.query, *caches, self.runs, self.rows, *format, **bias)
+        assert found is out
+        return lse
+
+    def expected_of(self, name, layer, scale, logits_soft_cap, bias=None):
+        """Output and log-sum-exp of each row of a format, by the reference, and the row's tokens."""
+        for row, tokens in self.rows_of(name):
+            slot = self.rows.slot[row]
+            yield (
+                tokens,
+                *attend_records_paged(
+                    self.query[tokens],
+                    self.pages,
+                    self.keys,
+                    self.values,
+                    NAMED[name],
+                    self.runs.destination[slot].long(),
+                    self.runs.start[slot].long(),
+                    self.runs.encoded[slot].long(),
+                    self.tails[row],
+                    self._rows[row].tail,
+                    layer,
+                    scale,
+                    logits_soft_cap,
+                    bias,
+                    bias_at(name, self.head_size),
+                ),
+            )
+
+
+def bias_at(name: str, head_size: int) -> int:
+    return Kivi4().record_bytes(head_size) if name == "biased" else -1
+
+
+def assert_equals_reference(
+    batch, name, layer=1, scale=0.2, logits_soft_cap=0.0, num_splits=1, min_share=64, bias=None
+):
+    dtype = batch.query.dtype
+    out = torch.randn_like(batch.query)
+    before = out.clone()
+    lse = batch.launch(name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias)
+    tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    for tokens, wanted, wanted_lse in batch.expected_of(name, layer, scale, logits_soft_cap, bias):
+        torch.testing.assert_close(out[tokens].float(), wanted, **tolerance)
+        torch.testing.assert_close(lse[tokens], wanted_lse, **tolerance)
+        out[tokens] = before[tokens]
+    assert torch.equal(out, before)  # other rows, and padding tokens
+
+
+# One row of raw pages, one of other records and one without compaction among those that are looked at.
+ROWS = {
+    "decode": [
+        (Row(1, 9, blocks=3, boundary=5), True),
+        (Row(1, 40), None),
+        (Row(1, 20, blocks=1, boundary=2), RAW),
+        (Row(1, 1, blocks=2, boundary=4), True),
+        (Row(1, 3, blocks=1, boundary=2), False),
+    ],
+    "extend": [
+        (Row(3, 21, blocks=1, boundary=3), RAW),
+        (Row(5, 5, blocks=2, boundary=4), True),
+        (Row(1, 30, blocks=2, boundary=4), True),
+        (Row(2, 4, blocks=1, boundary=4), False),
+        (Row(4, 11), None),
+    ],
+    "chunk": [
+        (Row(2, 2, blocks=1, boundary=1), False),
+        (Row(19, 33, blocks=3, boundary=5), True),
+        (Row(1, 3), None),
+    ],
+}
+
+
+def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float32):
+    rows, formats = zip(*ROWS[kind], strict=True)
+    of = {True: name, False: "kivi2" if name == "kivi4" else "kivi4"}
+    while any(
+        NAMED[each].record_bytes(head_size) > 2 * block_size * head_size * dtype.itemsize
+        for each in of.values()
+    ):
+        block_size *= 2  # until a page holds a record
+    heads = 1 if kind == "chunk" else 2  # many queries are slow to interpret
+    cache = torch.randn(2, 40, heads, block_size, 2 * head_size).to(dtype)
+    return RecordBatch(list(rows), [of.get(format, format) for format in formats], group, cache)
+
+
+GRID = {
+    "name": list(NAMED),
+    "dtype": list(TOLERANCE),
+    "head_size": [64, 80, 128],
+    "group": [1, 3, 8],
+    "block_size": [16, 32],
+    "rows": list(ROWS),
+    "num_splits": [1, 3],
+    "logits_soft_cap": [0.0, 2.0],
+    "scale": [0.125, 0.31],
+}
+
+
+@pytest.mark.parametrize("case", pairwise(GRID), ids=lambda case: "-".join(map(str, case.values())))
+def test_equals_the_reference_for_every_pair_of_options(case):
+    torch.manual_seed(0)
+    geometry = (case[name] for name in ("group", "block_size", "head_size", "dtype"))
+    batch = make_batch(case["rows"], case["name"], *geometry)
+    numbers = case["scale"], case["logits_soft_cap"], case["num_splits"]
+    assert_equals_reference(batch, case["name"], 1, *numbers)
+
+
+@settings(max_examples=8)
+@given(
+    name=st.sampled_from(["kivi8", "kivi4", "kivi2", "turbo2"]),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    rows=st.lists(
+        st.tuples(st.sampled_from([0, 1, 3]), st.integers(0, 40), st.integers(1, 3), st.integers(0, 3)),
+        min_size=1,
+        max_size=2,
+    ),
+    num_splits=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_reference_whatever_the_geometry(name, sizes, rows, num_splits, seed):
+    torch.manual_seed(seed)
+    rows = [Row(length, max(1, length + more), blocks, blocks + gap) for length, more, blocks, gap in rows]
+    layers, heads = sizes
+    cache = torch.randn(layers, 30, heads, 16, 64)
+    batch = RecordBatch(rows, [name] * len(rows), 2, cache)
+    assert_equals_reference(batch, name, seed % layers, num_splits=num_splits, min_share=32)
+
+
+@pytest.mark.parametrize("name", ["biased", "kivi8", "turbo4"])
+def test_raw_tokens_may_have_a_bias(name):
+    torch.manual_seed(1)
+    batch = make_batch("extend", name, group=3)
+    bias = torch.randn(batch.keys.shape[:-1])
+    assert_equals_reference(batch, name, logits_soft_cap=2.0, num_splits=2, bias=bias)
+
+
+def test_a_loose_bound_on_the_query_length_changes_nothing():
+    """A captured graph knows no more than a bound."""
+    torch.manual_seed(5)
+    batch = make_batch("decode", "kivi4", group=3)
+    batch.rows = replace(batch.rows, max_query_len=40)
+    assert_equals_reference(batch, "kivi4")
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_a_batch_is_served_by_one_launch_for_each_format(num_splits):
+    """Each kernel writes its rows, whatever the order, and none but its own."""
+    torch.manual_seed(7)
+    names = ["kivi4", RAW, "turbo4", None, "kivi2", "turbo4"]
+    rows = [
+        Row(1 + index % 2, 9, 0 if name is None else 2, 0 if name is None else 4)
+        for index, name in enumerate(names)
+    ]
+    batch = RecordBatch(rows, names, 2, torch.randn(2, 40, 1, 16, 128))
+    arguments = 1, 0.2, 0.0, num_splits, 64
+    alone = {}
+    for name in (RAW, "kivi4", "kivi2", "turbo4"):
+        alone[name] = torch.full_like(batch.query, torch.nan)
+        batch.launch(name, *arguments, alone[name])
+        served = torch.zeros(len(batch.query), dtype=torch.bool)
+        for _, tokens in batch.rows_of(name):
+            served[tokens] = True
+        assert torch.equal(~alone[name].isnan().any(-1).any(-1), served)
+        assert torch.equal(~alone[name].isnan().all(-1).all(-1), served)
+    together = torch.full_like(batch.query, torch.nan)
+    for name in reversed(alone):
+        batch.launch(name, *arguments, together)
+    for name, own in alone.items():
+        for _, tokens in batch.rows_of(name):
+            assert torch.equal(together[tokens], own[tokens])
+
+
+def test_heads_may_have_no_records_at_all():
+    torch.manual_seed(3)
+    batch = make_batch("decode", "kivi4", group=2)
+    batch.runs.encoded[:] = 0
+    assert_equals_reference(batch, "kivi4", num_splits=2)
+
+
+def test_records_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
+    """Offsets are counted in 4 bytes: the file is of 12 GiB, of which next to nothing is ever written."""
+    blocks, page = 3 * 2**19, 16 * 2 * 64
+    file = str(tmp_path / "cache")
+    cache = torch.from_file(file, shared=True, size=blocks * page, dtype=torch.float32)
+    cache = cache.view(1, blocks, 1, 16, 128)
+    torch.manual_seed(6)
+    rows = [Row(1, 20, blocks=4, boundary=5), Row(1, 3, blocks=3, boundary=5)]
+    batch = RecordBatch(rows, ["kivi4"] * 2, 2, cache)
+    assert int(batch.runs.destination.max()) * page > 2**31
+    for tail in batch.tails:
+        cache[:, tail] = torch.randn(1, len(tail), 1, 16, 128)
+    assert_equals_reference(batch, "kivi4", 0)

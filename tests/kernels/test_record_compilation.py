@@ -1,0 +1,62 @@
+"""The kernel over encoded pages compiles for GPUs that are not there, in registers and shared memory."""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("nothing is compiled under the interpreter", allow_module_level=True)
+
+from vllm_kvcompress.formats import FORMATS  # noqa: E402
+from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
+from vllm_kvcompress.kernels.records import attend_records  # noqa: E402
+
+
+def int32(*shape):
+    return torch.zeros(*shape, dtype=torch.int32)
+
+
+def attend(name, dtype, head_size, group, query_len, splits, soft_cap=0.0):
+    cache = torch.zeros(2, 4, 2, 64, 2 * head_size, dtype=dtype)
+    pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
+    runs = Runs(int32(3, 4), int32(3, 5), int32(3))
+    rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), query_len)
+    query = torch.zeros(2 * query_len, 2 * group, head_size, dtype=dtype)
+    arguments = 0, FORMATS[name], 1, 0.1, soft_cap, splits
+    attend_records(query, pages, *cache.split(head_size, -1), runs, rows, *arguments)
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "merge", "wide_loads"),
+    [
+        ("kivi4", "_merge_kernel", 8),
+        ("kivi2", "_merge_kernel", 2),
+        ("turbo4", "_merge_rotated_kernel", 8),
+    ],
+)
+def test_decode_rows_fit_registers_and_read_16_bytes_at_once(compiled, name, merge, wide_loads):
+    attend(name, torch.bfloat16, head_size=128, group=4, query_len=1, splits=8)
+    compiled.assert_fit("_records_kernel", merge)
+    compiled.assert_in_registers()
+    code = compiled["_records_kernel"].asm["ptx"]
+    assert code.count("ld.global.v4.b32") >= wide_loads  # one tile before the loop and one in it
+    assert "st.shared.b16" not in code  # unpacked numbers go to the tensor cores' layout in rows
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_size", "group", "query_len", "splits"),
+    [
+        ("kivi8", torch.bfloat16, 128, 4, 1, 8),
+        ("turbo3", torch.float16, 80, 7, 2, 1),
+        ("turbo4_prod", torch.bfloat16, 128, 4, 1, 8),
+        ("kivi4", torch.float32, 256, 8, 40, 1),
+        ("turbo4", torch.float32, 256, 8, 40, 1),
+    ],
+)
+def test_every_kind_of_rows_fits_shared_memory(compiled, name, dtype, head_size, group, query_len, splits):
+    attend(name, dtype, head_size, group, query_len, splits, soft_cap=30.0)
+    merge = ["_merge_rotated_kernel"] if name.startswith("turbo") else ["_merge_kernel"][: splits - 1]
+    compiled.assert_fit("_records_kernel", *merge)
