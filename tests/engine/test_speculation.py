@@ -22,10 +22,12 @@ REQUESTS = {
     # What these sum up must hold the queries of accepted drafts, and of no rejected one.
     "expected_attention, again": f"expected_attention:budget=0.3,recompact_every={EVERY}",
     "h2o, again": f"h2o:budget=0.3,recompact_every={EVERY}",
+    "kivi, again": f"kivi:recompact_every={EVERY}",
+    "snapkv+kivi8, again": f"snapkv+kivi8:budget=0.3,recompact_every={EVERY}",
     "off": "off",
 }
 AGAIN = [name for name in REQUESTS if "recompact_every" in REQUESTS[name]]
-ALONE = [f"{method}, again" for method in ("snapkv", "adakv", "kv_compress", "streaming_llm", "h2o")]
+ALONE = [f"{method}, again" for method in ("snapkv", "adakv", "kv_compress", "streaming_llm", "h2o", "kivi")]
 
 
 @dataclass

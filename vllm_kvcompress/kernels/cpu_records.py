@@ -83,7 +83,7 @@ class A(enum.IntEnum):
     OUT = 44  # float32 [T, Hq, D]
     INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
     PAIRS = 46  # T·Hq
-    MEANS_AT = 47  # of keys, in a record; -1 for none
+    MEANS_AT = 47  # of rotated keys, in a record; -1 for none
 
 
 # As plain numbers, which Numba takes for constants.
@@ -379,7 +379,7 @@ def _attend_turbo(args, record, own, rows):
     if _get(args, MEANS_AT) >= 0:
         _read_halves(record + _get(args, MEANS_AT), means, size)
         for row in range(rows):
-            v.add(own.logits + 128 * row, 2, v.dot(own.query + row_bytes * row, means, size // 16))
+            v.add(own.logits + 128 * row, 2, v.dot(own.turned + row_bytes * row, means, size // 16))
     _read_halves(at, value_norms, 32)
     _cap(args, own, rows, _bias(args, record))
     _soften(args, own, rows)
