@@ -28,6 +28,7 @@ LOG2_E = 1.4426950408889634
 ROWS = 64  # queries times group of a piece, about
 MIN_SHARE = 512  # tokens: less would cost more to merge than it saves
 PIECES_PER_THREAD = 4
+FEW_ROWS = 8  # for so many, codes are made numbers in registers, again for every four
 PAIRS = 16  # merged by a thread at a time
 KIVI, TURBO = 0, 1
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -222,6 +223,81 @@ def _look_codes_up(source, bits, rows, per_row, group, book, target):
 
 
 @_compiled
+def _multiply_codes(a, a_row, codes, code_row, bits, k, c, c_row, rows):
+    """C += A·B of float32 rows, B `[k, 32]` codes that stand for themselves."""
+    for first in range(0, rows, 4):
+        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
+        if bits == 4:
+            if some == 4:
+                v.codes_4_4(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 3:
+                v.codes_3_4(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 2:
+                v.codes_2_4(left, a_row, codes, code_row, k, to, c_row)
+            else:
+                v.codes_1_4(left, a_row, codes, code_row, k, to, c_row)
+        elif bits == 2:
+            if some == 4:
+                v.codes_4_2(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 3:
+                v.codes_3_2(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 2:
+                v.codes_2_2(left, a_row, codes, code_row, k, to, c_row)
+            else:
+                v.codes_1_2(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 4:
+            v.codes_4_8(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 3:
+            v.codes_3_8(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 2:
+            v.codes_2_8(left, a_row, codes, code_row, k, to, c_row)
+        else:
+            v.codes_1_8(left, a_row, codes, code_row, k, to, c_row)
+
+
+@_compiled
+def _multiply_looked_up(a, a_row, codes, code_row, bits, book, k, c, c_row, rows):
+    """C += A·B of float32 rows, B `[k, 32]` what a book says of codes."""
+    for first in range(0, rows, 4):
+        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
+        if bits == 4:
+            if some == 4:
+                v.looked_4_4(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_4(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_4(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_4(left, a_row, codes, code_row, k, to, c_row, book)
+        elif bits == 3:
+            if some == 4:
+                v.looked_4_3(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_3(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_3(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_3(left, a_row, codes, code_row, k, to, c_row, book)
+        elif bits == 2:
+            if some == 4:
+                v.looked_4_2(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_2(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_2(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_2(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 4:
+            v.looked_4_1(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 3:
+            v.looked_3_1(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 2:
+            v.looked_2_1(left, a_row, codes, code_row, k, to, c_row, book)
+        else:
+            v.looked_1_1(left, a_row, codes, code_row, k, to, c_row, book)
+
+
+@_compiled
 def _read_raw(args, page, first, valid, keys, values):
     """32 tokens of a raw page from `first` on as float32: keys `[D, 32]`, values `[32, D]`."""
     size, dtype, num_tokens = _get(args, SIZE), _get(args, DTYPE), _get(args, BLOCK_SIZE)
@@ -320,15 +396,20 @@ def _attend_kivi(args, record, own, rows):
     of_values = of_keys + 4 * size
     key_scale, key_zero = own.numbers, own.numbers + row_bytes
     value_scale, value_zero = key_zero + row_bytes, key_zero + row_bytes + 128
-    _read_codes(record, bits, size, 32, 32, own.keys)
-    _read_codes(record + codes, bits, 32, size, group, own.values)
+    few = rows <= FEW_ROWS and group == 32
+    if not few:
+        _read_codes(record, bits, size, 32, 32, own.keys)
+        _read_codes(record + codes, bits, 32, size, group, own.values)
     _read_halves(of_keys, key_scale, size)
     _read_halves(of_keys + 2 * size, key_zero, size)
     for row in range(rows):
         query = own.query + row_bytes * row
         v.multiply(query, key_scale, own.scaled + row_bytes * row, size // 16)
         v.fill(own.logits + 128 * row, 2, v.dot(query, key_zero, size // 16))
-    _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
+    if few:
+        _multiply_codes(own.scaled, row_bytes, record, 4 * bits, bits, size, own.logits, 128, rows)
+    else:
+        _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
     _cap(args, own, rows, _bias(args, record))
     _soften(args, own, rows)
     num_groups = size // group
@@ -341,7 +422,11 @@ def _attend_kivi(args, record, own, rows):
             v.multiply(paid, value_scale, own.weights + 128 * row, 2)
             v.add(own.out + row_bytes * row + part, group // 16, v.dot(paid, value_zero, 2))
         values, out = own.values + part, own.out + part
-        _multiply_add(own.weights, 128, values, row_bytes, 32, out, row_bytes, rows, group)
+        if few:
+            at = record + codes + 4 * bits * number
+            _multiply_codes(own.weights, 128, at, size * bits // 8, bits, 32, out, row_bytes, rows)
+        else:
+            _multiply_add(own.weights, 128, values, row_bytes, 32, out, row_bytes, rows, group)
 
 
 @_compiled
@@ -359,8 +444,14 @@ def _attend_turbo(args, record, own, rows):
     )
     for row in range(rows):
         v.fill(own.logits + 128 * row, 2, np.float32(0.0))
-    _look_codes_up(record, key_bits, size, 32, 32, _get(args, KEY_BOOK), own.keys)
-    _multiply_add(own.turned, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
+    group, key_book, book = _get(args, VALUE_GROUP), _get(args, KEY_BOOK), _get(args, VALUE_BOOK)
+    few = rows <= FEW_ROWS and group == 32
+    if few:
+        step, logits = 4 * key_bits, own.logits
+        _multiply_looked_up(own.turned, row_bytes, record, step, key_bits, key_book, size, logits, 128, rows)
+    else:
+        _look_codes_up(record, key_bits, size, 32, 32, key_book, own.keys)
+        _multiply_add(own.turned, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
     _read_halves(at, norms, 32)
     at += 64
     if _get(args, SIGNS):
@@ -383,11 +474,16 @@ def _attend_turbo(args, record, own, rows):
     _read_halves(at, value_norms, 32)
     _cap(args, own, rows, _bias(args, record))
     _soften(args, own, rows)
-    group, book = _get(args, VALUE_GROUP), _get(args, VALUE_BOOK)
-    _look_codes_up(value_codes, value_bits, 32, size, group, book, own.values)
     for row in range(rows):
         v.multiply(own.logits + 128 * row, value_norms, own.weights + 128 * row, 2)
-    _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
+    if few:
+        for number in range(size // 32):
+            at, to = value_codes + 4 * value_bits * number, own.rotated + 128 * number
+            step = size * value_bits // 8
+            _multiply_looked_up(own.weights, 128, at, step, value_bits, book, 32, to, row_bytes, rows)
+    else:
+        _look_codes_up(value_codes, value_bits, 32, size, group, book, own.values)
+        _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
 
 
 @_compiled

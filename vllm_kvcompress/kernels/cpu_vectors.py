@@ -184,57 +184,79 @@ def _reader(kind: str, count: int) -> Callable:
     return _on_addresses(2, whole)
 
 
+def _plane_vectors(builder: ir.IRBuilder, source: ir.Value, bits: int, count: int) -> list[ir.Value]:
+    """`count` codes of 1, 2, 4 or 8 bits, packed in planes, as vectors of 16."""
+    width = count * bits // 8
+    kind = ir.VectorType(I32, width)
+    raw = builder.zext(_load(builder, source, ir.VectorType(I8, width)), kind)
+    mask = ir.Constant(kind, [(1 << bits) - 1] * width)
+    shifts = (ir.Constant(kind, [bits * plane] * width) for plane in range(8 // bits))
+    parts = [builder.and_(builder.lshr(raw, shift), mask) for shift in shifts]
+    while parts[0].type.count < LANES:
+        size = parts[0].type.count
+        index = ir.Constant(ir.VectorType(I32, 2 * size), list(range(2 * size)))
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [builder.shuffle_vector(low, high, index) for low, high in pairs]
+    if parts[0].type.count > LANES:
+        index = [ir.Constant(INTEGERS, list(range(first, first + LANES))) for first in (0, LANES)]
+        parts = [builder.shuffle_vector(part, part, half) for part in parts for half in index]
+    return parts
+
+
+def _decoded(builder: ir.IRBuilder, source: ir.Value, bits: int, count: int, book: Callable | None) -> list:
+    """`count` codes as vectors of 16 float32: themselves, or what a book says of them."""
+    if bits == 3:
+        low = _plane_vectors(builder, source, 2, count)
+        high = _plane_vectors(builder, builder.add(source, I64(count // 4)), 1, count)
+        codes = [builder.or_(a, builder.shl(b, _integers(2))) for a, b in zip(low, high, strict=True)]
+    else:
+        codes = _plane_vectors(builder, source, bits, count)
+    return [builder.sitofp(code, VECTOR) if book is None else book(code) for code in codes]
+
+
+def _book(builder: ir.IRBuilder, address: ir.Value) -> Callable:
+    """Looks vectors of codes up in 16 float32."""
+    numbers = _load(builder, address, VECTOR)
+
+    def at_once(code):
+        return _call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, numbers, code)
+
+    def one_by_one(code):
+        value = ir.Constant(VECTOR, ir.Undefined)
+        for lane in range(LANES):
+            number = builder.extract_element(numbers, builder.extract_element(code, I32(lane)))
+            value = builder.insert_element(value, number, I32(lane))
+        return value
+
+    return at_once if HAS_LOOKUP else one_by_one
+
+
 def _code_reader(bits: int, count: int, table: bool) -> Callable:
-    """`(source, target)`: codes in `formats.base.pack`'s planes as float32, or what a table says of them."""
+    """`(source, target)` or, to look the codes up in a table of float32, `(source, target, table)`."""
 
-    def planes(builder, source, width, width_bits):
-        raw = builder.zext(_load(builder, source, ir.VectorType(I8, width)), ir.VectorType(I32, width))
-        kind = ir.VectorType(I32, width)
-        mask = ir.Constant(kind, [(1 << width_bits) - 1] * width)
-        shifts = (ir.Constant(kind, [width_bits * plane] * width) for plane in range(8 // width_bits))
-        return [builder.and_(builder.lshr(raw, shift), mask) for shift in shifts]
-
-    def vectors(builder, source, width_bits):
-        """Codes as vectors of 16."""
-        width = count * width_bits // 8
-        parts = planes(builder, source, width, width_bits)
-        while parts[0].type.count < LANES:
-            size = parts[0].type.count
-            index = ir.Constant(ir.VectorType(I32, 2 * size), list(range(2 * size)))
-            pairs = zip(parts[::2], parts[1::2], strict=True)
-            parts = [builder.shuffle_vector(low, high, index) for low, high in pairs]
-        if parts[0].type.count > LANES:
-            index = [ir.Constant(INTEGERS, list(range(first, first + LANES))) for first in (0, LANES)]
-            parts = [builder.shuffle_vector(part, part, half) for part in parts for half in index]
-        return parts
-
-    def emit(builder, source, target, *looked_up):
-        if bits == 3:
-            low = vectors(builder, source, 2)
-            high = vectors(builder, builder.add(source, I64(count // 4)), 1)
-            codes = [builder.or_(a, builder.shl(b, _integers(2))) for a, b in zip(low, high, strict=True)]
-        else:
-            codes = vectors(builder, source, bits)
-        for number, code in enumerate(codes):
-            if looked_up:
-                value = _look_up(builder, code, looked_up[0])
-            else:
-                value = builder.sitofp(code, VECTOR)
-            _store(builder, value, target, 4 * LANES * number)
+    def emit(builder, source, target, *address):
+        book = _book(builder, *address) if address else None
+        for number, vector in enumerate(_decoded(builder, source, bits, count, book)):
+            _store(builder, vector, target, 4 * LANES * number)
 
     return _on_addresses(3 if table else 2, emit)
 
 
-def _look_up(builder: ir.IRBuilder, code: ir.Value, table: ir.Value) -> ir.Value:
-    """Numbers of a table of 16 float32."""
-    if HAS_LOOKUP:
-        numbers = _load(builder, table, VECTOR)
-        return _call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR, numbers, code)
-    value = ir.Constant(VECTOR, ir.Undefined)
-    for lane in range(LANES):
-        offset = builder.shl(builder.zext(builder.extract_element(code, I32(lane)), I64), I64(2))
-        value = builder.insert_element(value, _load(builder, builder.add(table, offset), F32), I32(lane))
-    return value
+def _code_product(rows: int, bits: int, table: bool) -> Callable:
+    """`(a, a_row, codes, code_row, k, c, c_row[, table])`: C += A·B, B `[k, 32]` of what codes say.
+
+    The codes of a row of B, 32 together, become numbers in registers.
+    """
+
+    def emit(builder, a, a_row, codes, code_row, k, c, c_row, *address):
+        book = _book(builder, *address) if address else None
+
+        def right(i):
+            return _decoded(builder, builder.add(codes, builder.mul(i, code_row)), bits, 2 * LANES, book)
+
+        _emit_product(builder, rows, 2 * LANES, a, a_row, right, k, c, c_row)
+
+    return _on_addresses(8 if table else 7, emit)
 
 
 read_bfloat16, read_float16, read_float32 = (
@@ -254,36 +276,53 @@ look_up_4_16, look_up_3_16, look_up_2_16 = (_code_reader(bits, LANES, table=True
 # ---------------------------------------------------------------------- arithmetic on rows
 
 
+def _emit_product(builder, rows: int, width: int, a, a_row, right: Callable, k, c, c_row) -> None:
+    """C += A·B; `right(i)` makes row i of B, vectors of 16."""
+    each = width // LANES
+    a_at = [builder.add(a, builder.mul(I64(row), a_row)) for row in range(rows)]
+    c_at = [builder.add(c, builder.mul(I64(row), c_row)) for row in range(rows)]
+    sums = [_load(builder, at, VECTOR, 4 * LANES * j) for at in c_at for j in range(each)]
+
+    def step(i, *sums):
+        vectors, new = right(i), []
+        for row in range(rows):
+            factor = _load(builder, builder.add(a_at[row], builder.shl(i, I64(2))), F32)
+            left = _splat(builder, factor)
+            for j in range(each):
+                product = builder.fmul(left, vectors[j], flags=FAST)
+                new.append(builder.fadd(sums[row * each + j], product, flags=FAST))
+        return new
+
+    sums = _loop(builder, k, sums, step)
+    for number, total in enumerate(sums):
+        _store(builder, total, c_at[number // each], 4 * LANES * (number % each))
+
+
 def _product(rows: int, width: int) -> Callable:
     """`(a, a_row, b, b_row, k, c, c_row)`: C += A·B, of `rows` rows and `width` columns; rows in bytes."""
-    each = width // LANES
 
     def emit(builder, a, a_row, b, b_row, k, c, c_row):
-        a_at = [builder.add(a, builder.mul(I64(row), a_row)) for row in range(rows)]
-        c_at = [builder.add(c, builder.mul(I64(row), c_row)) for row in range(rows)]
-        sums = [_load(builder, at, VECTOR, 4 * LANES * j) for at in c_at for j in range(each)]
+        def right(i):
+            at = builder.add(b, builder.mul(i, b_row))
+            return [_load(builder, at, VECTOR, 4 * LANES * j) for j in range(width // LANES)]
 
-        def step(i, *sums):
-            row_b = builder.add(b, builder.mul(i, b_row))
-            right = [_load(builder, row_b, VECTOR, 4 * LANES * j) for j in range(each)]
-            new = []
-            for row in range(rows):
-                factor = _load(builder, builder.add(a_at[row], builder.shl(i, I64(2))), F32)
-                left = _splat(builder, factor)
-                for j in range(each):
-                    product = builder.fmul(left, right[j], flags=FAST)
-                    new.append(builder.fadd(sums[row * each + j], product, flags=FAST))
-            return new
-
-        sums = _loop(builder, k, sums, step)
-        for number, total in enumerate(sums):
-            _store(builder, total, c_at[number // each], 4 * LANES * (number % each))
+        _emit_product(builder, rows, width, a, a_row, right, k, c, c_row)
 
     return _on_addresses(7, emit)
 
 
 product_1_32, product_2_32, product_3_32, product_4_32 = (_product(rows, 32) for rows in (1, 2, 3, 4))
 product_1_16, product_2_16, product_3_16, product_4_16 = (_product(rows, 16) for rows in (1, 2, 3, 4))
+
+
+# Of codes that stand for themselves, and of those that are looked up: by bits, then by rows.
+codes_1_8, codes_2_8, codes_3_8, codes_4_8 = (_code_product(rows, 8, table=False) for rows in (1, 2, 3, 4))
+codes_1_4, codes_2_4, codes_3_4, codes_4_4 = (_code_product(rows, 4, table=False) for rows in (1, 2, 3, 4))
+codes_1_2, codes_2_2, codes_3_2, codes_4_2 = (_code_product(rows, 2, table=False) for rows in (1, 2, 3, 4))
+looked_1_4, looked_2_4, looked_3_4, looked_4_4 = (_code_product(rows, 4, table=True) for rows in (1, 2, 3, 4))
+looked_1_3, looked_2_3, looked_3_3, looked_4_3 = (_code_product(rows, 3, table=True) for rows in (1, 2, 3, 4))
+looked_1_2, looked_2_2, looked_3_2, looked_4_2 = (_code_product(rows, 2, table=True) for rows in (1, 2, 3, 4))
+looked_1_1, looked_2_1, looked_3_1, looked_4_1 = (_code_product(rows, 1, table=True) for rows in (1, 2, 3, 4))
 
 
 def _emit_dot(builder, a, b, vectors):
