@@ -201,3 +201,18 @@ def test_tokens_of_a_page_are_counted_in_whole_records():
     assert page_tokens(parse("kivi"), 32, 64, 2) == 2 * 32 * 64 * 2 // record * 32 == 96
     assert page_tokens(parse("kivi"), 128, 64, 2) == 2 * 128 * 64 * 2 // record * 32 == 384
     assert page_tokens(parse("kivi+kivi8"), 16, 128, 2) == 0
+
+
+@pytest.mark.parametrize("block_size", [16, 24, 32, 48])
+def test_with_a_format_no_request_holds_more_than_its_peak(block_size):
+    config = parse("kivi:when=streaming,recompact_every=100")
+    held, in_page, most = None, 3 * block_size // 32 * 32, 0
+    for computed in range(1, 2000):
+        blocks = -(-computed // block_size)
+        raw = blocks - held.source_blocks + held.kept_blocks if held else blocks
+        most = max(most, raw)
+        assert raw <= peak_blocks(config, 2000, 2001, block_size, page_tokens=in_page), computed
+        if computed % 100 == 0 and (plan := Plan.of(config, computed, block_size, held, in_page)):
+            assert plan.boundary % 32 == 0
+            held = plan
+    assert most < 2000 // block_size

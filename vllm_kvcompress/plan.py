@@ -54,9 +54,7 @@ class Plan:
         if not config.enabled:
             return None
         source = max(0, num_tokens - config.recent_tokens) // block_size
-        if config.record_format is not None:  # of whole records
-            together = RECORD // math.gcd(RECORD, block_size)
-            source = source // together * together
+        source -= source % _blocks_together(config, block_size)
         kept = _kept_blocks(config, source, block_size, page_tokens)
         now = held.kept_blocks + source - held.source_blocks if held else source
         least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
@@ -160,6 +158,7 @@ def peak_blocks(
     if not config.enabled or config.interval is None:
         return whole
     raw = -(-(config.interval + config.recent_tokens) // block_size) + 2  # the edges of two boundaries
+    raw += _blocks_together(config, block_size) - 1
     bounded = _kept_blocks(config, whole, block_size, page_tokens) * (2 if beside else 1) + raw
     if config.when == "streaming":
         return min(whole, bounded)
@@ -190,6 +189,11 @@ def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens
     at_once = max_num_seqs if config.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)
     wanted = at_once * max(ring_tokens(config), DEFAULT_WINDOW + SPARE_QUERIES)
     return min(wanted, num_cache_tokens // 8 * 2 // group)
+
+
+def _blocks_together(config: KVCompressionConfig, block_size: int) -> int:
+    """Blocks that are compacted together, so that with a format they make whole records."""
+    return 1 if config.record_format is None else RECORD // math.gcd(RECORD, block_size)
 
 
 def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
