@@ -208,7 +208,7 @@ class KVCompressionConfig:
             )
         if self.record_format is not None and self.observes_all and self.interval is not None:
             raise KVCompressionError(
-                f"{self.method} watches every query, which it cannot over tokens in {self.record_format.name}; "
+                f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
             )
         if self.repeats and self.interval is not None:

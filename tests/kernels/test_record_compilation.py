@@ -52,11 +52,12 @@ def test_decode_rows_fit_registers_and_read_16_bytes_at_once(compiled, name, mer
         ("kivi8", torch.bfloat16, 128, 4, 1, 8),
         ("turbo3", torch.float16, 80, 7, 2, 1),
         ("turbo4_prod", torch.bfloat16, 128, 4, 1, 8),
+        ("turbo4_centred", torch.bfloat16, 64, 4, 1, 8),
         ("kivi4", torch.float32, 256, 8, 40, 1),
         ("turbo4", torch.float32, 256, 8, 40, 1),
     ],
 )
 def test_every_kind_of_rows_fits_shared_memory(compiled, name, dtype, head_size, group, query_len, splits):
     attend(name, dtype, head_size, group, query_len, splits, soft_cap=30.0)
-    merge = ["_merge_rotated_kernel"] if name.startswith("turbo") else ["_merge_kernel"][: splits - 1]
-    compiled.assert_fit("_records_kernel", *merge)
+    merge = "_merge_rotated_kernel" if name.startswith("turbo") else "_merge_kernel"
+    compiled.assert_fit("_records_kernel", *[merge][: splits - 1])

@@ -115,9 +115,7 @@ class CompressedBatch:
         num_splits = choose_splits(num_tiles, heads, self.max_keys, self.processors)
         cache = layer.keys, layer.values
         if self.attends:
-            attend(
-                query, *cache, *batch, *constants, num_splits=num_splits, out=output, compacted_only=True
-            )
+            attend(query, *cache, *batch, *constants, num_splits=num_splits, out=output, compacted_only=True)
         for format in self.formats:
             read = format, number_of(format)
             attend_records(

@@ -174,7 +174,7 @@ class Engine:
         return [outcome for _, outcome in outcomes.values()]
 
     def compactions(self, prompt: Sequence[int], variant: str) -> Tensor:
-        """Kept tokens of every layer and head, `[L, H]`, over those that might be, when this prompt is compacted.
+        """What share of its tokens every layer and head keeps, `[L, H]`, when this prompt is compacted.
 
         Raises:
             KVCompressionError: it is not.

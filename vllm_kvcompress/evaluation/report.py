@@ -81,11 +81,12 @@ def summarise(settings: Mapping[str, Any], rows: Sequence[Row], results: Results
         for mode in full:
             scores = _by_task(asked.get((row.spec, mode), []))
             entry[mode] = share([s for task in solved[mode] for s in scores.get(task, [])])
-        entry["kl"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "kl")) for kind in KINDS}
-        entry["nll"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "surprise")) for kind in KINDS}
-        entry["agrees"] = {kind: mean(_per_text(diverged.get(row.spec, []), kind, "agrees")) for kind in KINDS}
-        entry["kinds"] = _by_kind(diverged.get(row.spec, []))
-        entry["kept_fraction"] = _mean_of(both or diverged.get(row.spec, []), "kept_fraction")
+        of_row = diverged.get(row.spec, [])
+        entry["kl"] = {kind: mean(_per_text(of_row, kind, "kl")) for kind in KINDS}
+        entry["nll"] = {kind: mean(_per_text(of_row, kind, "surprise")) for kind in KINDS}
+        entry["agrees"] = {kind: mean(_per_text(of_row, kind, "agrees")) for kind in KINDS}
+        entry["kinds"] = _by_kind(of_row)
+        entry["kept_fraction"] = _mean_of(both or of_row, "kept_fraction")
         entry["kept_bytes"] = _mean_of(both, "kept_bytes")
         entry["compaction_seconds"] = _longest_mean(both, "compaction_seconds")
         entry["step_seconds"] = steps.get(row.spec)

@@ -140,8 +140,8 @@ class TurboCentred(TurboQuant):
     times as far as they lie from each other. An error in proportion to their length is then larger than all
     that tells them apart (1.5 times at 4 bits in one layer of Qwen2.5-Coder-0.5B, 0.7 % once centred).
 
-    A record is TurboQuant's, then the mean `[D]`, rotated, float16. Source: ours; subtracting what all keys share
-    costs attention nothing, and is what KIVI's zeros do.
+    A record is TurboQuant's, then the mean `[D]`, rotated, float16. Source: ours; subtracting what all keys
+    share costs attention nothing, and is what KIVI's zeros do.
     """
 
     def record_bytes(self, head_size: int) -> int:

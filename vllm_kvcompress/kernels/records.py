@@ -7,7 +7,8 @@ plane: the tokens of a plane of keys have logits of their own, and the channels 
 of their own. So whatever a thread has loaded it unpacks itself.
 
 Formats that rotate are served where they are: the query is rotated before the kernel, which adds up encoded
-values and raw ones apart, and the kernel that merges the shares rotates the encoded part back.
+values and raw ones apart. The encoded part is rotated back at the end, by the kernel that merges the shares
+if there are several.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vllm_kvcompress.formats.base import RECORD, Format
 from vllm_kvcompress.formats.kivi import Kivi, value_group
-from vllm_kvcompress.formats.turboquant import TurboProd, TurboQuant
+from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
 from vllm_kvcompress.kernels.attention import (
     LOG2_E,
@@ -55,33 +56,35 @@ class Layout:
         group: channels of a value whose codes are packed together.
         parts: bytes before each of: key codes, key signs, value codes, and of float16 numbers. For KIVI these
             are key scales, key zeros, value scales, value zeros; for TurboQuant key norms, norms of keys'
-            residuals, value norms.
+            residuals, value norms, keys' mean.
+        size: bytes of the record.
+        centred: whether it has keys' mean.
     """
 
     key_bits: int
     bits: int
     group: int
     parts: tuple[int, ...]
+    size: int
+    centred: bool
 
     @classmethod
     def of(cls, format: Format, head_size: int) -> "Layout":
         """That of a format's records."""
-        plane, group = (
-            RECORD * head_size // 8,
-            value_group(head_size),
-        )  # plane: bytes of one bit of each number
+        group = value_group(head_size)
+        signed, centred = isinstance(format, TurboProd), isinstance(format, TurboCentred)
         if isinstance(format, Kivi):
-            key_bits, signed, by_token = format.bits, 0, 2 * RECORD * (head_size // group)
+            by_token = 2 * RECORD * (head_size // group)
             numbers = [2 * head_size, 2 * head_size, by_token, by_token]
         elif isinstance(format, TurboQuant):
-            signed = int(isinstance(format, TurboProd))
-            key_bits = format.bits - signed
-            numbers = [2 * RECORD, 2 * RECORD * signed, 2 * RECORD]
+            numbers = [2 * RECORD, 2 * RECORD * signed, 2 * RECORD, 2 * head_size * centred]
         else:
             raise NotImplementedError(f"no kernel reads records of {format.name}")
-        sizes = [plane * key_bits, plane * signed, plane * format.bits, *numbers]
+        key_bits, bit_of_each = format.bits - signed, RECORD * head_size // 8
+        codes = (bit_of_each * bits for bits in (key_bits, signed, format.bits))
+        sizes = [*codes, *numbers]
         parts = tuple(sum(sizes[:part]) for part in range(len(sizes)))
-        return cls(key_bits, format.bits, group, parts)
+        return cls(key_bits, format.bits, group, parts, sum(sizes), centred)
 
 
 @cache
@@ -166,16 +169,16 @@ def attend_records(
     assert out.stride(2) == 1
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     layout, rotated = Layout.of(format, head_size), isinstance(format, TurboQuant)
-    turned, projected, back, key_codebook, codebook = query, query, query, query, query
+    assert record_bytes == layout.size + (4 * RECORD if bias_at >= 0 else 0)
+    turned, projected, turn, back, key_codebook, codebook = (query,) * 6
     if rotated:
         turn, project, back, key_codebook, codebook = constants(format, head_size, query.device, query.dtype)
         turned = projected = query @ turn
         if layout.key_bits < layout.bits:
             projected = query @ project
-    # Of rotated formats a share has the encoded part and the raw one, which are merged apart.
-    parts = 2 if rotated else 1
-    if num_splits > 1 or rotated:
+    if num_splits > 1:
         shape = (num_tokens, query_heads, num_splits)
+        parts = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
         share_out = torch.empty(*shape, parts, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     else:
@@ -195,6 +198,7 @@ def attend_records(
         query,
         turned,
         projected,
+        turn,
         pages.view(torch.int32),
         pages.view(torch.int16),
         pages.view(torch.float32),
@@ -247,6 +251,8 @@ def attend_records(
         PAGE_BYTES=page_bytes,
         RECORD_BYTES=record_bytes,
         ROTATED=rotated,
+        SPLIT=num_splits > 1,
+        CENTRED=layout.centred,
         KEY_BITS=layout.key_bits,
         VALUE_BITS=layout.bits,
         VALUE_GROUP=layout.group,
@@ -256,7 +262,7 @@ def attend_records(
         num_warps=4,
         num_stages=1,
     )
-    if rotated:
+    if rotated and num_splits > 1:
         _merge_rotated_kernel[num_tokens, triton.cdiv(query_heads, HEADS_AT_ONCE)](
             share_out,
             share_lse,
@@ -463,6 +469,7 @@ def _load_tile(
     halves,
     offsets,
     ROTATED: tl.constexpr,
+    CENTRED: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -472,8 +479,9 @@ def _load_tile(
     RECORDS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """What `_load_keys` loads; of every plane of tokens what `_load_values` loads; and for rotated formats of
-    every plane of tokens `[R, w]` pairs of key norm and value norm, and the norms of keys' residuals."""
+    """What `_load_keys` loads; of every plane of tokens what `_load_values` loads; for rotated formats of
+    every plane of tokens `[R, w]` pairs of key norm and value norm, and of the norm of the key's residual;
+    for centred ones the mean `[D]` of each record's keys."""
     WIDTH: tl.constexpr = 8 if KEY_BITS == 3 else 4 * KEY_BITS
     SIGNED: tl.constexpr = KEY_BITS < VALUE_BITS
     offset = _as_vector(offsets, RECORDS, 1)
@@ -505,7 +513,13 @@ def _load_tile(
             norms = norms + (_load_pair(halves, at, real, PARTS[3], PARTS[5]),)
             if SIGNED:
                 norms = norms + (_load_pair(halves, at, real, PARTS[4], PARTS[4]),)
-    return keys, values, norms
+    means = ()
+    if CENTRED:
+        channel = tl.arange(0, CHANNELS)
+        for one in tl.static_range(RECORDS):
+            at = halves + 2 * offsets[one] + PARTS[6] // 2 + channel
+            means = means + (tl.load(at, mask=channel < HEAD_SIZE, other=0),)
+    return keys, values, norms, means
 
 
 @triton.jit
@@ -641,6 +655,7 @@ def _records_kernel(
     query,
     turned,  # the queries that meet encoded keys
     projected,  # and those that meet signs
+    turn,  # [D, D]
     words,  # the pages, as int32
     halves,  # as int16
     floats,  # as float32
@@ -649,7 +664,7 @@ def _records_kernel(
     key_codebook,
     codebook,
     bias,
-    share_out,  # [T, Hq, splits, 1, D], or 2 of ROTATED: encoded and raw
+    share_out,  # [T, Hq, splits, 1, D], or if ROTATED and SPLIT 2: encoded and raw
     share_lse,  # [T, Hq, splits]
     destination,
     start,
@@ -706,6 +721,8 @@ def _records_kernel(
     PAGE_BYTES: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
     ROTATED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    CENTRED: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
     VALUE_GROUP: tl.constexpr,
@@ -786,6 +803,7 @@ def _records_kernel(
         halves,
         offsets,
         ROTATED,
+        CENTRED,
         KEY_BITS,
         VALUE_BITS,
         HEAD_SIZE,
@@ -813,6 +831,7 @@ def _records_kernel(
             halves,
             offsets_ahead,
             ROTATED,
+            CENTRED,
             KEY_BITS,
             VALUE_BITS,
             HEAD_SIZE,
@@ -822,10 +841,16 @@ def _records_kernel(
             RECORDS,
             CHUNKS,
         )
-        held = record + tl.arange(0, RECORDS * WIDTH) // WIDTH < num_records
+        of_record = tl.arange(0, RECORDS * WIDTH) // WIDTH
+        held = record + of_record < num_records
+        if CENTRED:
+            common = tl.zeros([ROWS, RECORDS * WIDTH], tl.float32)
+            for one in tl.static_range(RECORDS):
+                of_mean = tl.sum(q.to(tl.float32) * _first(loaded[3][one])[None, :], 1)
+                common = tl.where((of_record == one)[None, :], of_mean[:, None], common)
         logits = ()
         for plane in tl.static_range(TOKEN_PLANES):
-            some = inner * _products(
+            some = _products(
                 q,
                 q_of_signs,
                 loaded[0],
@@ -839,6 +864,9 @@ def _records_kernel(
                 RECORDS,
                 CHUNKS,
             )
+            if CENTRED:
+                some += common
+            some *= inner
             if SOFT_CAP:
                 some = tanh(some) * outer
             if BIAS_AT >= 0:
@@ -954,11 +982,21 @@ def _records_kernel(
         channels = first_channel + plane * CHANNELS_OF_GROUP
         at = out_at[:, None] + channels[None, :]
         mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+        part = result[plane] / divisor[:, None]
         if ROTATED:
-            tl.store(at, encoded_result[plane] * (faded / divisor)[:, None], mask=mask)
-            tl.store(at + out_part, result[plane] / divisor[:, None], mask=mask)
-        else:
-            tl.store(at, (result[plane] / divisor[:, None]).to(share_out.dtype.element_ty), mask=mask)
+            if SPLIT:
+                tl.store(at, encoded_result[plane] * (faded / divisor)[:, None], mask=mask)
+                at += out_part
+            else:
+                for other in tl.static_range(CHANNEL_PLANES):
+                    turned_channels = first_channel + other * CHANNELS_OF_GROUP
+                    back = tl.load(
+                        turn + channels[None, :] * HEAD_SIZE + turned_channels[:, None],
+                        mask=(channels < HEAD_SIZE)[None, :] & (turned_channels < HEAD_SIZE)[:, None],
+                        other=0.0,
+                    )
+                    part += dot((encoded_result[other] * (faded / divisor)[:, None]).to(q.dtype), back)
+        tl.store(at, part.to(share_out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["format_id", "num_rows", "query_heads"])
