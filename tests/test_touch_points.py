@@ -38,6 +38,7 @@ OWN = {  # set by this package, and read where a more general class is named
     "vllm.v1.core.sched.output:SchedulerOutput.kv_compression",
     "vllm.v1.outputs:ModelRunnerOutput.kv_compression",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.compacted",
+    "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.encoded",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.observed",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.rest_tokens",
     "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",  # functools.cache's

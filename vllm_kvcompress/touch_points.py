@@ -282,7 +282,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.kv_cache_interface:KVQuantMode": Touched(reads="NONE"),
     "vllm.v1.kv_cache_interface:KVCacheSpec": Touched(),
-    "vllm.v1.kv_cache_interface:AttentionSpec": Touched(),
+    "vllm.v1.kv_cache_interface:AttentionSpec": Touched(
+        reads="dtype head_size",
+    ),
     "vllm.v1.kv_cache_interface:FullAttentionSpec": Touched(
         reads="block_size page_size_bytes",
         overrides={

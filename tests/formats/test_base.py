@@ -90,6 +90,9 @@ def test_formats_are_found_by_name():
         "turbo4_prod",
         "turbo3_prod",
         "turbo2_prod",
+        "turbo4_centred",
+        "turbo3_centred",
+        "turbo2_centred",
     ]
     assert list(FORMATS) == kinds
     for name, format in FORMATS.items():

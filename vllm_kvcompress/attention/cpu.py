@@ -1,5 +1,6 @@
 """vLLM's CPU attention backend over compacted requests: on vLLM's own kernel, or ours for other formats."""
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
@@ -95,9 +96,9 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     state: CompressionState | None = None  # set by the worker once the cache exists
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self._readers: dict[Format, tuple[RecordAttention, BatchTables]] = {}
+    @functools.cached_property
+    def _readers(self) -> dict[Format, tuple[RecordAttention, BatchTables]]:
+        return {}
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -150,9 +150,10 @@ class TurboCentred(TurboQuant):
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
         limit = torch.finfo(torch.float16)
         keys = keys.float().nan_to_num(0.0, limit.max, limit.min).clamp(limit.min, limit.max)
-        rotation = _on(keys.device, orthogonal, keys.shape[-1], ROTATION)
-        means = (keys.mean(-2) @ rotation).clamp(limit.min, limit.max).half()
-        records = super().encode(keys - (means.float() @ rotation.T).unsqueeze(-2), values)
+        # In float64, so that how many records are written together decides no rounding.
+        rotation = _on(keys.device, orthogonal, keys.shape[-1], ROTATION).double()
+        means = (keys.double().mean(-2) @ rotation).clamp(limit.min, limit.max).half()
+        records = super().encode(keys - (means.double() @ rotation.T).float().unsqueeze(-2), values)
         return torch.cat([records, as_bytes(means)], -1)
 
     def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:

@@ -287,10 +287,11 @@ def test_records_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
     file = str(tmp_path / "cache")
     cache = torch.from_file(file, shared=True, size=blocks * page, dtype=torch.float32)
     cache = cache.view(1, blocks, 1, 16, 128)
-    torch.manual_seed(6)
+    torch.manual_seed(2)
     rows = [Row(1, 20, blocks=4, boundary=5), Row(1, 3, blocks=3, boundary=5)]
     batch = RecordBatch(rows, ["kivi4"] * 2, 2, cache)
-    assert int(batch.runs.destination.max()) * page > 2**31
+    slot = batch.rows.slot[0]
+    assert batch.runs.encoded[slot] > 0 and batch.runs.destination[slot, 0] * page > 2**31
     for tail in batch.tails:
         cache[:, tail] = torch.randn(1, len(tail), 1, 16, 128)
     assert_equals_reference(batch, "kivi4", 0)
