@@ -4,11 +4,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from numba import njit
 from torch import Tensor
 
 from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats.base import pack
 from vllm_kvcompress.formats.kivi import Kivi4
-from vllm_kvcompress.kernels import cpu_records
+from vllm_kvcompress.kernels import cpu_records, cpu_vectors
 from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
 
 NUM_PAGES = 1500
@@ -217,3 +219,32 @@ def test_numbers_that_no_exponential_holds():
     case = make(Kivi4())
     case.query *= 200
     check(case)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_codes_are_looked_up_on_processors_without_an_instruction_for_it(monkeypatch, bits):
+    monkeypatch.setattr(cpu_vectors, "HAS_LOOKUP", False)
+    read = cpu_vectors._code_reader(bits, 32, table=True)
+
+    @njit
+    def look_up(source, target, book):
+        read(source, target, book)
+
+    codes, book = torch.arange(32) * 7 % 2**bits, torch.randn(16)
+    packed, found = pack(codes, bits), torch.empty(32)
+    look_up(packed.data_ptr(), found.data_ptr(), book.data_ptr())
+    assert torch.equal(found, book[codes])
+
+
+def test_powers_of_two_are_within_float32s_rounding():
+    @njit
+    def powers(logits, state):
+        cpu_vectors.soften(logits, state)
+
+    for first in range(-130, 1, 10):
+        x = torch.cat([torch.zeros(1), torch.linspace(first, first + 10, 31).clamp(max=0)])
+        weights, state = x.clone(), torch.tensor([-torch.inf, 0.0, 0.0, 0.0])
+        powers(weights.data_ptr(), state.data_ptr())
+        expected = torch.where(x < -126, 0.0, x.double().exp2())
+        torch.testing.assert_close(weights.double(), expected, rtol=2e-7, atol=0)
+        assert state[:3].tolist() == pytest.approx([0.0, float(weights.sum()), 0.0], rel=1e-6)
