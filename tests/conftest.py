@@ -40,6 +40,8 @@ LONGEST = [
     "engine/test_oracle.py",
     "engine/test_parallel.py",
     "kernels/test_interpreted.py",
+    "kernels/test_record_compilation.py",
+    "engine/test_formats.py",
     "engine/test_recompaction.py",
     "engine/test_randomised.py",
     "engine/test_repetition.py",
