@@ -484,3 +484,11 @@ def test_a_threshold_goes_with_its_method():
 def test_a_policy_on_top_of_another_takes_its_options():
     policy = KVCompressionConfig.parse("criticalkv:base=kv_compress,kernel_size=3,window=16").build_policy()
     assert (type(policy.base).__name__, policy.base.kernel_size, policy.window) == ("KVCompress", 3, 16)
+
+
+@pytest.mark.parametrize(
+    "value", [{"method": ["snapkv"]}, {"method": {"name": "kivi"}}, {"method": 3}, {"format": ["kivi4"]}]
+)
+def test_a_request_whose_names_are_no_names_is_refused(value):
+    with pytest.raises(KVCompressionError):
+        KVCompressionConfig.parse("kivi").for_request(value)

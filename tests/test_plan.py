@@ -216,3 +216,23 @@ def test_with_a_format_no_request_holds_more_than_its_peak(block_size):
             assert plan.boundary % 32 == 0
             held = plan
     assert most < 2000 // block_size
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["", ",max_tokens_kept=300", ",sink_tokens=2000", ",budget=0.1,sink_tokens=1000", ",budget=0.9"],
+)
+def test_with_a_format_no_more_is_planned_than_there_is(options):
+    for num_tokens in range(100, 3000, 100):
+        config = parse(f"kivi:min_freed_tokens=1{options}")
+        plan = Plan.of(config, num_tokens, 32, page_tokens=96)
+        if plan is not None:
+            everything = -(-plan.boundary // 96)
+            assert plan.kept_blocks <= everything
+            assert not config.keeps_all or plan.kept_blocks == everything
+
+
+def test_a_bound_without_a_budget_prunes():
+    config = parse("kivi:max_tokens_kept=300")
+    assert not config.keeps_all and config.build_policy().name == "kv_compress"
+    assert Plan.of(config, 3000, 32, page_tokens=96).kept_blocks == 3

@@ -290,7 +290,7 @@ class KVCompressionConfig:
     @property
     def keeps_all(self) -> bool:
         """Whether every token is kept, in fewer bytes."""
-        return self.budget is None
+        return self.budget is None and self.max_tokens_kept is None
 
     def build_policy(self) -> Policy:
         """The policy with this configuration's hyper-parameters; where every token is kept, one that needs
@@ -404,7 +404,7 @@ def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConf
     if override.get("method", engine.method) != engine.method:
         for name in ("allocation", "threshold", "format"):
             flat.pop(name, None)
-        if (preset := METHODS.get(override["method"])) is not None and preset.format is not None:
+        if (preset := METHODS.get(str(override["method"]))) is not None and preset.format is not None:
             flat.pop("budget", None)
     own = {name: value for name, value in (flat | override).items() if name in ("method", "allocation")}
     kept = KVCompressionConfig(**own)._option_types().keys() | _OWN_TYPES.keys()

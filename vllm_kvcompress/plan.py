@@ -197,16 +197,17 @@ def _blocks_together(config: KVCompressionConfig, block_size: int) -> int:
 
 
 def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
-    in_page = page_tokens or block_size
-    kept = -(-source * block_size // in_page)  # all of them
+    in_page = block_size if page_tokens is None else page_tokens
+    whole = kept = -(-source * block_size // in_page)
     if config.budget is not None:
         # Through the decimal form, so that a budget of 0.14 keeps 7 blocks of 50 and not 8.
         kept = min(kept, math.ceil(Fraction(str(config.budget)) * source))
     if config.max_tokens_kept is not None:
         kept = min(kept, config.max_tokens_kept // in_page)
-    return max(kept, _fewest_blocks(config, source, block_size, page_tokens))
+    return min(whole, max(kept, _fewest_blocks(config, source, block_size, page_tokens)))
 
 
 def _fewest_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
     """Blocks that are kept whatever the scores."""
-    return max(-(-config.sink_tokens // (page_tokens or block_size)), min(source, 1))
+    in_page = block_size if page_tokens is None else page_tokens
+    return max(-(-config.sink_tokens // in_page), min(source, 1))

@@ -1,5 +1,7 @@
 """The CPU kernel over records and the raw tail, against plain PyTorch over what the format itself decodes."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -248,3 +250,31 @@ def test_powers_of_two_are_within_float32s_rounding():
         expected = torch.where(x < -126, 0.0, x.double().exp2())
         torch.testing.assert_close(weights.double(), expected, rtol=2e-7, atol=0)
         assert state[:3].tolist() == pytest.approx([0.0, float(weights.sum()), 0.0], rel=1e-6)
+
+
+def test_threads_for_which_there_is_no_memory_do_nothing(monkeypatch):
+    """OpenMP may have more of them than torch was told to use."""
+    case = make(Kivi4(), records=(40, 30), tails=(40, 70))
+    expected, run, started = case.out(0.1, 0.0), cpu_records._run(), []
+
+    def with_more(step, args, threads):
+        started.append(threads)
+        run(step, args, threads + 3)
+
+    monkeypatch.setattr(cpu_records, "_run", lambda: with_more)
+    monkeypatch.setattr(cpu_records, "PIECES_PER_THREAD", 50)
+    memory = torch.full_like(case.attention._scratch, torch.nan).repeat(4)
+    case.attention._scratch = memory[: len(case.attention._scratch)]
+    torch.testing.assert_close(case.out(0.1, 0.0), expected, atol=1e-5, rtol=1e-5)
+    assert started == [torch.get_num_threads()] * 2
+    assert bool(memory[len(case.attention._scratch) :].isnan().all())
+
+
+def test_code_is_compiled_where_no_folder_can_be_written():
+    program = (
+        "from numba.core import caching\n"
+        "caching.CacheImpl._locator_classes = []\n"
+        "from vllm_kvcompress.kernels import cpu_records\n"
+        "assert all(cpu_records.compiled_steps())\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

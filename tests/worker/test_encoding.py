@@ -12,6 +12,7 @@ from worker.compaction import Absolute, ByKey, ByTable, Request
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, RECORD, Format
 from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.worker.compactor import Work
 
@@ -243,3 +244,38 @@ def test_what_is_forgotten_leaves_no_bytes_that_are_no_numbers():
     assert request.cache.pages[pages].isnan().any() or request.cache.pages[pages].any()
     state.forget("r")
     assert not request.cache.pages[pages].any()
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "adaptive", "pyramid"])
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.3])
+@pytest.mark.parametrize("step", [32, 64, 256])
+def test_as_many_blocks_as_the_scheduler_plans_are_never_too_many(allocation, budget, step):
+    """Pages that were left with room take what is new: then a head needs no more pages."""
+    request = Encoded("kivi4", 1)
+    config = configure("kivi4", allocation=allocation, budget=budget, window=3)
+    in_page, held, compacted = request.per_page * RECORD, None, 0
+    request.write(640)
+    while request.num_tokens + step < request.most:
+        plan = Plan.of(config, request.num_tokens, BLOCK, held, in_page)
+        if plan is not None:
+            job = request.job(config, plan.kept_blocks, request.num_tokens - plan.boundary)
+            assert job.boundary == plan.boundary
+            (table,) = request.compactor.run([Work(job, request.observer.tables.get("r"))])
+            pages = len(job.destination) * request.grid.pages_per_block
+            full = table.counts * request.per_page
+            assert int(table.counts.sum()) <= pages
+            assert bool(((table.units <= full) & (table.units > full - request.per_page)).all())
+            if int(table.counts.sum()) < pages:  # then all that there is stays
+                held_before = request.observer.tables.get("r")
+                old = 0 if held_before is None else held_before.units
+                assert torch.equal(
+                    table.units, old + len(job.source) * BLOCK // RECORD * torch.ones_like(table.units)
+                )
+            assert table.pages.shape[:2] == table.counts.shape
+            request.observer.tables["r"] = table
+            request.free += [*job.source, *job.previous]
+            request.raw = {i: block for i, block in request.raw.items() if i * BLOCK >= job.boundary}
+            request.destination, request.boundary = list(job.destination), job.boundary
+            held, compacted = plan, compacted + 1
+        request.write(step)
+    assert compacted > 5

@@ -9,6 +9,7 @@ import ctypes
 import enum
 import functools
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ class A(enum.IntEnum):
     INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
     PAIRS = 46  # T·Hq
     MEANS_AT = 47  # of rotated keys, in a record; -1 for none
+    THREADS = 48  # for which there is memory
 
 
 # As plain numbers, which Numba takes for constants.
@@ -95,7 +97,7 @@ class A(enum.IntEnum):
 )
 (SIGN_BOOK, ROTATION, BACK, PROJECTION, BIAS_AT, BLOCK_SIZE, DTYPE, KEY_PLACE) = map(int, list(A)[29:37])
 (KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
-(PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT) = map(int, list(A)[43:])
+(PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT, MOST_THREADS) = map(int, list(A)[43:])
 
 
 class Buffers(NamedTuple):
@@ -135,7 +137,7 @@ def _floats(most: int, size: int) -> int:
     return 6 * most * size + 2 * RECORD * size + 2 * RECORD * most + 4 * most + 4 * size + 96
 
 
-_compiled = functools.partial(njit, nogil=True, cache=True, error_model="numpy")
+_compiled = functools.partial(njit, nogil=True, error_model="numpy")
 
 
 @_compiled
@@ -612,8 +614,12 @@ def _attend_piece(args, scratch, row, block, head, split):
         v.set_f32(to + 4, v.get_f32(own.state + 16 * number + 4))
 
 
+@_compiled
 def _attend_thread(args):
-    scratch = _get(args, SCRATCH) + v.take(args + 8 * THREAD) * _get(args, SCRATCH_BYTES)
+    thread = v.take(args + 8 * THREAD)
+    if thread >= _get(args, MOST_THREADS):  # the others do its work
+        return
+    scratch = _get(args, SCRATCH) + thread * _get(args, SCRATCH_BYTES)
     heads, blocks, num_rows = _get(args, HEADS), _get(args, BLOCKS), _get(args, NUM_ROWS)
     while True:
         piece = v.take(args + 8 * NEXT)
@@ -624,6 +630,7 @@ def _attend_thread(args):
         _attend_piece(args, scratch, row, piece % blocks, head, piece // blocks)
 
 
+@_compiled
 def _merge_thread(args):
     size, splits, pairs = _get(args, SIZE), _get(args, SPLITS), _get(args, NUM_PAIRS)
     while True:
@@ -650,27 +657,44 @@ def _merge_thread(args):
 
 
 @functools.cache
-def _steps() -> tuple[int, int]:
-    """Addresses of the compiled steps. That takes some seconds, once on a machine."""
-    compiled = cfunc(types.void(types.int64), nopython=True, cache=True)
-    _compiled_steps = [compiled(step) for step in (_attend_thread, _merge_thread)]
-    _KEPT.extend(_compiled_steps)
-    return tuple(step.address for step in _compiled_steps)
+def compiled_steps() -> tuple[int, int]:
+    """Addresses of the compiled steps, which live as long as the process.
+
+    To compile takes some seconds, so the code is kept on disk where there is a place for it. What stands for
+    these two files is a constant of it: code of other ones is not taken for it.
+    """
+    files = __file__, v.__file__
+    sources = sum(zlib.crc32(Path(file).read_bytes()) for file in files if file)
+
+    def attend(args):
+        if sources >= 0:
+            _attend_thread(args)
+
+    def merge(args):
+        if sources >= 0:
+            _merge_thread(args)
+
+    signature = types.void(types.int64)
+    try:
+        _KEPT[:] = [cfunc(signature, nopython=True, cache=True)(step) for step in (attend, merge)]
+    except RuntimeError:  # no folder can be written
+        _KEPT[:] = [cfunc(signature, nopython=True)(step) for step in (attend, merge)]
+    return _KEPT[0].address, _KEPT[1].address
 
 
-_KEPT: list = []  # compiled code lives as long as its Python object
+_KEPT: list = []
 
 
-def _parallel() -> Callable[[int, int], None]:
-    """Calls a function of one address on every thread that torch computes with; on this one alone where torch
-    has another kind of threads."""
-    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
-    if not library.exists():
-        return lambda function, args: ctypes.CFUNCTYPE(None, ctypes.c_int64)(function)(args)
-    run = ctypes.CDLL(str(library)).GOMP_parallel
+def _parallel() -> Callable[[int, int, int], None]:
+    """Calls a function of one address on so many of the threads that torch computes with, whichever OpenMP
+    library that is; on this one alone where there is none of GNU's interface."""
+    try:
+        run = ctypes.CDLL(None).GOMP_parallel
+    except AttributeError:
+        return lambda function, args, threads: ctypes.CFUNCTYPE(None, ctypes.c_int64)(function)(args)
     run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     run.restype = None
-    return lambda function, args: run(function, args, 0, 0)
+    return lambda function, args, threads: run(function, args, threads, 0)
 
 
 _run = functools.cache(_parallel)
@@ -797,6 +821,7 @@ class RecordAttention:
         inner = scale / logits_soft_cap if capped else scale * LOG2_E
         factors = np.array([inner, logits_soft_cap * LOG2_E, capped], dtype=np.float32)
         args = self._args
+        args[A.THREADS] = threads
         args[A.PIECES] = num_rows * heads * blocks * splits
         args[A.ROWS], args[A.HEADS], args[A.GROUP] = num_rows, heads, group
         args[A.BLOCKS], args[A.QUERIES], args[A.SPLITS], args[A.SHARE] = blocks, queries, splits, share
@@ -813,9 +838,9 @@ class RecordAttention:
             factors.ctypes.data,
             num_tokens * query_heads,
         )
-        for step in _steps():
+        for step in compiled_steps():
             args[A.NEXT] = args[A.THREAD] = 0
-            _run()(step, args.ctypes.data)
+            _run()(step, args.ctypes.data, threads)
         out.copy_(result)
 
 

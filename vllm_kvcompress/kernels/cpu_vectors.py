@@ -453,7 +453,13 @@ def _emit_soften(builder, logits, state):
     none = builder.fcmp_ordered("==", new, F32(-math.inf))
     level = builder.select(none, F32(0.0), new)
     weights = [_exp2(builder, builder.fsub(half, _splat(builder, level))) for half in halves]
-    shrink = builder.extract_element(_exp2(builder, _splat(builder, builder.fsub(peak, level))), I32(0))
+    before = builder.block
+    with builder.if_then(builder.fcmp_ordered(">", new, peak), likely=False):  # seldom, once some are seen
+        fallen = _exp2(builder, _splat(builder, builder.fsub(peak, level)))
+        fallen, inside = builder.extract_element(fallen, I32(0)), builder.block
+    shrink = builder.phi(F32)
+    shrink.add_incoming(F32(1.0), before)
+    shrink.add_incoming(fallen, inside)
     added = _reduced(builder, "fadd", builder.fadd(*weights))
     for half, weight in enumerate(weights):
         _store(builder, weight, logits, 4 * LANES * half)

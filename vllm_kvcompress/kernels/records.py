@@ -105,6 +105,13 @@ def constants(format: Format, head_size: int, device: torch.device, dtype: torch
     return turn[0], turn[-1], rotation.T.contiguous().to(device), *books
 
 
+def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Make what a format is read with, which cannot be made while a graph is captured; arguments as of
+    `constants`."""
+    if isinstance(format, TurboQuant):
+        constants(format, head_size, device, dtype)
+
+
 def attend_records(
     query: Tensor,
     pages: Tensor,

@@ -21,7 +21,7 @@ class RequestTable:
     Attributes:
         grid: the cache's geometry.
         destination: `[n]` int64, its compacted blocks.
-        counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`.
+        counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`, or less with a format.
         boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
         positions: `[units, unit_tokens]` int32, the kept tokens' positions in the sequence, in run order;
             None if nobody will ask.
@@ -92,7 +92,7 @@ class RequestTable:
         pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
         in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
-        pages[in_run] = self.grid.linear_pages(self.destination).to(torch.int32)
+        pages[in_run] = self.grid.linear_pages(self.destination)[: self._numbers[-1]].to(torch.int32)
         return pages
 
     def longest(self, layers: slice) -> int:

@@ -217,8 +217,13 @@ class Compactor:
         linear = (counts.cumsum(0) - counts)[row] + of_head // per_page
         target = self.grid.pages_at(task.destination, linear) * per_page + of_head % per_page
         is_old = of_head < keep_old.sum(1)[row]
-        staged = [(target[is_old], self.cache.read_records(old[keep_old], format))] if old.numel() else []
         overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
+        staged: list[tuple[Tensor, Tensor]] = []
+        at_once = max(1, self.cache.slice_bytes // format.record_bytes(self.cache.head_size))
+        for place, record in zip(target[is_old].split(at_once), old[keep_old].split(at_once), strict=True):
+            staged.append((place, self.cache.read_records(record, format)))
+            if not overlaps:
+                self._write(staged, format)
         new_target = target[~is_old].split(num_new.tolist())
         columns = []
         for begin, end in self._head_slices(len(old), num_raw):
@@ -283,12 +288,11 @@ class Compactor:
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1)
         missing = -whole.shape[1] % in_page  # pages need not be full
-        counts = job.config.build_allocation().allocate(
-            torch.nn.functional.pad(whole, (missing, 0), value=-torch.inf).view(*shape, -1),
-            len(job.destination) * self.grid.pages_per_block,
-            in_page,
-            capacity.view(shape),
-        )
+        # Pages that are not full have room for what would else need new ones.
+        num_pages = min(len(job.destination) * self.grid.pages_per_block, int(capacity.sum()))
+        padded = torch.nn.functional.pad(whole, (missing, 0), value=-torch.inf).view(*shape, -1)
+        allocation = job.config.build_allocation()
+        counts = allocation.allocate(padded, num_pages, in_page, capacity.view(shape))
         if type(task.policy).refine is not Policy.refine:
             self._refine([task], held, scores, counts[None] * in_page)
         num_units = torch.minimum(counts.flatten() * per_page, present)
@@ -318,7 +322,10 @@ class Compactor:
 
     def _head_slices(self, num_heads: int, num_tokens: int) -> Iterator[tuple[int, int]]:
         """Heads of which so many tokens are encoded at a time."""
-        at_once = max(1, self.cache.slice_bytes // max(1, num_tokens * self.cache.head_size * 8))
+        per_token = (
+            64 * self.cache.head_size
+        )  # keys and values, in float32 several times, while they are encoded
+        at_once = max(1, self.cache.slice_bytes // max(1, num_tokens * per_token))
         for begin in range(0, num_heads, at_once):
             yield begin, min(begin + at_once, num_heads)
 

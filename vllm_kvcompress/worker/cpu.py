@@ -8,6 +8,8 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.kernels.cpu_records import compiled_steps
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PackedCache, PagedCache
 from vllm_kvcompress.requests.cpu_pages import learn_packing
@@ -32,5 +34,8 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
             value_scales = torch.tensor([layer._v_scale_float for layer in layers])
             float8 = Float8(FLOAT8[cache_dtype], plain, key_scales, value_scales)
             stored = plain
+        config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
+        if config.record_format is not None:  # else once a request asks for one
+            compiled_steps()
         packing = learn_packing(builder.isa, grid.block_size, size, stored, cache_dtype)
         return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8)

@@ -13,6 +13,8 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats import RECORD
+from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
+from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
@@ -69,6 +71,8 @@ class CompressionGPUWorker(CompressionWorker):
             layer.impl.layer_index, layer.impl.content = index, pages.view(torch.uint8)
             layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in by_token)
         builder.format = self._config.record_format
+        if builder.format is not None:
+            prepare(builder.format, size, pages.device, pages.dtype)
         return PlainCache(grid, *by_token, pages)
 
     def determine_available_memory(self) -> int:
@@ -113,7 +117,8 @@ class CompressionGPUWorker(CompressionWorker):
         plan = Plan.of(config, num_tokens, block_size, page_tokens=in_page)
         blocks = range(1, -(-num_tokens // block_size) + 1)
         policy = config.build_policy()
-        if any(getattr(policy, need) for need in self.lacks):  # the engine will refuse it
+        refused = NEEDS_HEAD_SIZE in self.lacks and config.record_format is not None
+        if refused or any(getattr(policy, need, False) for need in self.lacks):  # the engine will say so
             return
         if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
             return
@@ -133,5 +138,7 @@ class CompressionGPUWorker(CompressionWorker):
             state.observer.watch(name, config.build_policy())
         state.put(name, *compactor.run([Work(job, None, state.observer.of(name))]))
         elsewhere = replace(job, destination=tuple(blocks[-plan.kept_blocks :]))
-        compactor.run([Work(elsewhere, None, state.observer.of(name))])
+        (table,) = compactor.run([Work(elsewhere, None, state.observer.of(name))])
+        if table.format is not None:
+            compactor.cache.clear(table.destination)
         state.forget(name)

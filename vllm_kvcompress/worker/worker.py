@@ -20,7 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
+from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE, RECORD
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
@@ -60,7 +60,8 @@ class CompressionWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])  # reads its files
+        # Reads its files.
+        config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
         (group,) = self.model_runner.kv_cache_config.kv_cache_groups
         context = self.compilation_config.static_forward_context
         layers: list[Attention] = sorted(
@@ -77,6 +78,12 @@ class CompressionWorker(Worker):
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
+        format = config.record_format
+        if format is not None and cache.records_per_page(format) * RECORD <= block_size:
+            raise KVCompressionError(
+                f"kv-compression: a page has no room for more tokens in {format.name} than raw at "
+                f"--block-size {block_size}; use a larger one"
+            )
         model, impl = self.model_runner.get_model(), layers[0].impl
         probed = probe_layers(model, layers, self.vllm_config, self._without_adapters)
         self.lacks = probed.lacks
