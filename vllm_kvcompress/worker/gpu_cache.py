@@ -25,12 +25,12 @@ class PlainCache(PagedCache):
     Attributes:
         keys: `[L·B·H, N, D]`, a view of the cache.
         values: `[L·B·H, N, D]`, likewise, with the same strides.
-        whole: `[L·B·H, N·2D]`, both; None if no format is asked for.
+        whole: `[L·B·H, N·2D]`, both, in the order in which they lie.
     """
 
     keys: Tensor
     values: Tensor
-    whole: Tensor | None = None
+    whole: Tensor
     slice_bytes: ClassVar[int] = 256 * 2**20
 
     @property
@@ -43,7 +43,6 @@ class PlainCache(PagedCache):
 
     @property
     def content(self) -> Tensor:
-        assert self.whole is not None
         return self.whole.view(torch.uint8)
 
     @property

@@ -44,7 +44,7 @@ def on_kernels(monkeypatch):
     def make(grid, pages, key_packing, value_packing):
         shape = grid.block_size, key_packing.head_size
         keys, values = (part.unflatten(1, shape) for part in pages.unbind(1))
-        return Plain(grid, keys, values, pages)
+        return Plain(grid, keys, values, pages.flatten(1), pages)
 
     monkeypatch.setattr(compaction, "MovingCache", make)
     # Allocations of our own never go through the host.
