@@ -226,11 +226,11 @@ def test_numbers_that_no_exponential_holds():
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_codes_are_looked_up_on_processors_without_an_instruction_for_it(monkeypatch, bits):
     monkeypatch.setattr(cpu_vectors, "HAS_LOOKUP", False)
-    read = cpu_vectors._on_addresses(5, cpu_vectors._emit_read_codes)
+    read = cpu_vectors._code_reader(bits, 32, table=True)
 
     @njit
     def look_up(source, target, book):
-        read(source, target, bits, 32, book)
+        read(source, target, book)
 
     codes, book = torch.arange(32) * 7 % 2**bits, torch.randn(16)
     packed, found = pack(codes, bits), torch.empty(32)

@@ -149,18 +149,24 @@ def _get(args, which):
 def _multiply_add(a, a_row, b, b_row, k, c, c_row, rows, width):
     """C += A·B of float32 rows; strides in bytes, the width a multiple of 16."""
     for first in range(0, rows, 4):
-        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
-        for column in range(0, width, 32):
-            at = 4 * column
-            v.multiply_add(left, a_row, b + at, b_row, k, to + at, c_row, some, min(width - column, 32))
-
-
-@_compiled
-def _multiply_codes(a, a_row, codes, code_row, bits, book, k, c, c_row, rows):
-    """C += A·B of float32 rows, B `[k, 32]` what a book says of codes; if it is 0, the codes themselves."""
-    for first in range(0, rows, 4):
         left, to = a + first * a_row, c + first * c_row
-        v.multiply_codes(left, a_row, codes, code_row, k, to, c_row, min(rows - first, 4), bits, book)
+        some = min(rows - first, 4)
+        column = 0
+        while column + 32 <= width:
+            right, target = b + 4 * column, to + 4 * column
+            if some == 4:
+                v.product_4_32(left, a_row, right, b_row, k, target, c_row)
+            elif some == 3:
+                v.product_3_32(left, a_row, right, b_row, k, target, c_row)
+            elif some == 2:
+                v.product_2_32(left, a_row, right, b_row, k, target, c_row)
+            else:
+                v.product_1_32(left, a_row, right, b_row, k, target, c_row)
+            column += 32
+        if column < width:
+            right, target = b + 4 * column, to + 4 * column
+            for row in range(some):
+                v.product_1_16(left + row * a_row, a_row, right, b_row, k, target + row * c_row, c_row)
 
 
 @_compiled
@@ -175,12 +181,122 @@ def _read_halves(source, target, count):
 
 
 @_compiled
-def _read_codes(source, bits, book, rows, per_row, group, target):
-    """Codes of `rows` rows of `per_row` numbers, packed `group` (32 or 16) together, as float32; or what a
-    book says of them."""
+def _read_codes(source, bits, rows, per_row, group, target):
+    """Codes of `rows` rows of `per_row` numbers, packed `group` (32 or 16) together, as float32."""
     step = group * bits // 8
     for number in range(rows * per_row // group):
-        v.read_codes(source + number * step, target + number * group * 4, bits, group, book)
+        at, to = source + number * step, target + number * group * 4
+        if group == 32:
+            if bits == 4:
+                v.read_4(at, to)
+            elif bits == 2:
+                v.read_2(at, to)
+            else:
+                v.read_8(at, to)
+        elif bits == 4:
+            v.read_4_16(at, to)
+        elif bits == 2:
+            v.read_2_16(at, to)
+        else:
+            v.read_8_16(at, to)
+
+
+@_compiled
+def _look_codes_up(source, bits, rows, per_row, group, book, target):
+    """As `_read_codes`, but what a book of 16 float32 says of each code."""
+    step = group * bits // 8
+    for number in range(rows * per_row // group):
+        at, to = source + number * step, target + number * group * 4
+        if group == 32:
+            if bits == 4:
+                v.look_up_4(at, to, book)
+            elif bits == 3:
+                v.look_up_3(at, to, book)
+            elif bits == 2:
+                v.look_up_2(at, to, book)
+            else:
+                v.look_up_1(at, to, book)
+        elif bits == 4:
+            v.look_up_4_16(at, to, book)
+        elif bits == 3:
+            v.look_up_3_16(at, to, book)
+        else:
+            v.look_up_2_16(at, to, book)
+
+
+@_compiled
+def _multiply_codes(a, a_row, codes, code_row, bits, k, c, c_row, rows):
+    """C += A·B of float32 rows, B `[k, 32]` codes that stand for themselves."""
+    for first in range(0, rows, 4):
+        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
+        if bits == 4:
+            if some == 4:
+                v.codes_4_4(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 3:
+                v.codes_3_4(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 2:
+                v.codes_2_4(left, a_row, codes, code_row, k, to, c_row)
+            else:
+                v.codes_1_4(left, a_row, codes, code_row, k, to, c_row)
+        elif bits == 2:
+            if some == 4:
+                v.codes_4_2(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 3:
+                v.codes_3_2(left, a_row, codes, code_row, k, to, c_row)
+            elif some == 2:
+                v.codes_2_2(left, a_row, codes, code_row, k, to, c_row)
+            else:
+                v.codes_1_2(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 4:
+            v.codes_4_8(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 3:
+            v.codes_3_8(left, a_row, codes, code_row, k, to, c_row)
+        elif some == 2:
+            v.codes_2_8(left, a_row, codes, code_row, k, to, c_row)
+        else:
+            v.codes_1_8(left, a_row, codes, code_row, k, to, c_row)
+
+
+@_compiled
+def _multiply_looked_up(a, a_row, codes, code_row, bits, book, k, c, c_row, rows):
+    """C += A·B of float32 rows, B `[k, 32]` what a book says of codes."""
+    for first in range(0, rows, 4):
+        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
+        if bits == 4:
+            if some == 4:
+                v.looked_4_4(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_4(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_4(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_4(left, a_row, codes, code_row, k, to, c_row, book)
+        elif bits == 3:
+            if some == 4:
+                v.looked_4_3(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_3(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_3(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_3(left, a_row, codes, code_row, k, to, c_row, book)
+        elif bits == 2:
+            if some == 4:
+                v.looked_4_2(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 3:
+                v.looked_3_2(left, a_row, codes, code_row, k, to, c_row, book)
+            elif some == 2:
+                v.looked_2_2(left, a_row, codes, code_row, k, to, c_row, book)
+            else:
+                v.looked_1_2(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 4:
+            v.looked_4_1(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 3:
+            v.looked_3_1(left, a_row, codes, code_row, k, to, c_row, book)
+        elif some == 2:
+            v.looked_2_1(left, a_row, codes, code_row, k, to, c_row, book)
+        else:
+            v.looked_1_1(left, a_row, codes, code_row, k, to, c_row, book)
 
 
 @_compiled
@@ -284,8 +400,8 @@ def _attend_kivi(args, record, own, rows):
     value_scale, value_zero = key_zero + row_bytes, key_zero + row_bytes + 128
     few = rows <= FEW_ROWS and group == 32
     if not few:
-        _read_codes(record, bits, 0, size, 32, 32, own.keys)
-        _read_codes(record + codes, bits, 0, 32, size, group, own.values)
+        _read_codes(record, bits, size, 32, 32, own.keys)
+        _read_codes(record + codes, bits, 32, size, group, own.values)
     _read_halves(of_keys, key_scale, size)
     _read_halves(of_keys + 2 * size, key_zero, size)
     for row in range(rows):
@@ -293,7 +409,7 @@ def _attend_kivi(args, record, own, rows):
         v.multiply(query, key_scale, own.scaled + row_bytes * row, size // 16)
         v.fill(own.logits + 128 * row, 2, v.dot(query, key_zero, size // 16))
     if few:
-        _multiply_codes(own.scaled, row_bytes, record, 4 * bits, bits, 0, size, own.logits, 128, rows)
+        _multiply_codes(own.scaled, row_bytes, record, 4 * bits, bits, size, own.logits, 128, rows)
     else:
         _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
     _cap(args, own, rows, _bias(args, record))
@@ -310,7 +426,7 @@ def _attend_kivi(args, record, own, rows):
         values, out = own.values + part, own.out + part
         if few:
             at = record + codes + 4 * bits * number
-            _multiply_codes(own.weights, 128, at, size * bits // 8, bits, 0, 32, out, row_bytes, rows)
+            _multiply_codes(own.weights, 128, at, size * bits // 8, bits, 32, out, row_bytes, rows)
         else:
             _multiply_add(own.weights, 128, values, row_bytes, 32, out, row_bytes, rows, group)
 
@@ -334,16 +450,16 @@ def _attend_turbo(args, record, own, rows):
     few = rows <= FEW_ROWS and group == 32
     if few:
         step, logits = 4 * key_bits, own.logits
-        _multiply_codes(own.turned, row_bytes, record, step, key_bits, key_book, size, logits, 128, rows)
+        _multiply_looked_up(own.turned, row_bytes, record, step, key_bits, key_book, size, logits, 128, rows)
     else:
-        _read_codes(record, key_bits, key_book, size, 32, 32, own.keys)
+        _look_codes_up(record, key_bits, size, 32, 32, key_book, own.keys)
         _multiply_add(own.turned, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
     _read_halves(at, norms, 32)
     at += 64
     if _get(args, SIGNS):
         _read_halves(at, residuals, 32)
         at += 64
-        _read_codes(signs, 1, _get(args, SIGN_BOOK), size, 32, 32, own.keys)
+        _look_codes_up(signs, 1, size, 32, 32, _get(args, SIGN_BOOK), own.keys)
         for row in range(rows):
             v.fill(own.weights + 128 * row, 2, np.float32(0.0))
         _multiply_add(own.projected, row_bytes, own.keys, 128, size, own.weights, 128, rows, 32)
@@ -366,9 +482,9 @@ def _attend_turbo(args, record, own, rows):
         for number in range(size // 32):
             at, to = value_codes + 4 * value_bits * number, own.rotated + 128 * number
             step = size * value_bits // 8
-            _multiply_codes(own.weights, 128, at, step, value_bits, book, 32, to, row_bytes, rows)
+            _multiply_looked_up(own.weights, 128, at, step, value_bits, book, 32, to, row_bytes, rows)
     else:
-        _read_codes(value_codes, value_bits, book, 32, size, group, own.values)
+        _look_codes_up(value_codes, value_bits, 32, size, group, book, own.values)
         _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
 
 
@@ -544,7 +660,7 @@ def _merge_thread(args):
 def compiled_steps() -> tuple[int, int]:
     """Addresses of the compiled steps, which live as long as the process.
 
-    To compile takes half a minute, so the code is kept on disk where there is a place for it. What stands for
+    To compile takes some seconds, so the code is kept on disk where there is a place for it. What stands for
     these two files is a constant of it: code of other ones is not taken for it.
     """
     files = __file__, v.__file__

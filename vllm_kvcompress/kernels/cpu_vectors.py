@@ -105,19 +105,6 @@ def _loop(builder: ir.IRBuilder, count: ir.Value, initial: list[ir.Value], body:
     return values
 
 
-def _switch(builder: ir.IRBuilder, selector: ir.Value, cases: dict[int, Callable[[], None]]) -> None:
-    """What the case of a number writes is run."""
-    after = builder.append_basic_block("after")
-    switch = builder.switch(selector, after)
-    for number, emit in cases.items():
-        block = builder.append_basic_block("case")
-        switch.add_case(I64(number), block)
-        builder.position_at_end(block)
-        emit()
-        builder.branch(after)
-    builder.position_at_end(after)
-
-
 def _on_addresses(num_arguments: int, emit: Callable, result: types.Type = types.void) -> Callable:
     """A function of int64 that Numba puts in place; `emit(builder, *arguments)` writes it."""
 
@@ -244,45 +231,32 @@ def _book(builder: ir.IRBuilder, address: ir.Value) -> Callable:
     return at_once if HAS_LOOKUP else one_by_one
 
 
-def _emit_read_codes(builder, source, target, bits, count, book):
-    def write(width: int, size: int, table: bool) -> Callable[[], None]:
-        def emit():
-            looked_up = _book(builder, book) if table else None
-            for number, vector in enumerate(_decoded(builder, source, width, size, looked_up)):
-                _store(builder, vector, target, 4 * LANES * number)
+def _code_reader(bits: int, count: int, table: bool) -> Callable:
+    """`(source, target)` or, to look the codes up in a table of float32, `(source, target, table)`."""
 
-        return emit
+    def emit(builder, source, target, *address):
+        book = _book(builder, *address) if address else None
+        for number, vector in enumerate(_decoded(builder, source, bits, count, book)):
+            _store(builder, vector, target, 4 * LANES * number)
 
-    sizes = (LANES, 2 * LANES)
-    cases = {_key(width, size, False): write(width, size, False) for width in PLAIN for size in sizes}
-    cases |= {
-        _key(width, size, True): write(width, size, True)
-        for width in LOOKED_UP
-        for size in sizes
-        if width > 1
-    }
-    cases[_key(1, 2 * LANES, True)] = write(1, 2 * LANES, True)
-    _switch(builder, _selector(builder, bits, count, book), cases)
+    return _on_addresses(3 if table else 2, emit)
 
 
-PLAIN, LOOKED_UP = (
-    (8, 4, 2),
-    (4, 3, 2, 1),
-)  # bits of codes that stand for themselves, and that a book explains
+def _code_product(rows: int, bits: int, table: bool) -> Callable:
+    """`(a, a_row, codes, code_row, k, c, c_row[, table])`: C += A·B, B `[k, 32]` of what codes say.
 
+    The codes of a row of B, 32 together, become numbers in registers.
+    """
 
-def _key(bits: int, number: int, table: bool) -> int:
-    return bits + 16 * number + 1024 * table
+    def emit(builder, a, a_row, codes, code_row, k, c, c_row, *address):
+        book = _book(builder, *address) if address else None
 
+        def right(i):
+            return _decoded(builder, builder.add(codes, builder.mul(i, code_row)), bits, 2 * LANES, book)
 
-def _selector(builder: ir.IRBuilder, bits: ir.Value, number: ir.Value, book: ir.Value) -> ir.Value:
-    """What `_key` says of numbers that are known when the code runs; a book's address is not 0."""
-    table = builder.zext(builder.icmp_signed("!=", book, I64(0)), I64)
-    return builder.add(builder.add(bits, builder.shl(number, I64(4))), builder.shl(table, I64(10)))
+        _emit_product(builder, rows, 2 * LANES, a, a_row, right, k, c, c_row)
 
-
-# `(source, target, bits, count, book)`: 32 or 16 codes as float32, or what a book of 16 float32 says of them.
-read_codes = _on_addresses(5, _emit_read_codes)
+    return _on_addresses(8 if table else 7, emit)
 
 
 read_bfloat16, read_float16, read_float32 = (
@@ -291,6 +265,12 @@ read_bfloat16, read_float16, read_float32 = (
 read_bfloat16_16, read_float16_16, read_float32_16 = (
     _reader(kind, LANES) for kind in ("bfloat16", "float16", "float32")
 )
+read_8, read_4, read_2 = (_code_reader(bits, 2 * LANES, table=False) for bits in (8, 4, 2))
+read_8_16, read_4_16, read_2_16 = (_code_reader(bits, LANES, table=False) for bits in (8, 4, 2))
+look_up_4, look_up_3, look_up_2, look_up_1 = (
+    _code_reader(bits, 2 * LANES, table=True) for bits in (4, 3, 2, 1)
+)
+look_up_4_16, look_up_3_16, look_up_2_16 = (_code_reader(bits, LANES, table=True) for bits in (4, 3, 2))
 
 
 # ---------------------------------------------------------------------- arithmetic on rows
@@ -318,48 +298,31 @@ def _emit_product(builder, rows: int, width: int, a, a_row, right: Callable, k, 
         _store(builder, total, c_at[number // each], 4 * LANES * (number % each))
 
 
-def _emit_multiply_add(builder, a, a_row, b, b_row, k, c, c_row, rows, width):
-    def write(some: int, size: int) -> Callable[[], None]:
+def _product(rows: int, width: int) -> Callable:
+    """`(a, a_row, b, b_row, k, c, c_row)`: C += A·B, of `rows` rows and `width` columns; rows in bytes."""
+
+    def emit(builder, a, a_row, b, b_row, k, c, c_row):
         def right(i):
             at = builder.add(b, builder.mul(i, b_row))
-            return [_load(builder, at, VECTOR, 4 * LANES * j) for j in range(size // LANES)]
+            return [_load(builder, at, VECTOR, 4 * LANES * j) for j in range(width // LANES)]
 
-        return lambda: _emit_product(builder, some, size, a, a_row, right, k, c, c_row)
+        _emit_product(builder, rows, width, a, a_row, right, k, c, c_row)
 
-    sizes = (LANES, 2 * LANES)
-    cases = {_key(some, size, False): write(some, size) for some in range(1, MOST_ROWS + 1) for size in sizes}
-    _switch(builder, _selector(builder, rows, width, I64(0)), cases)
+    return _on_addresses(7, emit)
 
 
-def _emit_multiply_codes(builder, a, a_row, codes, code_row, k, c, c_row, rows, bits, book):
-    def write(some: int, width: int, table: bool) -> Callable[[], None]:
-        def emit():
-            looked_up = _book(builder, book) if table else None
-
-            def right(i):
-                at = builder.add(codes, builder.mul(i, code_row))
-                return _decoded(builder, at, width, 2 * LANES, looked_up)
-
-            _emit_product(builder, some, 2 * LANES, a, a_row, right, k, c, c_row)
-
-        return emit
-
-    kinds = [(width, False) for width in PLAIN] + [(width, True) for width in LOOKED_UP]
-    cases = {
-        _key(width, some, table): write(some, width, table)
-        for width, table in kinds
-        for some in range(1, MOST_ROWS + 1)
-    }
-    _switch(builder, _selector(builder, bits, rows, book), cases)
+product_1_32, product_2_32, product_3_32, product_4_32 = (_product(rows, 32) for rows in (1, 2, 3, 4))
+product_1_16, product_2_16, product_3_16, product_4_16 = (_product(rows, 16) for rows in (1, 2, 3, 4))
 
 
-MOST_ROWS = 4  # whose sums fit the registers
-# `(a, a_row, b, b_row, k, c, c_row, rows, width)`: C += A·B, of 1 to 4 rows and 32 or 16 columns; rows are
-# in bytes.
-multiply_add = _on_addresses(9, _emit_multiply_add)
-# `(a, a_row, codes, code_row, k, c, c_row, rows, bits, book)`: likewise, B `[k, 32]` of what codes say, which
-# become numbers in registers.
-multiply_codes = _on_addresses(10, _emit_multiply_codes)
+# Of codes that stand for themselves, and of those that are looked up: by bits, then by rows.
+codes_1_8, codes_2_8, codes_3_8, codes_4_8 = (_code_product(rows, 8, table=False) for rows in (1, 2, 3, 4))
+codes_1_4, codes_2_4, codes_3_4, codes_4_4 = (_code_product(rows, 4, table=False) for rows in (1, 2, 3, 4))
+codes_1_2, codes_2_2, codes_3_2, codes_4_2 = (_code_product(rows, 2, table=False) for rows in (1, 2, 3, 4))
+looked_1_4, looked_2_4, looked_3_4, looked_4_4 = (_code_product(rows, 4, table=True) for rows in (1, 2, 3, 4))
+looked_1_3, looked_2_3, looked_3_3, looked_4_3 = (_code_product(rows, 3, table=True) for rows in (1, 2, 3, 4))
+looked_1_2, looked_2_2, looked_3_2, looked_4_2 = (_code_product(rows, 2, table=True) for rows in (1, 2, 3, 4))
+looked_1_1, looked_2_1, looked_3_1, looked_4_1 = (_code_product(rows, 1, table=True) for rows in (1, 2, 3, 4))
 
 
 def _emit_dot(builder, a, b, vectors):
