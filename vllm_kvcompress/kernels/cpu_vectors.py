@@ -312,7 +312,7 @@ def _product(rows: int, width: int) -> Callable:
 
 
 product_1_32, product_2_32, product_3_32, product_4_32 = (_product(rows, 32) for rows in (1, 2, 3, 4))
-product_1_16, product_2_16, product_3_16, product_4_16 = (_product(rows, 16) for rows in (1, 2, 3, 4))
+product_1_16 = _product(1, 16)
 
 
 # Of codes that stand for themselves, and of those that are looked up: by bits, then by rows.
