@@ -74,6 +74,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
+@pytest.fixture(autouse=True)
+def registered_policies():
+    """What a test registers is gone after it: which test comes next in a process is nobody's choice."""
+    from vllm_kvcompress.policies import POLICIES
+
+    before = dict(POLICIES)
+    yield
+    POLICIES.clear()
+    POLICIES.update(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a bfloat16 Hugging Face checkpoint; made on the first use, some 40 s."""
