@@ -132,8 +132,9 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
         return None
     fits = tokens_of_a_page(config, vllm_config)
     if fits is not None and fits <= cache.block_size:
+        record_bytes = max(part.record_bytes(head_size) for part in format.parts)
         return (
-            f"{format.name} is written in records of {format.record_bytes(head_size)} bytes, and a page has "
+            f"{format.name} is written in records of {record_bytes} bytes, and a page has "
             f"no room for more tokens than raw at --block-size {cache.block_size}; use a larger one"
         )
     return None

@@ -71,10 +71,11 @@ def make(
 ) -> Case:
     generator = torch.Generator().manual_seed(7)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    size = format.record_bytes(head_size)
+    parts = format.parts
+    sizes = [part.record_bytes(head_size) for part in parts]
     cache = torch.full((NUM_PAGES, 2 * block_size * head_size * dtype.itemsize), 0xFF, dtype=torch.uint8)
-    per_page = cache.shape[1] // size
-    assert per_page
+    per_page = [cache.shape[1] // size for size in sizes]
+    assert all(per_page)
     free = iter(torch.randperm(NUM_PAGES, generator=generator).tolist())
     if channels_first:  # as vLLM has it where there is no AMX
         token, channel = torch.arange(block_size)[:, None], torch.arange(head_size)
@@ -84,27 +85,39 @@ def make(
             torch.randperm(block_size * head_size, generator=generator).view(block_size, head_size)
             for _ in "kv"
         )
-    width = max(-(-r // per_page) for r in records) + max(-(-tail // block_size) for tail in tails)
+    width = len(parts) * (max(-(-r // min(per_page)) for r in records) + 1)
+    width += max(-(-tail // block_size) for tail in tails)
     shape = len(queries), heads
     pages = torch.full((*shape, width), -1, dtype=torch.int32)
-    counts, in_run = (torch.zeros(shape, dtype=torch.int32) for _ in range(2))
+    counts = torch.zeros(shape, dtype=torch.int32)
+    in_run, first = (torch.zeros(len(parts), *shape, dtype=torch.int32) for _ in range(2))
     held = {}
     for row, (num_records, tail) in enumerate(zip(records, tails, strict=True)):
         for head in range(heads):
-            own = max(num_records - head, 0)
-            in_run[row, head] = own
-            counts[row, head] = -(-own // per_page)
-            plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
-            content = format.encode(*plain)
-            biases = torch.zeros(own, RECORD)
-            if bias:
-                biases = normal(own, RECORD)
-                content[:, -4 * RECORD :] = biases.view(torch.uint8)
-            keys, values = format.decode(content, head_size)
-            run = [next(free) for _ in range(int(counts[row, head]))]
-            for index, record in enumerate(content):
-                at = index % per_page * size
-                cache[run[index // per_page], at : at + size] = record
+            decoded, run, used = [], [], cache.shape[1]
+            for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+                # Of the first part somewhat fewer, and of the others in turn none.
+                own = max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
+                plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
+                content = part.encode(*plain)
+                biases = torch.zeros(own, RECORD)
+                if bias:
+                    biases = normal(own, RECORD)
+                    content[:, -4 * RECORD :] = biases.view(torch.uint8)
+                decoded.append((*part.decode(content, head_size), biases))
+                in_run[number, row, head] = own
+                place = next(
+                    at for at in range(99999) if _begins(at, size, cache.shape[1]) >= (len(run) - 1, used)
+                )
+                first[number, row, head] = place
+                for index, record in enumerate(content):
+                    page, at = _begins(place + index, size, cache.shape[1])
+                    if page == len(run):
+                        run.append(next(free))
+                    cache[run[page], at : at + size] = record
+                    used = at + size
+            counts[row, head] = len(run)
+            keys, values, biases = (torch.cat(each) for each in zip(*decoded, strict=True))
             blocks = [next(free) for _ in range(-(-tail // block_size))]
             raw = [normal(len(blocks) * block_size, head_size).to(dtype) for _ in "kv"]
             for part in raw:
@@ -121,16 +134,30 @@ def make(
             ]
             held[row, head] = *after, torch.cat([biases.flatten(), torch.zeros(tail)])
     start = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    longest = RECORD * max(records) + max(tails)
+    size = sizes[-1]
     return Case(
         RecordAttention(format, cache, places, dtype, size - 4 * RECORD if bias else -1),
         RecordRows(
-            start, pages, counts, in_run, torch.tensor(tails, dtype=torch.int32), max(queries), longest
+            start,
+            pages,
+            counts,
+            in_run,
+            first,
+            torch.tensor(tails, dtype=torch.int32),
+            max(queries),
+            [max(records)] * len(parts),
+            max(tails),
         ),
         normal(int(start[-1]), heads * group, head_size).to(dtype),
         group,
         held,
     )
+
+
+def _begins(place: int, size: int, page_bytes: int) -> tuple[int, int]:
+    """The page of a run's place, and the byte of it where the place begins."""
+    per_page = page_bytes // size
+    return place // per_page, page_bytes - (per_page - place % per_page) * size
 
 
 def check(case: Case, soft_cap: float = 0.0) -> None:
@@ -179,7 +206,7 @@ def test_shares_of_a_long_head_are_merged(monkeypatch, queries):
     monkeypatch.setattr(cpu_records, "MIN_SHARE", 64)
     monkeypatch.setattr(cpu_records, "PIECES_PER_THREAD", 50)
     case = make(Kivi4(), records=(30, 2), tails=(40, 70), queries=queries)
-    assert cpu_records._shares(4, case.rows.max_tokens, 1)[1] > 3
+    assert cpu_records._shares(4, RECORD * 30, 1)[1] > 3
     check(case)
 
 

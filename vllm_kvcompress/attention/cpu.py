@@ -163,8 +163,9 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         torch.cumsum(query_lens, 0, out=start[1:])
         boundaries = torch.tensor([table.boundary for table in tables.values()])
         tail = (common.seq_lens[rows] - boundaries).to(torch.int32)
-        bounds = int(query_lens.max()), batch.longest + int(tail.max())
-        of_layers = zip(batch.pages.unflatten(1, (len(rows), -1)), batch.counts, batch.units, strict=True)
+        bounds = int(query_lens.max()), batch.most_records, int(tail.max())
+        pages = batch.pages.unflatten(1, (len(rows), -1))
+        of_layers = zip(pages, batch.counts, batch.records, batch.first, strict=True)
         layers = [RecordRows(start, *of_layer, tail, *bounds) for of_layer in of_layers]
         tokens = _tokens_of(list(tables), common.query_start_loc_cpu) if mixed else None
         return EncodedRows(attention, layers, tokens)

@@ -1,7 +1,9 @@
 """How kept tokens are written in a page: one file per format."""
 
-from vllm_kvcompress.formats.base import RECORD, Format
+from vllm_kvcompress.formats.base import RECORD, Format, RecordFormat, arrange
+from vllm_kvcompress.formats.hybrid import K4V2, K4V3, K4V4, K8V4
 from vllm_kvcompress.formats.kivi import Kivi2, Kivi4, Kivi8
+from vllm_kvcompress.formats.mixed import Auto, Mixed
 from vllm_kvcompress.formats.turboquant import (
     Turbo2,
     Turbo3,
@@ -14,12 +16,25 @@ from vllm_kvcompress.formats.turboquant import (
     TurboProd4,
 )
 
-__all__ = ["FORMATS", "RECORD", "Format", "get_format", "number_of"]
+__all__ = [
+    "FORMATS",
+    "RECORD",
+    "Format",
+    "Mixed",
+    "RecordFormat",
+    "arrange",
+    "get_format",
+    "number_of",
+]
 
 _KIVI: tuple[type[Format], ...] = (Kivi8, Kivi4, Kivi2)
 _TURBO: tuple[type[Format], ...] = (Turbo4, Turbo3, Turbo2, TurboProd4, TurboProd3, TurboProd2)
 _CENTRED: tuple[type[Format], ...] = (TurboCentred4, TurboCentred3, TurboCentred2)
-FORMATS: dict[str, Format] = {format.name: format() for format in _KIVI + _TURBO + _CENTRED}
+_HYBRID: tuple[type[Format], ...] = (K8V4, K4V4, K4V3, K4V2)
+_MIXED: tuple[type[Format], ...] = (Auto,)
+FORMATS: dict[str, Format] = {
+    format.name: format() for format in _KIVI + _TURBO + _CENTRED + _HYBRID + _MIXED
+}
 
 
 def number_of(format: Format | None) -> int:

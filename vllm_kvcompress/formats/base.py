@@ -15,9 +15,34 @@ NEEDS_HEAD_SIZE = "needs_known_head_size"  # said of a model whose configuration
 class Format(ABC):
     """Writes keys and values of one KV head in fewer bytes.
 
-    Tokens are encoded in records of 32, and a page holds as many whole records as fit its bytes, one behind
-    the other. A record says all that is needed to read it, so records are moved between pages as they are and
-    never encoded twice.
+    Tokens are encoded in records of 32, and a page holds as many whole records as fit its bytes. A record
+    says all that is needed to read it, so records are moved between pages as they are and never encoded
+    twice.
+
+    A head's records are in its run part after part: all of the first kind of record, then all of the next.
+    Records of a kind are one behind the other and end where the page ends, so what a page has left behind
+    the last record of one kind takes the first ones of the next (see `arrange`).
+
+    Attributes:
+        name: what users write.
+        paper: title and arXiv id.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def parts(self) -> "tuple[RecordFormat, ...]":
+        """The kinds of records, in the order in which a head has them."""
+
+    def tokens_per_page(self, page_bytes: int, head_size: int) -> int:
+        """Tokens that a page of so many bytes holds at least; 0 if not even one record fits."""
+        return page_bytes // max(part.record_bytes(head_size) for part in self.parts) * RECORD
+
+
+class RecordFormat(Format):
+    """A format that is one kind of record.
 
     Inside a record all numbers lie in little-endian order, codes first. Codes of b bits stand for 32 numbers
     (or for 16) in planes: byte j of w holds those of the numbers j, j + w, j + 2w, … from its lowest bits on.
@@ -26,14 +51,14 @@ class Format(ABC):
     Subclasses are dataclasses of the format's options.
 
     Attributes:
-        name: what users write.
-        paper: title and arXiv id.
         bits: of a code.
     """
 
-    name: ClassVar[str]
-    paper: ClassVar[str]
     bits: ClassVar[int]
+
+    @property
+    def parts(self) -> "tuple[RecordFormat, ...]":
+        return (self,)
 
     @abstractmethod
     def record_bytes(self, head_size: int) -> int:
@@ -64,9 +89,31 @@ class Format(ABC):
         written, so that attention may be computed there; None if they are written as they are."""
         return None
 
-    def tokens_per_page(self, page_bytes: int, head_size: int) -> int:
-        """Tokens that a page of so many bytes holds; 0 if not even one record fits."""
-        return page_bytes // self.record_bytes(head_size) * RECORD
+
+def arrange(records: Tensor, sizes: Sequence[int], page_bytes: int) -> tuple[Tensor, Tensor]:
+    """Where the parts of runs lie.
+
+    Records of one size have places in a page, the last of which ends where the page does; a run's places are
+    counted from its first page on.
+
+    Args:
+        records: `[P, ...]` int64, how many there are of each part.
+        sizes: bytes of a part's records.
+        page_bytes: bytes of a page.
+
+    Returns:
+        `[P, ...]` int64, the place of each part's first record, and `[...]` int64, pages in all.
+    """
+    pages, free = torch.zeros_like(records[0]), torch.zeros_like(records[0])
+    first = []
+    for count, size in zip(records, sizes, strict=True):
+        per_page = page_bytes // size
+        begin = pages * per_page - free // size
+        end = begin + count
+        pages = torch.maximum(pages, (end + per_page - 1) // per_page)
+        free = torch.where(count > 0, (pages * per_page - end) * size, free)
+        first.append(begin)
+    return torch.stack(first), pages
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

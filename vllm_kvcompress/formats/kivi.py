@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats.base import RECORD, Format, as_bytes, pack, sections, unpack
+from vllm_kvcompress.formats.base import RECORD, RecordFormat, as_bytes, pack, sections, unpack
 
 GROUP = 32  # channels of a token that share a scale
 
 
 @dataclass(frozen=True)
-class Kivi(Format):
+class Kivi(RecordFormat):
     """Asymmetric quantization: keys per channel over 32 tokens, values per token over 32 channels.
 
         code = round((x - zero) / scale),  zero = min,  scale = (max - min) / (2^b - 1)
@@ -39,38 +39,48 @@ class Kivi(Format):
         return codes, codes, 2 * head_size, 2 * head_size, 2 * numbers, 2 * numbers
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        head_size = keys.shape[-1]
-        group = value_group(head_size)
-        of_keys = self._quantize(keys.float().transpose(-1, -2))  # `[..., D, 32]`
-        of_values = self._quantize(values.float().unflatten(-1, (-1, group)))  # `[..., 32, groups, group]`
-        codes = [pack(each[0], self.bits).flatten(-2) for each in (of_keys, of_values)]
-        codes[1] = codes[1].flatten(-2)
-        by_group = [part.transpose(-1, -2).flatten(-2) for part in of_values[1:]]
-        return torch.cat([*codes, *map(as_bytes, [*of_keys[1:], *by_group])], -1)
-
-    def _quantize(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes `[..., n]` uint8 of numbers `[..., n]`, and float16 scales and zeros `[...]`."""
-        limit, levels = torch.finfo(torch.float16), (1 << self.bits) - 1
-        numbers = numbers.nan_to_num(0.0, limit.max, limit.min).clamp(limit.min, limit.max)
-        low, high = numbers.amin(-1), numbers.amax(-1)
-        zero = _rounded(low, up=False)
-        scale = _rounded((high - zero.float()) / levels, up=True)
-        divisor = torch.where(scale > 0, scale, 1).float()
-        codes = ((numbers - zero.float()[..., None]) / divisor[..., None]).round_().clamp_(0, levels)
-        return codes.to(torch.uint8), scale, zero
+        of_keys = write_keys(keys, self.bits)
+        of_values = quantize(values.float().unflatten(-1, (-1, value_group(values.shape[-1]))), self.bits)
+        codes = pack(of_values[0], self.bits).flatten(-3)  # `[..., 32, groups, group]`
+        by_group = [as_bytes(part.transpose(-1, -2).flatten(-2)) for part in of_values[1:]]
+        return torch.cat([of_keys[0], codes, *of_keys[1:], *by_group], -1)
 
     def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
         group = value_group(head_size)
-        key_codes, value_codes, *numbers = sections(records, self._sizes(head_size))
-        key_scale, key_zero, value_scale, value_zero = (part.view(torch.float16).float() for part in numbers)
-        keys = unpack(key_codes.unflatten(-1, (head_size, -1)), self.bits).float()
-        keys = keys * key_scale[..., None] + key_zero[..., None]
+        key_codes, value_codes, scale, zero, scales, zeros = sections(records, self._sizes(head_size))
         codes = unpack(value_codes.unflatten(-1, (RECORD, head_size // group, -1)), self.bits).float()
-        value_scale, value_zero = (
-            part.unflatten(-1, (-1, RECORD)).transpose(-1, -2)[..., None]
-            for part in (value_scale, value_zero)
+        of_token = (
+            part.view(torch.float16).float().unflatten(-1, (-1, RECORD)).transpose(-1, -2)[..., None]
+            for part in (scales, zeros)
         )
-        return keys.transpose(-1, -2).contiguous(), (codes * value_scale + value_zero).flatten(-2)
+        value_scale, value_zero = of_token
+        values = (codes * value_scale + value_zero).flatten(-2)
+        return read_keys(key_codes, scale, zero, self.bits), values
+
+
+def write_keys(keys: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys `[..., 32, D]` by channel: the bytes of their codes, scales and zeros."""
+    codes, scale, zero = quantize(keys.float().transpose(-1, -2), bits)
+    return pack(codes, bits).flatten(-2), as_bytes(scale), as_bytes(zero)
+
+
+def read_keys(codes: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Keys `[..., 32, D]` float32 of what `write_keys` made."""
+    scale, zero = (part.view(torch.float16).float()[..., None] for part in (scales, zeros))
+    numbers = unpack(codes.unflatten(-1, (scale.shape[-2], -1)), bits).float()
+    return (numbers * scale + zero).transpose(-1, -2).contiguous()
+
+
+def quantize(numbers: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes `[..., n]` uint8 of numbers `[..., n]`, and float16 scales and zeros `[...]`."""
+    limit, levels = torch.finfo(torch.float16), (1 << bits) - 1
+    numbers = numbers.nan_to_num(0.0, limit.max, limit.min).clamp(limit.min, limit.max)
+    low, high = numbers.amin(-1), numbers.amax(-1)
+    zero = _rounded(low, up=False)
+    scale = _rounded((high - zero.float()) / levels, up=True)
+    divisor = torch.where(scale > 0, scale, 1).float()
+    codes = ((numbers - zero.float()[..., None]) / divisor[..., None]).round_().clamp_(0, levels)
+    return codes.to(torch.uint8), scale, zero
 
 
 def value_group(head_size: int) -> int:

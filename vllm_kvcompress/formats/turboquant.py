@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats.base import RECORD, Format, as_bytes, pack, sections, unpack
+from vllm_kvcompress.formats.base import RECORD, RecordFormat, as_bytes, pack, sections, unpack
 from vllm_kvcompress.formats.kivi import value_group
 
 ROTATION, PROJECTION = 0, 1  # seeds
 
 
 @dataclass(frozen=True)
-class TurboQuant(Format):
+class TurboQuant(RecordFormat):
     """The length of a vector, and its direction, rotated at random, coordinate by coordinate.
 
         y = x / ‖x‖ · R,  code_i = argmin_c |y_i - codebook_c|,  x̂ = ‖x‖ · codebook[code] · Rᵀ
@@ -62,12 +62,10 @@ class TurboQuant(Format):
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
         key_directions, key_norms = _directions(keys)
-        value_directions, value_norms = _directions(values)
         key_codes, *residual_norms = self._write_keys(key_directions)
-        codes = _nearest(value_directions, self.bits).unflatten(-1, (-1, value_group(values.shape[-1])))
-        value_codes = pack(codes, self.bits).flatten(-3)
-        norms = [as_bytes(each) for each in (key_norms, *residual_norms, value_norms)]
-        return torch.cat([key_codes, value_codes, *norms], -1)
+        value_codes, value_norms = write_values(values, self.bits)
+        norms = [as_bytes(each) for each in (key_norms, *residual_norms)]
+        return torch.cat([key_codes, value_codes, *norms, value_norms], -1)
 
     def _write_keys(self, directions: Tensor) -> tuple[Tensor, ...]:
         """The codes' bytes of rotated unit vectors `[..., 32, D]`, and float16 norms of residuals if kept."""
@@ -77,10 +75,9 @@ class TurboQuant(Format):
         *codes, value_codes, key_norms, residuals, value_norms = sections(records, self._sizes(head_size))
         key_codes, signs = (part.unflatten(-1, (head_size, -1)) for part in codes)
         keys = self._read_keys(key_codes, signs, _float16(residuals))
-        groups = value_codes.unflatten(-1, (RECORD, head_size // value_group(head_size), -1))
-        values = _numbers(unpack(groups, self.bits).flatten(-2), head_size, self.bits)
         back = _on(records.device, orthogonal, head_size, ROTATION).T
-        return _float16(key_norms) * keys @ back, _float16(value_norms) * values @ back
+        values = read_values(value_codes, value_norms, head_size, self.bits)
+        return _float16(key_norms) * keys @ back, values
 
     def _read_keys(self, codes: Tensor, signs: Tensor, residual_norms: Tensor) -> Tensor:
         """Rotated directions `[..., 32, D]` of codes `[..., D, 4·key_bits]` and of what says of residuals."""
@@ -161,6 +158,20 @@ class TurboCentred(TurboQuant):
         keys, values = super().decode(plain, head_size)
         back = _on(records.device, orthogonal, head_size, ROTATION).T
         return keys + (means.view(torch.float16).float() @ back).unsqueeze(-2), values
+
+
+def write_values(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Values `[..., 32, D]` by token: the bytes of their codes and norms."""
+    directions, norms = _directions(values)
+    codes = _nearest(directions, bits).unflatten(-1, (-1, value_group(values.shape[-1])))
+    return pack(codes, bits).flatten(-3), as_bytes(norms)
+
+
+def read_values(codes: Tensor, norms: Tensor, head_size: int, bits: int) -> Tensor:
+    """Values `[..., 32, D]` float32 of what `write_values` made."""
+    groups = codes.unflatten(-1, (RECORD, head_size // value_group(head_size), -1))
+    directions = _numbers(unpack(groups, bits).flatten(-2), head_size, bits)
+    return _float16(norms) * directions @ _on(codes.device, orthogonal, head_size, ROTATION).T
 
 
 def _directions(vectors: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import enum
 import functools
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,8 @@ import torch
 from numba import cfunc, njit, types
 from torch import Tensor
 
-from vllm_kvcompress.formats import RECORD, Format
+from vllm_kvcompress.formats import RECORD, Format, RecordFormat
+from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.kivi import Kivi, value_group
 from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels import cpu_vectors as v
@@ -47,7 +48,7 @@ class A(enum.IntEnum):
     SIZE = 6  # channels
     BLOCKS = 7  # of queries
     QUERIES = 8  # of a block
-    SPLITS = 9
+    SPLITS = 9  # of this part of a format
     SHARE = 10  # tokens
     QUERY = 11  # float32 [T, Hq, D]
     START = 12  # int32 [R + 1]
@@ -60,7 +61,7 @@ class A(enum.IntEnum):
     PAGE_BYTES = 19
     PER_PAGE = 20  # records
     RECORD_BYTES = 21
-    KIND = 22
+    KEY_KIND = 22
     KEY_BITS = 23
     VALUE_BITS = 24
     VALUE_GROUP = 25  # channels of a value that are packed together
@@ -80,24 +81,34 @@ class A(enum.IntEnum):
     VALUE_STRIDE = 39  # from a token to the next where channels follow each other; else 0
     SCRATCH = 40
     SCRATCH_BYTES = 41  # of a thread
-    PART_OUT = 42  # float32 [T·Hq, SPLITS, D]
-    PART_STATE = 43  # float32 [T·Hq, SPLITS, 2], peak and total
+    PART_OUT = 42  # float32 [T·Hq, ALL_SPLITS, D]
+    PART_STATE = 43  # float32 [T·Hq, ALL_SPLITS, 2], peak and total
     OUT = 44  # float32 [T, Hq, D]
     INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
     PAIRS = 46  # T·Hq
     MEANS_AT = 47  # of rotated keys, in a record; -1 for none
     THREADS = 48  # for which there is memory
+    FIRST = 49  # int32 [R, H], the place of a run's first record
+    RECORDS_AT = 50  # bytes of a page before its first place
+    ALL_SPLITS = 51  # of all parts
+    BEFORE = 52  # splits of the parts before
+    VALUE_KIND = 53
+    VALUES_AT = 54  # their codes, in a record
+    KEY_NUMBERS_AT = 55  # scales and zeros, or norms
+    VALUE_NUMBERS_AT = 56
 
 
 # As plain numbers, which Numba takes for constants.
 (NEXT, THREAD, PIECES, NUM_ROWS, HEADS, GROUP, SIZE, BLOCKS, QUERIES, SPLITS, SHARE) = map(int, list(A)[:11])
 (QUERY, START, PAGES, WIDTH, COUNTS, RECORDS, TAIL, CACHE, PAGE_BYTES, PER_PAGE) = map(int, list(A)[11:21])
-(RECORD_BYTES, KIND, KEY_BITS, VALUE_BITS, VALUE_GROUP, SIGNS, KEY_BOOK, VALUE_BOOK) = map(
+(RECORD_BYTES, KEY_KIND, KEY_BITS, VALUE_BITS, VALUE_GROUP, SIGNS, KEY_BOOK, VALUE_BOOK) = map(
     int, list(A)[21:29]
 )
 (SIGN_BOOK, ROTATION, BACK, PROJECTION, BIAS_AT, BLOCK_SIZE, DTYPE, KEY_PLACE) = map(int, list(A)[29:37])
 (KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
-(PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT, MOST_THREADS) = map(int, list(A)[43:])
+(PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT, MOST_THREADS) = map(int, list(A)[43:49])
+(FIRST, RECORDS_AT, ALL_SPLITS, BEFORE, VALUE_KIND, VALUES_AT) = map(int, list(A)[49:55])
+(KEY_NUMBERS_AT, VALUE_NUMBERS_AT) = map(int, list(A)[55:])
 
 
 class Buffers(NamedTuple):
@@ -115,7 +126,7 @@ class Buffers(NamedTuple):
         logits: `[M, 32]`, then weights.
         weights: `[M, 32]`, times the scales of a record's values.
         state: `[M, 4]`, see `cpu_vectors.soften`.
-        numbers: `[4·D + 96]`, scales, zeros, norms.
+        numbers: `[4·D + 96]`, scales, zeros, norms: of keys, then of values.
     """
 
     query: int
@@ -373,7 +384,7 @@ def _cap(args, own, rows, bias):
 @_compiled
 def _soften(args, own, rows):
     """Logits become weights, and what was summed up so far shrinks with them."""
-    size, turbo = _get(args, SIZE), _get(args, KIND) == TURBO
+    size, turbo = _get(args, SIZE), _get(args, VALUE_KIND) == TURBO
     for row in range(rows):
         v.soften(own.logits + 128 * row, own.state + 16 * row)
         shrink = v.get_f32(own.state + 16 * row + 8)
@@ -390,76 +401,68 @@ def _bias(args, record):
 
 
 @_compiled
-def _attend_kivi(args, record, own, rows):
-    """Add what a record of KIVI says to the rows' output."""
-    size, bits, group = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_GROUP)
-    row_bytes, codes = 4 * size, 32 * size * bits // 8
-    of_keys = record + 2 * codes
-    of_values = of_keys + 4 * size
-    key_scale, key_zero = own.numbers, own.numbers + row_bytes
-    value_scale, value_zero = key_zero + row_bytes, key_zero + row_bytes + 128
-    few = rows <= FEW_ROWS and group == 32
-    if not few:
-        _read_codes(record, bits, size, 32, 32, own.keys)
-        _read_codes(record + codes, bits, 32, size, group, own.values)
-    _read_halves(of_keys, key_scale, size)
-    _read_halves(of_keys + 2 * size, key_zero, size)
+def _multiply_kivi_keys(args, record, own, rows):
+    """Logits of a record whose keys have a scale and a zero for each channel."""
+    size, bits = _get(args, SIZE), _get(args, KEY_BITS)
+    row_bytes, numbers = 4 * size, record + _get(args, KEY_NUMBERS_AT)
+    scale, zero = own.numbers, own.numbers + row_bytes
+    _read_halves(numbers, scale, size)
+    _read_halves(numbers + 2 * size, zero, size)
     for row in range(rows):
         query = own.query + row_bytes * row
-        v.multiply(query, key_scale, own.scaled + row_bytes * row, size // 16)
-        v.fill(own.logits + 128 * row, 2, v.dot(query, key_zero, size // 16))
-    if few:
+        v.multiply(query, scale, own.scaled + row_bytes * row, size // 16)
+        v.fill(own.logits + 128 * row, 2, v.dot(query, zero, size // 16))
+    if rows <= FEW_ROWS:
         _multiply_codes(own.scaled, row_bytes, record, 4 * bits, bits, size, own.logits, 128, rows)
     else:
+        _read_codes(record, bits, size, 32, 32, own.keys)
         _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
-    _cap(args, own, rows, _bias(args, record))
-    _soften(args, own, rows)
-    num_groups = size // group
+
+
+@_compiled
+def _add_kivi_values(args, record, own, rows):
+    """Values that have a scale and a zero for each token and group of channels."""
+    size, bits, group = _get(args, SIZE), _get(args, VALUE_BITS), _get(args, VALUE_GROUP)
+    row_bytes, num_groups = 4 * size, size // group
+    codes, numbers = record + _get(args, VALUES_AT), record + _get(args, VALUE_NUMBERS_AT)
+    scale, zero = own.numbers, own.numbers + 128
+    few = rows <= FEW_ROWS and group == 32
+    if not few:
+        _read_codes(codes, bits, 32, size, group, own.values)
     for number in range(num_groups):
-        _read_halves(of_values + 64 * number, value_scale, 32)
-        _read_halves(of_values + 64 * (num_groups + number), value_zero, 32)
+        _read_halves(numbers + 64 * number, scale, 32)
+        _read_halves(numbers + 64 * (num_groups + number), zero, 32)
         part = 4 * group * number
         for row in range(rows):
             paid = own.logits + 128 * row
-            v.multiply(paid, value_scale, own.weights + 128 * row, 2)
-            v.add(own.out + row_bytes * row + part, group // 16, v.dot(paid, value_zero, 2))
+            v.multiply(paid, scale, own.weights + 128 * row, 2)
+            v.add(own.out + row_bytes * row + part, group // 16, v.dot(paid, zero, 2))
         values, out = own.values + part, own.out + part
         if few:
-            at = record + codes + 4 * bits * number
+            at = codes + 4 * bits * number
             _multiply_codes(own.weights, 128, at, size * bits // 8, bits, 32, out, row_bytes, rows)
         else:
             _multiply_add(own.weights, 128, values, row_bytes, 32, out, row_bytes, rows, group)
 
 
 @_compiled
-def _attend_turbo(args, record, own, rows):
-    """Add what a record of TurboQuant says to the rows' output, which stays rotated."""
-    size, key_bits, value_bits = _get(args, SIZE), _get(args, KEY_BITS), _get(args, VALUE_BITS)
-    row_bytes, signs = 4 * size, record + 32 * size * key_bits // 8
-    value_codes = signs + 4 * size * _get(args, SIGNS)
-    at = value_codes + 32 * size * value_bits // 8
-    norms, residuals, value_norms, means = (
-        own.numbers,
-        own.numbers + 128,
-        own.numbers + 256,
-        own.numbers + 384,
-    )
+def _multiply_turbo_keys(args, record, own, rows):
+    """Logits of a record whose keys are directions, rotated, and norms."""
+    size, bits, book = _get(args, SIZE), _get(args, KEY_BITS), _get(args, KEY_BOOK)
+    row_bytes, numbers = 4 * size, record + _get(args, KEY_NUMBERS_AT)
+    norms, residuals, means = own.numbers, own.numbers + 128, own.numbers + 256
     for row in range(rows):
         v.fill(own.logits + 128 * row, 2, np.float32(0.0))
-    group, key_book, book = _get(args, VALUE_GROUP), _get(args, KEY_BOOK), _get(args, VALUE_BOOK)
-    few = rows <= FEW_ROWS and group == 32
-    if few:
-        step, logits = 4 * key_bits, own.logits
-        _multiply_looked_up(own.turned, row_bytes, record, step, key_bits, key_book, size, logits, 128, rows)
+    if rows <= FEW_ROWS:
+        step, logits = 4 * bits, own.logits
+        _multiply_looked_up(own.turned, row_bytes, record, step, bits, book, size, logits, 128, rows)
     else:
-        _look_codes_up(record, key_bits, size, 32, 32, key_book, own.keys)
+        _look_codes_up(record, bits, size, 32, 32, book, own.keys)
         _multiply_add(own.turned, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
-    _read_halves(at, norms, 32)
-    at += 64
+    _read_halves(numbers, norms, 32)
     if _get(args, SIGNS):
-        _read_halves(at, residuals, 32)
-        at += 64
-        _look_codes_up(signs, 1, size, 32, 32, _get(args, SIGN_BOOK), own.keys)
+        _read_halves(numbers + 64, residuals, 32)
+        _look_codes_up(record + 4 * size * bits, 1, size, 32, 32, _get(args, SIGN_BOOK), own.keys)
         for row in range(rows):
             v.fill(own.weights + 128 * row, 2, np.float32(0.0))
         _multiply_add(own.projected, row_bytes, own.keys, 128, size, own.weights, 128, rows, 32)
@@ -473,19 +476,39 @@ def _attend_turbo(args, record, own, rows):
         _read_halves(record + _get(args, MEANS_AT), means, size)
         for row in range(rows):
             v.add(own.logits + 128 * row, 2, v.dot(own.turned + row_bytes * row, means, size // 16))
-    _read_halves(at, value_norms, 32)
+
+
+@_compiled
+def _add_turbo_values(args, record, own, rows):
+    """Values that are directions, rotated, and norms; the sum stays rotated."""
+    size, bits, book = _get(args, SIZE), _get(args, VALUE_BITS), _get(args, VALUE_BOOK)
+    row_bytes, group, codes = 4 * size, _get(args, VALUE_GROUP), record + _get(args, VALUES_AT)
+    _read_halves(record + _get(args, VALUE_NUMBERS_AT), own.numbers, 32)
+    for row in range(rows):
+        v.multiply(own.logits + 128 * row, own.numbers, own.weights + 128 * row, 2)
+    if rows <= FEW_ROWS and group == 32:
+        for number in range(size // 32):
+            at, to = codes + 4 * bits * number, own.rotated + 128 * number
+            step = size * bits // 8
+            _multiply_looked_up(own.weights, 128, at, step, bits, book, 32, to, row_bytes, rows)
+    else:
+        _look_codes_up(codes, bits, 32, size, group, book, own.values)
+        _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
+
+
+@_compiled
+def _attend_record(args, record, own, rows):
+    """Add what a record says to the rows' output."""
+    if _get(args, KEY_KIND) == TURBO:
+        _multiply_turbo_keys(args, record, own, rows)
+    else:
+        _multiply_kivi_keys(args, record, own, rows)
     _cap(args, own, rows, _bias(args, record))
     _soften(args, own, rows)
-    for row in range(rows):
-        v.multiply(own.logits + 128 * row, value_norms, own.weights + 128 * row, 2)
-    if few:
-        for number in range(size // 32):
-            at, to = value_codes + 4 * value_bits * number, own.rotated + 128 * number
-            step = size * value_bits // 8
-            _multiply_looked_up(own.weights, 128, at, step, value_bits, book, 32, to, row_bytes, rows)
+    if _get(args, VALUE_KIND) == TURBO:
+        _add_turbo_values(args, record, own, rows)
     else:
-        _look_codes_up(value_codes, value_bits, 32, size, group, book, own.values)
-        _multiply_add(own.weights, 128, own.values, row_bytes, 32, own.rotated, row_bytes, rows, size)
+        _add_kivi_values(args, record, own, rows)
 
 
 @_compiled
@@ -512,7 +535,7 @@ def _record(args, pages, number):
     """Where a record of a run is."""
     per_page = _get(args, PER_PAGE)
     page = v.get_i32(pages + 4 * (number // per_page))
-    at = _get(args, CACHE) + page * _get(args, PAGE_BYTES)
+    at = _get(args, CACHE) + page * _get(args, PAGE_BYTES) + _get(args, RECORDS_AT)
     return at + number % per_page * _get(args, RECORD_BYTES)
 
 
@@ -552,7 +575,7 @@ def _begin(args, own, rows, pair, encoded):
         v.set_f32(own.state + 16 * row + 4, np.float32(0.0))
         for sum_ in (own.out, own.rotated, own.turned, own.projected):
             v.fill(sum_ + row * row_bytes, size // 16, np.float32(0.0))
-    if encoded and _get(args, KIND) == TURBO:
+    if encoded and _get(args, KEY_KIND) == TURBO:
         matrix = _get(args, ROTATION)
         _multiply_add(own.query, row_bytes, matrix, row_bytes, size, own.turned, row_bytes, rows, size)
         if _get(args, SIGNS):
@@ -565,7 +588,7 @@ def _begin(args, own, rows, pair, encoded):
 @_compiled
 def _attend_piece(args, scratch, row, block, head, split):
     size, group, heads = _get(args, SIZE), _get(args, GROUP), _get(args, HEADS)
-    queries, splits, share = _get(args, QUERIES), _get(args, SPLITS), _get(args, SHARE)
+    queries, share = _get(args, QUERIES), _get(args, SHARE)
     start = v.get_i32(_get(args, START) + 4 * row)
     num_queries = v.get_i32(_get(args, START) + 4 * row + 4) - start
     first_query = block * queries
@@ -582,15 +605,13 @@ def _attend_piece(args, scratch, row, block, head, split):
     _begin(args, own, rows, pair, begin // 32 < last)
 
     pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
-    lines, turbo = _get(args, RECORD_BYTES) // 64 + 1, _get(args, KIND) == TURBO
-    record = _record(args, pages, begin // 32) if begin // 32 < last else 0
+    lines = _get(args, RECORD_BYTES) // 64 + 1
+    place = v.get_i32(_get(args, FIRST) + 4 * (row * heads + head))
+    record = _record(args, pages, place + begin // 32) if begin // 32 < last else 0
     for number in range(begin // 32, last):
-        following = _record(args, pages, min(number + 1, last - 1))
+        following = _record(args, pages, place + min(number + 1, last - 1))
         v.fetch(following, lines)
-        if turbo:
-            _attend_turbo(args, record, own, rows)
-        else:
-            _attend_kivi(args, record, own, rows)
+        _attend_record(args, record, own, rows)
         record = following
 
     first_page = v.get_i32(_get(args, COUNTS) + 4 * (row * heads + head))
@@ -600,12 +621,13 @@ def _attend_piece(args, scratch, row, block, head, split):
         _attend_raw(args, at, token, own, rows, first_query, num_queries, tail)
 
     row_bytes = 4 * size
-    if turbo:
+    if _get(args, VALUE_KIND) == TURBO:
         _multiply_add(
             own.rotated, row_bytes, _get(args, BACK), row_bytes, size, own.out, row_bytes, rows, size
         )
     for number in range(rows):
-        part = (pair + number // group * heads * group + number % group) * splits + split
+        part = pair + number // group * heads * group + number % group
+        part = part * _get(args, ALL_SPLITS) + _get(args, BEFORE) + split
         to = _get(args, PART_OUT) + part * row_bytes
         for channel in range(0, row_bytes, 64):
             v.copy(own.out + number * row_bytes + channel, to + channel)
@@ -632,7 +654,7 @@ def _attend_thread(args):
 
 @_compiled
 def _merge_thread(args):
-    size, splits, pairs = _get(args, SIZE), _get(args, SPLITS), _get(args, NUM_PAIRS)
+    size, splits, pairs = _get(args, SIZE), _get(args, ALL_SPLITS), _get(args, NUM_PAIRS)
     while True:
         first = v.take(args + 8 * NEXT) * PAIRS
         if first >= pairs:
@@ -708,19 +730,23 @@ class RecordRows:
         start: `[R + 1]`, where each row's queries begin.
         pages: `[R, H, W]`, of a head's run, then of its raw tail.
         counts: `[R, H]`, pages of the run.
-        records: `[R, H]`, records that fill them, one page after the other.
+        records: `[P, R, H]`, records in it of each part of the format.
+        first: `[P, R, H]`, the place of each part's first one.
         tail: `[R]`, tokens of the raw tail, the queries' own included.
         max_query_len: queries of the longest row.
-        max_tokens: tokens of the longest head, or a bound on it.
+        max_records: of each part, records of the head that has most, or a bound on it.
+        max_tail: tokens of the longest tail, or a bound on it.
     """
 
     start: Tensor
     pages: Tensor
     counts: Tensor
     records: Tensor
+    first: Tensor
     tail: Tensor
     max_query_len: int
-    max_tokens: int
+    max_records: Sequence[int]
+    max_tail: int
 
 
 class RecordAttention:
@@ -746,28 +772,19 @@ class RecordAttention:
         """
         assert cache.is_contiguous() and cache.dtype == torch.uint8
         self.block_size, self.head_size = places[0].shape
-        size, page_bytes = self.head_size, cache.shape[1]
         self._keep: list[Tensor] = [cache]
-        args = np.zeros(len(A), dtype=np.int64)
-        args[A.SIZE], args[A.CACHE], args[A.PAGE_BYTES] = size, cache.data_ptr(), page_bytes
-        args[A.RECORD_BYTES] = format.record_bytes(size)
-        args[A.PER_PAGE] = format.tokens_per_page(page_bytes, size) // RECORD
-        args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
-        args[A.VALUE_GROUP], args[A.BIAS_AT] = value_group(size), bias_at
-        args[A.MEANS_AT] = -1
-        args[A.KIND] = KIVI if isinstance(format, Kivi) else TURBO
-        if isinstance(format, TurboQuant):
-            self._describe_turbo(args, format)
-        args[A.BLOCK_SIZE], args[A.DTYPE] = self.block_size, DTYPES[dtype]
         keys, values = (self._held(place.to(torch.int32)) for place in places)
-        args[A.KEY_PLACE], args[A.VALUE_PLACE] = keys.data_ptr(), values.data_ptr()
-        token, channel = torch.arange(self.block_size)[:, None], torch.arange(size)
+        raw = np.zeros(len(A), dtype=np.int64)
+        raw[A.SIZE], raw[A.CACHE], raw[A.PAGE_BYTES] = self.head_size, cache.data_ptr(), cache.shape[1]
+        raw[A.BLOCK_SIZE], raw[A.DTYPE] = self.block_size, DTYPES[dtype]
+        raw[A.KEY_PLACE], raw[A.VALUE_PLACE] = keys.data_ptr(), values.data_ptr()
+        token, channel = torch.arange(self.block_size)[:, None], torch.arange(self.head_size)
         key_stride, value_stride = int(keys[0, 1]), int(values[1, 0])
         if torch.equal(keys, (token + channel * key_stride).to(torch.int32)):
-            args[A.KEY_STRIDE] = key_stride
+            raw[A.KEY_STRIDE] = key_stride
         if torch.equal(values, (token * value_stride + channel).to(torch.int32)):
-            args[A.VALUE_STRIDE] = value_stride
-        self._args = args
+            raw[A.VALUE_STRIDE] = value_stride
+        self._args = [self._describe(raw.copy(), part, bias_at) for part in format.parts]
         self._scratch = torch.empty(0)
 
     def _held(self, tensor: Tensor) -> Tensor:
@@ -775,20 +792,53 @@ class RecordAttention:
         self._keep.append(tensor.contiguous())
         return self._keep[-1]
 
-    def _describe_turbo(self, args: np.ndarray, format: TurboQuant) -> None:
-        size = self.head_size
-        rotation = self._held(format.rotation(size))
+    def _describe(self, args: np.ndarray, format: RecordFormat, bias_at: int) -> np.ndarray:
+        """Arguments of one part of the format."""
+        size, page_bytes, record_bytes = (
+            self.head_size,
+            args[A.PAGE_BYTES],
+            format.record_bytes(self.head_size),
+        )
+        args[A.RECORD_BYTES], args[A.PER_PAGE] = record_bytes, page_bytes // record_bytes
+        args[A.RECORDS_AT] = page_bytes % record_bytes
+        args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
+        args[A.VALUE_GROUP], args[A.BIAS_AT], args[A.MEANS_AT] = value_group(size), bias_at, -1
+        args[A.KEY_KIND] = args[A.VALUE_KIND] = KIVI if isinstance(format, Kivi) else TURBO
+        key_numbers = 4 * size
+        if isinstance(format, Hybrid):
+            args[A.KEY_KIND], args[A.VALUE_BITS] = KIVI, format.value_bits
+            self._describe_rotation(args, format)
+        if isinstance(format, TurboQuant):
+            self._describe_rotation(args, format)
+            self._describe_keys(args, format)
+            key_numbers = 2 * RECORD * (1 + int(args[A.SIGNS]))
+        plane = RECORD * size // 8
+        args[A.VALUES_AT] = plane * (args[A.KEY_BITS] + args[A.SIGNS])
+        args[A.KEY_NUMBERS_AT] = args[A.VALUES_AT] + plane * args[A.VALUE_BITS]
+        args[A.VALUE_NUMBERS_AT] = args[A.KEY_NUMBERS_AT] + key_numbers
+        return args
+
+    def _describe_rotation(self, args: np.ndarray, format: TurboQuant | Hybrid) -> None:
+        """Arguments of rotated values."""
+        rotation = self._held(format.rotation(self.head_size))
         args[A.ROTATION], args[A.BACK] = rotation.data_ptr(), self._held(rotation.T).data_ptr()
-        books = [format.key_codebook(size), format.codebook(size), torch.tensor([-1.0, 1.0])]
-        padded = [self._held(torch.nn.functional.pad(book, (0, 16 - len(book)))) for book in books]
-        args[A.KEY_BOOK], args[A.VALUE_BOOK], args[A.SIGN_BOOK] = (book.data_ptr() for book in padded)
+        args[A.VALUE_BOOK] = self._book(format.codebook(self.head_size))
+
+    def _describe_keys(self, args: np.ndarray, format: TurboQuant) -> None:
+        """Arguments of rotated keys."""
+        size = self.head_size
+        args[A.KEY_BOOK] = self._book(format.key_codebook(size))
         args[A.KEY_BITS] = format.key_bits
         if isinstance(format, TurboCentred):
             args[A.MEANS_AT] = format.record_bytes(size) - 2 * size
         if isinstance(format, TurboProd):
             factor = math.sqrt(math.pi / 2) / size
-            args[A.SIGNS] = 1
+            args[A.SIGNS], args[A.SIGN_BOOK] = 1, self._book(torch.tensor([-1.0, 1.0]))
             args[A.PROJECTION] = self._held(format.projection(size).T * factor).data_ptr()
+
+    def _book(self, levels: Tensor) -> int:
+        """The address of 16 levels, of which the last ones may stand for nothing."""
+        return self._held(torch.nn.functional.pad(levels, (0, 16 - len(levels)))).data_ptr()
 
     def attend(
         self, query: Tensor, rows: RecordRows, scale: float, logits_soft_cap: float, out: Tensor
@@ -809,9 +859,14 @@ class RecordAttention:
         group, threads = query_heads // heads, torch.get_num_threads()
         queries = max(1, ROWS // group)
         blocks = -(-rows.max_query_len // queries)
-        share, splits = _shares(num_rows * heads * blocks, rows.max_tokens, threads)
-        most = queries * group
-        floats = _floats(most, size)
+        pieces = num_rows * heads * blocks
+        # The last part reads the tail, too.
+        tails = [torch.zeros_like(rows.tail)] * (len(self._args) - 1) + [rows.tail]
+        longest = [RECORD * most for most in rows.max_records]
+        longest[-1] += rows.max_tail
+        shares = [_shares(pieces, most, threads) for most in longest]
+        splits = sum(number for _, number in shares)
+        floats = _floats(queries * group, size)
         if self._scratch.numel() < threads * floats:
             self._scratch = torch.empty(threads * floats)
         query = query.float().contiguous()  # it may be a part of a wider array
@@ -820,28 +875,36 @@ class RecordAttention:
         capped = logits_soft_cap > 0
         inner = scale / logits_soft_cap if capped else scale * LOG2_E
         factors = np.array([inner, logits_soft_cap * LOG2_E, capped], dtype=np.float32)
-        args = self._args
-        args[A.THREADS] = threads
-        args[A.PIECES] = num_rows * heads * blocks * splits
-        args[A.ROWS], args[A.HEADS], args[A.GROUP] = num_rows, heads, group
-        args[A.BLOCKS], args[A.QUERIES], args[A.SPLITS], args[A.SHARE] = blocks, queries, splits, share
-        args[A.QUERY], args[A.START], args[A.PAGES] = (
-            tensor.data_ptr() for tensor in (query, rows.start, rows.pages)
-        )
-        args[A.WIDTH], args[A.COUNTS] = width, rows.counts.data_ptr()
-        args[A.RECORDS], args[A.TAIL] = rows.records.data_ptr(), rows.tail.data_ptr()
-        args[A.SCRATCH], args[A.SCRATCH_BYTES] = self._scratch.data_ptr(), 4 * floats
-        args[A.PART_OUT] = parts.data_ptr()
-        args[A.PART_STATE] = parts.data_ptr() + 4 * num_tokens * query_heads * splits * size
-        args[A.OUT], args[A.INNER], args[A.PAIRS] = (
-            result.data_ptr(),
-            factors.ctypes.data,
-            num_tokens * query_heads,
-        )
-        for step in compiled_steps():
-            args[A.NEXT] = args[A.THREAD] = 0
-            _run()(step, args.ctypes.data, threads)
+        attend, merge = compiled_steps()
+        before = 0
+        of_parts = zip(self._args, shares, tails, rows.records, rows.first, strict=True)
+        for args, (share, number), tail, records, first in of_parts:
+            args[A.THREADS] = threads
+            args[A.PIECES] = pieces * number
+            args[A.ROWS], args[A.HEADS], args[A.GROUP] = num_rows, heads, group
+            args[A.BLOCKS], args[A.QUERIES], args[A.SPLITS], args[A.SHARE] = blocks, queries, number, share
+            args[A.ALL_SPLITS], args[A.BEFORE] = splits, before
+            args[A.QUERY], args[A.START], args[A.PAGES] = (
+                tensor.data_ptr() for tensor in (query, rows.start, rows.pages)
+            )
+            args[A.WIDTH], args[A.COUNTS] = width, rows.counts.data_ptr()
+            args[A.RECORDS], args[A.FIRST], args[A.TAIL] = (
+                tensor.data_ptr() for tensor in (records, first, tail)
+            )
+            args[A.SCRATCH], args[A.SCRATCH_BYTES] = self._scratch.data_ptr(), 4 * floats
+            args[A.PART_OUT] = parts.data_ptr()
+            args[A.PART_STATE] = parts.data_ptr() + 4 * num_tokens * query_heads * splits * size
+            args[A.OUT], args[A.INNER] = result.data_ptr(), factors.ctypes.data
+            args[A.PAIRS] = num_tokens * query_heads
+            self._run(attend, args)
+            before += number
+        self._run(merge, args)
         out.copy_(result)
+
+    @staticmethod
+    def _run(step: int, args: np.ndarray) -> None:
+        args[A.NEXT] = args[A.THREAD] = 0
+        _run()(step, args.ctypes.data, int(args[A.THREADS]))
 
 
 def _shares(pieces: int, max_tokens: int, threads: int) -> tuple[int, int]:

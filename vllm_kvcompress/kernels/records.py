@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kvcompress.formats.base import RECORD, Format
+from vllm_kvcompress.formats.base import RECORD, Format, RecordFormat
+from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.kivi import Kivi, value_group
 from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
@@ -54,10 +55,11 @@ class Layout:
         key_bits: of a key's code.
         bits: of a value's code.
         group: channels of a value whose codes are packed together.
-        parts: bytes before each of: key codes, key signs, value codes, and of float16 numbers. For KIVI these
-            are key scales, key zeros, value scales, value zeros; for TurboQuant key norms, norms of keys'
-            residuals, value norms, keys' mean.
+        parts: bytes before each of: key codes, key signs, value codes, and of float16 numbers. These are
+            KIVI's key scales and zeros or TurboQuant's key norms and norms of residuals; then KIVI's value
+            scales and value zeros or TurboQuant's value norms and keys' mean.
         size: bytes of the record.
+        signed: whether keys have a bit of their residual.
         centred: whether it has keys' mean.
     """
 
@@ -66,50 +68,64 @@ class Layout:
     group: int
     parts: tuple[int, ...]
     size: int
+    signed: bool
     centred: bool
 
     @classmethod
-    def of(cls, format: Format, head_size: int) -> "Layout":
+    def of(cls, format: RecordFormat, head_size: int) -> "Layout":
         """That of a format's records."""
         group = value_group(head_size)
         signed, centred = isinstance(format, TurboProd), isinstance(format, TurboCentred)
+        by_channel, by_token = 2 * head_size, 2 * RECORD
         if isinstance(format, Kivi):
-            by_token = 2 * RECORD * (head_size // group)
-            numbers = [2 * head_size, 2 * head_size, by_token, by_token]
+            numbers = [by_channel, by_channel, *[by_token * (head_size // group)] * 2]
+        elif isinstance(format, Hybrid):
+            numbers = [by_channel, by_channel, by_token, 0]
         elif isinstance(format, TurboQuant):
-            numbers = [2 * RECORD, 2 * RECORD * signed, 2 * RECORD, 2 * head_size * centred]
+            numbers = [by_token, by_token * signed, by_token, by_channel * centred]
         else:
             raise NotImplementedError(f"no kernel reads records of {format.name}")
         key_bits, bit_of_each = format.bits - signed, RECORD * head_size // 8
-        codes = (bit_of_each * bits for bits in (key_bits, signed, format.bits))
+        value_bits = format.value_bits if isinstance(format, Hybrid) else format.bits
+        codes = (bit_of_each * bits for bits in (key_bits, signed, value_bits))
         sizes = [*codes, *numbers]
         parts = tuple(sum(sizes[:part]) for part in range(len(sizes)))
-        return cls(key_bits, format.bits, group, parts, sum(sizes), centred)
+        return cls(key_bits, value_bits, group, parts, sum(sizes), signed, centred)
 
 
 @cache
-def constants(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def constants(
+    format: RecordFormat, head_size: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
     """What a rotating format's records are read with, made once: a captured graph must find it in place.
 
     Returns:
         R and, if keys have signs, also R·Sᵀ·√(π/2) / D, both `[D, D]` of the dtype; Rᵀ `[D, D]` float32; the
-        codebooks of keys and of values, of the dtype.
+        codebooks of keys and of values, of the dtype. Where only values are rotated, their codebook twice.
     """
     rotation = format.rotation(head_size)
-    assert rotation is not None and isinstance(format, TurboQuant)
+    assert rotation is not None and isinstance(format, TurboQuant | Hybrid)
     turn = [rotation]
     if isinstance(format, TurboProd):
         turn.append(rotation @ format.projection(head_size).T * (sqrt(pi / 2) / head_size))
     turn = [each.to(device, dtype) for each in turn]
-    books = [book.to(device, dtype) for book in (format.key_codebook(head_size), format.codebook(head_size))]
-    return turn[0], turn[-1], rotation.T.contiguous().to(device), *books
+    book = format.codebook(head_size)
+    books = [format.key_codebook(head_size) if isinstance(format, TurboQuant) else book, book]
+    back = rotation.T.contiguous().to(device)
+    return turn[0], turn[-1], back, *(book.to(device, dtype) for book in books)
+
+
+def _rotates(format: RecordFormat) -> bool:
+    """Whether values are rotated, and it may be keys."""
+    return isinstance(format, TurboQuant | Hybrid)
 
 
 def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Make what a format is read with, which cannot be made while a graph is captured; arguments as of
     `constants`."""
-    if isinstance(format, TurboQuant):
-        constants(format, head_size, device, dtype)
+    for part in format.parts:
+        if _rotates(part):
+            constants(part, head_size, device, dtype)
 
 
 def attend_records(
@@ -144,7 +160,7 @@ def attend_records(
         pages: `[L·B·H, page_bytes]` uint8, contiguous: the cache in the order of (layer, block, head).
         keys: `[L, B, H, N, D]`, a view of the same memory in query's dtype; of it the raw tail is read.
         values: `[L, B, H, N, D]`, likewise and with the same strides.
-        runs: where compacted rows have their pages, with `format` and `encoded`.
+        runs: where compacted rows have their pages, with `format`, `records` and `first`.
         rows: the batch.
         layer: which of the L layers.
         format: of the records.
@@ -164,33 +180,120 @@ def attend_records(
     num_layers, num_blocks, heads, block_size, _ = keys.shape
     group = query_heads // heads
     num_pages, page_bytes = pages.shape
-    record_bytes = format.record_bytes(head_size)
+    sizes = [part.record_bytes(head_size) for part in format.parts]
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
     assert keys.stride() == values.stride() and keys.dtype == values.dtype == query.dtype
     assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
     assert pages.dtype == torch.uint8 and pages.is_contiguous()
-    assert num_pages == num_layers * num_blocks * heads and record_bytes <= page_bytes
-    assert page_bytes % 4 == record_bytes % 4 == 0 and (bias_at == -1 or bias_at % 4 == 0)
+    assert num_pages == num_layers * num_blocks * heads and max(sizes) <= page_bytes
+    assert all(size % 4 == 0 for size in [page_bytes, *sizes]) and (bias_at == -1 or bias_at % 4 == 0)
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     assert out.stride(2) == 1
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
-    layout, rotated = Layout.of(format, head_size), isinstance(format, TurboQuant)
-    assert record_bytes == layout.size + (4 * RECORD if bias_at >= 0 else 0)
-    turned, projected, turn, back, key_codebook, codebook = (query,) * 6
-    if rotated:
-        turn, project, back, key_codebook, codebook = constants(format, head_size, query.device, query.dtype)
-        turned = projected = query @ turn
-        if layout.key_bits < layout.bits:
-            projected = query @ project
-    if num_splits > 1:
-        shape = (num_tokens, query_heads, num_splits)
-        parts = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
-        share_out = torch.empty(*shape, parts, head_size, dtype=torch.float32, device=query.device)
+    rotated = _rotates(format.parts[0])
+    assert all(_rotates(part) == rotated for part in format.parts)
+    all_splits = num_splits * len(format.parts)
+    if all_splits > 1:
+        shape = (num_tokens, query_heads, all_splits)
+        sums = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
+        share_out = torch.empty(*shape, sums, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     else:
         share_out, share_lse = out[:, :, None, None], lse[:, :, None]
+    cache = pages, keys, values
+    for number, part in enumerate(format.parts):
+        own = slice(number * num_splits, (number + 1) * num_splits)
+        last = number == len(format.parts) - 1  # it reads the tail, too
+        shares = share_out[:, :, own], share_lse[:, :, own]
+        where = layer, part, format_id, number, last
+        _attend_part(
+            query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *shares, bias, bias_at
+        )
+    if rotated and all_splits > 1:
+        back = constants(format.parts[0], head_size, query.device, query.dtype)[2]
+        _merge_rotated_kernel[num_tokens, triton.cdiv(query_heads, HEADS_AT_ONCE)](
+            share_out,
+            share_lse,
+            back,
+            out,
+            lse,
+            runs.format,
+            rows.slot,
+            rows.query_start_loc,
+            format_id,
+            rows.seq_lens.shape[0],
+            query_heads,
+            *out.stride()[:2],
+            HEAD_SIZE=head_size,
+            CHANNELS=triton.next_power_of_2(head_size),
+            SPLITS=all_splits,
+            ALL=triton.next_power_of_2(all_splits),
+            AT_ONCE=HEADS_AT_ONCE,
+            COLUMNS=min(COLUMNS_AT_ONCE, triton.next_power_of_2(head_size)),
+            num_warps=4,
+        )
+    elif all_splits > 1:
+        merge(share_out[:, :, :, 0], share_lse, out, lse, runs, rows, format_id)
+    return out, lse
 
+
+def _attend_part(
+    query: Tensor,
+    pages: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    runs: Runs,
+    rows: Rows,
+    layer: int,
+    format: RecordFormat,
+    format_id: int,
+    number: int,
+    tail: bool,
+    scale: float,
+    logits_soft_cap: float,
+    min_share: int,
+    share_out: Tensor,
+    share_lse: Tensor,
+    bias: Tensor | None,
+    bias_at: int,
+) -> None:
+    """Attention over one part of a format, and over the raw tail or not; arguments as of `attend_records`.
+
+    Args:
+        query: the rows' queries.
+        pages: the cache, as bytes.
+        keys: and as numbers.
+        values: likewise.
+        runs: where the runs are.
+        rows: the batch.
+        layer: which.
+        format: of the part.
+        format_id: of the whole.
+        number: which part it is.
+        tail: whether the raw tail is read, too.
+        scale: softmax scale.
+        logits_soft_cap: 0 for none.
+        min_share: least tokens of a share.
+        share_out: `[T, Hq, splits, 1, D]` for the result of each share; 2 of a format that rotates.
+        share_lse: `[T, Hq, splits]` likewise.
+        bias: of raw tokens.
+        bias_at: of a record's.
+    """
+    num_tokens, query_heads, head_size = query.shape
+    num_layers, num_blocks, heads, block_size, _ = keys.shape
+    group, num_splits = query_heads // heads, share_lse.shape[2]
+    page_bytes, record_bytes = pages.shape[1], format.record_bytes(head_size)
+    layout, rotated = Layout.of(format, head_size), _rotates(format)
+    keys_rotated = isinstance(format, TurboQuant)
+    assert record_bytes == layout.size + (4 * RECORD if bias_at >= 0 else 0)
+    turned, projected, turn, _, key_codebook, codebook = (query,) * 6
+    if rotated:
+        turn, project, _, key_codebook, codebook = constants(format, head_size, query.device, query.dtype)
+    if keys_rotated:
+        turned = projected = query @ turn
+    if layout.signed:
+        projected = query @ project
     channels = triton.next_power_of_2(head_size)
     width = RECORD * min(layout.key_bits, 2 if layout.key_bits == 3 else 8) // 8  # tokens of a plane of keys
     records = 1 if width == RECORD else max(2, MIN_DOT // width)
@@ -213,14 +316,15 @@ def attend_records(
         values,
         key_codebook,
         codebook,
-        lse if bias is None else bias,
+        share_lse if bias is None else bias,
         share_out,
         share_lse,
         runs.destination,
         runs.start,
         runs.boundary,
         runs.format,
-        runs.encoded,
+        runs.records[:, number],
+        runs.first[:, number],
         rows.slot,
         rows.block_table,
         rows.seq_lens,
@@ -240,7 +344,7 @@ def attend_records(
         *share_lse.stride(),
         runs.destination.stride(0),
         runs.start.stride(0),
-        runs.encoded.stride(0),
+        runs.records.stride(0),
         rows.block_table.stride(0),
         SOFT_CAP=logits_soft_cap > 0,
         RAW_BIAS=bias is not None,
@@ -258,7 +362,10 @@ def attend_records(
         PAGE_BYTES=page_bytes,
         RECORD_BYTES=record_bytes,
         ROTATED=rotated,
-        SPLIT=num_splits > 1,
+        KEYS_ROTATED=keys_rotated,
+        SIGNED=layout.signed,
+        SPLIT=share_out.shape[3] > 1,
+        TAIL=tail,
         CENTRED=layout.centred,
         KEY_BITS=layout.key_bits,
         VALUE_BITS=layout.bits,
@@ -269,31 +376,6 @@ def attend_records(
         num_warps=4,
         num_stages=1,
     )
-    if rotated and num_splits > 1:
-        _merge_rotated_kernel[num_tokens, triton.cdiv(query_heads, HEADS_AT_ONCE)](
-            share_out,
-            share_lse,
-            back,
-            out,
-            lse,
-            runs.format,
-            rows.slot,
-            rows.query_start_loc,
-            format_id,
-            num_rows,
-            query_heads,
-            *out.stride()[:2],
-            HEAD_SIZE=head_size,
-            CHANNELS=channels,
-            SPLITS=num_splits,
-            ALL=triton.next_power_of_2(num_splits),
-            AT_ONCE=HEADS_AT_ONCE,
-            COLUMNS=COLUMNS_AT_ONCE if channels > COLUMNS_AT_ONCE else channels,
-            num_warps=4,
-        )
-    elif num_splits > 1:
-        merge(share_out[:, :, :, 0], share_lse, out, lse, runs, rows, format_id)
-    return out, lse
 
 
 @triton.jit
@@ -302,23 +384,25 @@ def _record_offset(
     num_records,
     run_blocks,
     first_page,
+    first_place,
     num_blocks,
     HEADS: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
 ):
-    """Offset of a run's record, int64, counted in 4 bytes; past the last one, that of the last.
+    """Offset of a part's record, int64, counted in 4 bytes; past the last one, that of the last.
 
     A run without records is given some page of the null block.
     """
     PER_PAGE: tl.constexpr = PAGE_BYTES // RECORD_BYTES
-    record = tl.maximum(tl.minimum(record, num_records - 1), 0)
-    linear = first_page + record // PER_PAGE
+    place = first_place + tl.maximum(tl.minimum(record, num_records - 1), 0)
+    linear = first_page + place // PER_PAGE
     block = tl.load(run_blocks + linear // PAGES_PER_BLOCK, mask=num_records > 0, other=0).to(tl.int64)
     slot = linear % PAGES_PER_BLOCK
     page = (block + slot // HEADS * num_blocks) * HEADS + slot % HEADS
-    return page * (PAGE_BYTES // 4) + record % PER_PAGE * (RECORD_BYTES // 4)
+    before: tl.constexpr = PAGE_BYTES % RECORD_BYTES
+    return page * (PAGE_BYTES // 4) + before // 4 + place % PER_PAGE * (RECORD_BYTES // 4)
 
 
 @triton.jit
@@ -327,6 +411,7 @@ def _record_offsets(
     num_records,
     run_blocks,
     first_page,
+    first_place,
     num_blocks,
     HEADS: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
@@ -343,6 +428,7 @@ def _record_offsets(
                 num_records,
                 run_blocks,
                 first_page,
+                first_place,
                 num_blocks,
                 HEADS,
                 PAGES_PER_BLOCK,
@@ -392,7 +478,7 @@ def _load_keys(
     words,
     halves,
     offsets,
-    ROTATED: tl.constexpr,
+    KEYS_ROTATED: tl.constexpr,
     BITS: tl.constexpr,
     SIGNED: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -421,7 +507,7 @@ def _load_keys(
         loaded = loaded + (_load_words(words, offset[:, None] + (3 * channel + 2), real),)
     if SIGNED:
         loaded = loaded + (_load_words(words, offset[:, None] + (channel + PARTS[1] // 4), real),)
-    if not ROTATED:
+    if not KEYS_ROTATED:
         loaded = loaded + (_load_pair(halves, 2 * offset[:, None] + channel, real, PARTS[3], PARTS[4]),)
     return loaded
 
@@ -476,6 +562,8 @@ def _load_tile(
     halves,
     offsets,
     ROTATED: tl.constexpr,
+    KEYS_ROTATED: tl.constexpr,
+    SIGNED: tl.constexpr,
     CENTRED: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -490,10 +578,9 @@ def _load_tile(
     every plane of tokens `[R, w]` pairs of key norm and value norm, and of the norm of the key's residual;
     for centred ones the mean `[D]` of each record's keys."""
     WIDTH: tl.constexpr = 8 if KEY_BITS == 3 else 4 * KEY_BITS
-    SIGNED: tl.constexpr = KEY_BITS < VALUE_BITS
     offset = _as_vector(offsets, RECORDS, 1)
     keys = _load_keys(
-        words, halves, offsets, ROTATED, KEY_BITS, SIGNED, HEAD_SIZE, CHANNELS, PARTS, RECORDS, CHUNKS
+        words, halves, offsets, KEYS_ROTATED, KEY_BITS, SIGNED, HEAD_SIZE, CHANNELS, PARTS, RECORDS, CHUNKS
     )
     values = ()
     norms = ()
@@ -597,7 +684,7 @@ def _products(
     norms,
     codebook,
     plane,
-    ROTATED: tl.constexpr,
+    KEYS_ROTATED: tl.constexpr,
     BITS: tl.constexpr,
     SIGNED: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -608,7 +695,7 @@ def _products(
     N: tl.constexpr = CHUNKS * RECORDS
     M: tl.constexpr = CHANNELS // CHUNKS
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
-    if ROTATED:
+    if KEYS_ROTATED:
         k = tl.load(codebook + _codes(loaded, plane, BITS, N, M, 32))
         products = dot(q, _by_channel(k, RECORDS, CHANNELS, CHUNKS))
         if SIGNED:
@@ -654,7 +741,7 @@ def _values(
         "min_share",
         "destination_row",
         "start_row",
-        "encoded_row",
+        "part_row",
         "table_row",
     ]
 )
@@ -677,7 +764,8 @@ def _records_kernel(
     start,
     boundary,
     formats,
-    encoded,
+    records,  # of this part of the format
+    first,  # place of each run's first one
     row_slot,
     block_table,
     seq_lens,
@@ -710,7 +798,7 @@ def _records_kernel(
     lse_split,
     destination_row,
     start_row,
-    encoded_row,
+    part_row,
     table_row,
     SOFT_CAP: tl.constexpr,
     RAW_BIAS: tl.constexpr,
@@ -728,7 +816,10 @@ def _records_kernel(
     PAGE_BYTES: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
     ROTATED: tl.constexpr,
+    KEYS_ROTATED: tl.constexpr,
+    SIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
+    TAIL: tl.constexpr,
     CENTRED: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -742,7 +833,6 @@ def _records_kernel(
     CHANNEL_PLANES: tl.constexpr = 4 if VALUE_BITS == 3 else 8 // VALUE_BITS
     CHANNELS_OF_GROUP: tl.constexpr = VALUE_GROUP // CHANNEL_PLANES  # that are in a plane
     GROUPS: tl.constexpr = CHANNELS // VALUE_GROUP
-    SIGNED: tl.constexpr = KEY_BITS < VALUE_BITS
     TILE: tl.constexpr = RECORDS * TOKENS
     head, split = tl.program_id(1), tl.program_id(2)
     row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
@@ -754,14 +844,15 @@ def _records_kernel(
 
     state = slot.to(tl.int64)
     first_page = tl.load(start + state * start_row + layer * HEADS + head)
-    num_encoded = tl.load(encoded + state * encoded_row + layer * HEADS + head)
+    run = state * part_row + layer * HEADS + head
+    num_encoded, first_place = tl.load(records + run) * TOKENS, tl.load(first + run)
     raw_from = tl.load(boundary + state)
     run_blocks = destination + state * destination_row
     tail_blocks = block_table + row.to(tl.int64) * table_row + raw_from // BLOCK_SIZE
 
     # The row's first query is that many tokens behind the head's first.
     own = num_encoded - raw_from + tl.load(seq_lens + row) - num_queries
-    visible = own + tl.minimum(first_query + QUERIES, num_queries)
+    visible = own + tl.minimum(first_query + QUERIES, num_queries) if TAIL else num_encoded
     share = tl.maximum(tl.cdiv(visible, tl.num_programs(2)), min_share)
     share = tl.cdiv(share, TILE) * TILE
     begin = split * share
@@ -798,6 +889,7 @@ def _records_kernel(
         num_records,
         run_blocks,
         first_page,
+        first_place,
         num_blocks,
         HEADS,
         PAGES_PER_BLOCK,
@@ -810,6 +902,8 @@ def _records_kernel(
         halves,
         offsets,
         ROTATED,
+        KEYS_ROTATED,
+        SIGNED,
         CENTRED,
         KEY_BITS,
         VALUE_BITS,
@@ -825,6 +919,7 @@ def _records_kernel(
         num_records,
         run_blocks,
         first_page,
+        first_place,
         num_blocks,
         HEADS,
         PAGES_PER_BLOCK,
@@ -838,6 +933,8 @@ def _records_kernel(
             halves,
             offsets_ahead,
             ROTATED,
+            KEYS_ROTATED,
+            SIGNED,
             CENTRED,
             KEY_BITS,
             VALUE_BITS,
@@ -864,7 +961,7 @@ def _records_kernel(
                 loaded[2],
                 key_codebook,
                 plane,
-                ROTATED,
+                KEYS_ROTATED,
                 KEY_BITS,
                 SIGNED,
                 CHANNELS,
@@ -924,6 +1021,7 @@ def _records_kernel(
             num_records,
             run_blocks,
             first_page,
+            first_place,
             num_blocks,
             HEADS,
             PAGES_PER_BLOCK,

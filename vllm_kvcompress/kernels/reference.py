@@ -105,7 +105,8 @@ def attend_records_paged(
     format: Format,
     destination: Tensor,
     start: Tensor,
-    encoded: Tensor,
+    counts: Tensor,
+    first: Tensor,
     tail: Tensor,
     tail_len: int,
     layer: int,
@@ -124,7 +125,8 @@ def attend_records_paged(
         format: of the records.
         destination: `[n]` int64 on the CPU, its compacted blocks.
         start: `[L·H + 1]` int64 on the CPU, where each (layer, head)'s run begins.
-        encoded: `[L·H]` int64 on the CPU, tokens that the run of each (layer, head) holds.
+        counts: `[P, L·H]` int64 on the CPU, records of each of the format's parts in each run.
+        first: `[P, L·H]` int64 on the CPU, the place of a part's first one (see `formats.arrange`).
         tail: `[m]` int64 on the CPU, its raw blocks from the boundary on.
         tail_len: tokens that they hold.
         layer: which of the L layers.
@@ -138,27 +140,31 @@ def attend_records_paged(
     """
     num_layers, _, heads, _, head_size = keys.shape
     by_place = pages.unflatten(0, (num_layers, -1, heads))
-    size = format.record_bytes(head_size)
     outputs, lses = [], []
     for head, group in enumerate(query.unflatten(1, (heads, -1)).unbind(1)):
         run = torch.arange(*start[layer * heads + head :][:2].tolist())
         slot = run % (num_layers * heads)  # a block holds one page of each layer and head, of whichever owner
         own = by_place[slot // heads, destination[run // (num_layers * heads)], slot % heads]
-        held = int(encoded[layer * heads + head])
-        records = own[:, : own.shape[1] // size * size].reshape(-1, size)[: held // RECORD]
-        parts = zip(
-            format.decode(records, head_size),
-            (cache[layer, tail, head] for cache in (keys, values)),
-            strict=True,
+        decoded: list[tuple[Tensor, ...]] = []
+        for number, part in enumerate(format.parts):
+            size = part.record_bytes(head_size)
+            places = own[:, own.shape[1] % size :].reshape(-1, size)
+            begin, count = int(first[number, layer * heads + head]), int(counts[number, layer * heads + head])
+            records = places[begin : begin + count]
+            shift = torch.zeros(len(records), RECORD)
+            if bias_at >= 0:
+                shift = records[:, bias_at:][:, : 4 * RECORD].contiguous().view(torch.float32)
+            decoded.append((*part.decode(records, head_size), shift))
+        own_keys, own_values, of_records = (
+            torch.cat(parts).flatten(0, 1) for parts in zip(*decoded, strict=True)
         )
         own_keys, own_values = (
-            torch.cat([old.flatten(0, 1), new.flatten(0, 1)[:tail_len].float()]) for old, new in parts
+            torch.cat([old, cache[layer, tail, head].flatten(0, 1)[:tail_len].float()])
+            for old, cache in ((own_keys, keys), (own_values, values))
         )
-        shift = torch.zeros(len(own_keys))
-        if bias_at >= 0:
-            shift[:held] = records[:, bias_at:][:, : 4 * RECORD].contiguous().view(torch.float32).flatten()
+        shift = torch.cat([of_records.flatten(), torch.zeros(tail_len)])
         if bias is not None:
-            shift[held:] = bias[layer, tail, head].flatten()[:tail_len]
+            shift[len(of_records) :] = bias[layer, tail, head].flatten()[:tail_len]
         outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap, shift))
         lses.append(causal_logits(group, own_keys, scale, logits_soft_cap, shift).logsumexp(-1).T)
     return torch.cat(outputs, 1), torch.cat(lses, 1)

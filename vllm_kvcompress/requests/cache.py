@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import Allocation, select
-from vllm_kvcompress.formats import Format
+from vllm_kvcompress.formats import Format, RecordFormat
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.requests.cpu_pages import Packing
@@ -68,11 +68,15 @@ class PagedCache(ABC):
     def content(self) -> Tensor:
         """`[L·B·H, page_bytes]` uint8, the pages as bytes; a view."""
 
-    def records_per_page(self, format: Format) -> int:
-        """Records that a page holds."""
+    def tokens_per_page(self, format: Format) -> int:
+        """Tokens that a page holds at least once they are encoded."""
+        return format.tokens_per_page(self.content.shape[1], self.head_size)
+
+    def records_per_page(self, format: RecordFormat) -> int:
+        """Records that a page holds, the last of which ends where it does."""
         return self.content.shape[1] // format.record_bytes(self.head_size)
 
-    def read_records(self, records: Tensor, format: Format) -> Tensor:
+    def read_records(self, records: Tensor, format: RecordFormat) -> Tensor:
         """Records as they are, `[..., record_bytes]` uint8.
 
         Args:
@@ -83,7 +87,7 @@ class PagedCache(ABC):
         records, per_page = records.clamp(min=0), self.records_per_page(format)
         return self._records(format)[records // per_page, records % per_page]
 
-    def write_records(self, records: Tensor, content: Tensor, format: Format) -> None:
+    def write_records(self, records: Tensor, content: Tensor, format: RecordFormat) -> None:
         """Put records `[..., record_bytes]` where `records` says, as in `read_records`."""
         per_page = self.records_per_page(format)
         self._records(format)[records // per_page, records % per_page] = content
@@ -96,11 +100,12 @@ class PagedCache(ABC):
         grid = self.grid
         self.content.view(grid.num_layers, grid.num_blocks, -1).index_fill_(1, blocks, 0)
 
-    def _records(self, format: Format) -> Tensor:
+    def _records(self, format: RecordFormat) -> Tensor:
         """`[L·B·H, records, record_bytes]`, a view."""
         pages, size = self.content, format.record_bytes(self.head_size)
         shape = len(pages), self.records_per_page(format), size
-        return pages.as_strided(shape, (pages.stride(0), size, 1))
+        before = pages.storage_offset() + pages.shape[1] - shape[1] * size
+        return pages.as_strided(shape, (pages.stride(0), size, 1), before)
 
     @abstractmethod
     def read_keys(self, pages: Tensor) -> Tensor:

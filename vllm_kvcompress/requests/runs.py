@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_kvcompress.formats import number_of
+from vllm_kvcompress.formats import FORMATS, number_of
 from vllm_kvcompress.kernels.batch import Runs
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.tables import RequestTable
@@ -25,12 +25,14 @@ class RunArrays:
             max_blocks: that one of them can be compacted to.
             device: of the cache.
         """
+        parts = max_requests, max(len(format.parts) for format in FORMATS.values()), grid.pages_per_block
         self.arrays = Runs(
             destination=torch.zeros(max_requests, max_blocks, dtype=torch.int32, device=device),
             start=torch.zeros(max_requests, grid.pages_per_block + 1, dtype=torch.int32, device=device),
             boundary=torch.zeros(max_requests, dtype=torch.int32, device=device),
             format=torch.zeros(max_requests, dtype=torch.int32, device=device),
-            encoded=torch.zeros(max_requests, grid.pages_per_block, dtype=torch.int32, device=device),
+            records=torch.zeros(parts, dtype=torch.int32, device=device),
+            first=torch.zeros(parts, dtype=torch.int32, device=device),
         )
         self.slots: dict[str, int] = {}
         self._free = list(range(max_requests))
@@ -44,8 +46,9 @@ class RunArrays:
         self.arrays.start[slot, 1:] = table.counts.flatten().cumsum(0)
         self.arrays.boundary[slot] = table.boundary
         self.arrays.format[slot] = number_of(table.format)
-        if table.format is not None:
-            self.arrays.encoded[slot] = table.run_tokens.flatten()
+        if (records := table.records) is not None:
+            for array, content in ((self.arrays.records, records.counts), (self.arrays.first, records.first)):
+                array[slot, : len(content)] = content.flatten(1)
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is known; its slot may be given to another."""

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,23 @@ from vllm_kvcompress.formats import RECORD, Format
 from vllm_kvcompress.paging.layout import PageGrid
 
 SPARE_COLUMNS = 8  # raw-tail pages a table can take before it is widened
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a request's runs hold in records.
+
+    Attributes:
+        format: how they are written.
+        counts: `[P, L, H]` int64, records of each of the format's parts.
+        first: `[P, L, H]` int64, the place of each part's first one (see `formats.arrange`).
+        per_page: of each part, records that a page holds.
+    """
+
+    format: Format
+    counts: Tensor
+    first: Tensor
+    per_page: tuple[int, ...]
 
 
 class RequestTable:
@@ -25,10 +43,9 @@ class RequestTable:
         boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
         positions: `[units, unit_tokens]` int32, the kept tokens' positions in the sequence, in run order;
             None if nobody will ask.
-        format: how the tokens are written; None for raw.
+        records: what the pages hold; None for raw tokens.
         units: `[L, H]` int64, units of each head; of a format its last page may hold fewer than it could.
         unit_tokens: of a unit.
-        per_page: units that a page holds.
         num_tail: raw blocks that `pages` shows.
     """
 
@@ -39,19 +56,16 @@ class RequestTable:
         counts: Tensor,
         boundary: int,
         positions: Tensor | None,
-        format: Format | None = None,
-        records: Tensor | None = None,
-        per_page: int = 1,
+        records: Records | None = None,
     ) -> None:
         self.grid = grid
         self.destination = destination
         self.counts = counts
         self.boundary = boundary
         self.positions = positions
-        self.format = format
-        self.units = counts if records is None else records
-        self.unit_tokens = grid.block_size if format is None else RECORD
-        self.per_page = per_page
+        self.records = records
+        self.units = counts if records is None else records.counts.sum(0)
+        self.unit_tokens = grid.block_size if records is None else RECORD
         self.num_tail = 0
         self._on_host = torch.cat([counts.amax(1), self.units.amax(1), counts.sum()[None]])
         self._arrived: torch.cuda.Event | None = None
@@ -59,6 +73,11 @@ class RequestTable:
             self._on_host = self._on_host.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+
+    @property
+    def format(self) -> Format | None:
+        """How the pages are written; None for raw."""
+        return None if self.records is None else self.records.format
 
     @functools.cached_property
     def _numbers(self) -> list[int]:
@@ -100,24 +119,41 @@ class RequestTable:
         return max(self._numbers[len(self.counts) : -1][layers])
 
     def right_aligned(self, layers: slice) -> Tensor:
-        """Where some layers' units are, every head's last one in the last column.
+        """Pages of some layers' raw runs, every head's last one in the last column.
 
         Returns:
-            `[l·H, W]` int64, a page times `per_page` plus the unit's place in it; -1 before a head's first
-            unit. W is the longest run's.
+            `[l·H, W]` int64, -1 before a head's first page. W is the longest run's.
         """
         unit, present = self._aligned(layers)
-        if self.format is None:
-            return self.grid.pages_at(self.destination, unit).masked_fill_(~present, -1)
+        return self.grid.pages_at(self.destination, unit).masked_fill_(~present, -1)
+
+    def aligned_records(self, layers: slice) -> tuple[Tensor, Tensor]:
+        """Where some layers' records are, every head's last one in the last column.
+
+        Returns:
+            `[l·H, W]` int64, a page times the records of a page plus the place in it, -1 before a head's
+            first record; and `[l·H, W]` int64, of which part of the format each is. W is the longest run's.
+        """
+        assert self.records is not None
+        unit, present = self._aligned(layers)
         heads = slice(*(edge * self.grid.num_heads for edge in layers.indices(len(self.counts))[:2]))
-        counts, units = self.counts.flatten(), self.units.flatten()
-        of_head = (unit - (units.cumsum(0) - units)[heads, None]).clamp_(min=0)
-        linear = (counts.cumsum(0) - counts)[heads, None] + of_head // self.per_page
-        pages = self.grid.pages_at(self.destination, linear)
-        return (pages * self.per_page + of_head % self.per_page).masked_fill_(~present, -1)
+        pages_before, units_before = (
+            (each.flatten().cumsum(0) - each.flatten())[heads, None] for each in (self.counts, self.units)
+        )
+        of_head = (unit - units_before).clamp_(min=0)
+        ends = self.records.counts.flatten(1).cumsum(0)[:, heads, None]
+        part = (of_head >= ends[:-1]).sum(0)
+        # From the run's first record to the part's first place.
+        shift = self.records.first.flatten(1)[:, heads] - ends[:, :, 0]
+        shift += self.records.counts.flatten(1)[:, heads]
+        place = of_head + shift.T.gather(1, part)
+        per_page = torch.tensor(self.records.per_page, device=part.device)[part]
+        pages = self.grid.pages_at(self.destination, pages_before + place // per_page)
+        return (pages * per_page + place % per_page).masked_fill_(~present, -1), part
 
     def align(self, layers: slice, of_units: Tensor, nothing: int) -> Tensor:
-        """What is known of each unit's tokens, `[units, unit_tokens]`, in `right_aligned`'s columns.
+        """What is known of each unit's tokens, `[units, unit_tokens]`, in the columns of
+        `right_aligned` or `aligned_records`.
 
         Returns:
             `[l·H, W·unit_tokens]`, `nothing` before a head's first token.
@@ -126,7 +162,7 @@ class RequestTable:
         return of_units[unit].masked_fill_(~present[..., None], nothing).flatten(1)
 
     def column_positions(self, layers: slice, num_tokens: int) -> Tensor:
-        """Token positions of `right_aligned`'s columns, then of the raw tail.
+        """Token positions of the columns of `right_aligned` or `aligned_records`, then of the raw tail.
 
         Returns:
             `[l·H, W]` int64, 0 before a head's first token.
@@ -166,8 +202,9 @@ class BatchTables:
         run_tokens: `[L, R·H]` int32, run length minus boundary; plus the sequence length it is the number
             of tokens that a head attends over.
         counts: `[L, R, H]` int32, pages of each run.
-        units: `[L, R, H]` int32, units in it.
-        longest: tokens of the longest run.
+        records: `[L, P, R, H]` int32, records of each part in it; none where pages are raw.
+        first: `[L, P, R, H]` int32, the place of each part's first one.
+        most_records: `[P]`, records of each part of the run that has most of it.
     """
 
     def __init__(self) -> None:
@@ -188,11 +225,15 @@ class BatchTables:
             pages[:, row, :, : table.pages.shape[-1]] = table.pages
         self.pages = pages.view(layers, -1, width)
         self.run_tokens = torch.stack([t.run_tokens - t.boundary for t in tables], 1).view(layers, -1)
-        self.counts, self.units = (
-            torch.stack(of_tables, 1).to(torch.int32)
-            for of_tables in ([t.counts for t in tables], [t.units for t in tables])
+        self.counts = torch.stack([table.counts for table in tables], 1).to(torch.int32)
+        self.records, self.first = (
+            torch.stack(of_tables, 2).transpose(0, 1).to(torch.int32).contiguous() if of_tables else None
+            for of_tables in (
+                [table.records.counts for table in tables if table.records],
+                [table.records.first for table in tables if table.records],
+            )
         )
-        self.longest = max(table.longest(slice(None)) * table.unit_tokens for table in tables)
+        self.most_records = [] if self.records is None else self.records.amax((0, 2, 3)).tolist()
 
     def seq_lens(self, seq_lens: Tensor) -> Tensor:
         """Physical lengths `[L, R·H]` int32 of rows whose logical lengths are `[R]` int32."""

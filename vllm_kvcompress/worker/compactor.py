@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats import RECORD, Format
+from vllm_kvcompress.formats import RECORD, Format, Mixed, RecordFormat, arrange
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
 from vllm_kvcompress.requests.observer import LayerAttention, Observed
-from vllm_kvcompress.requests.tables import RequestTable
+from vllm_kvcompress.requests.tables import Records, RequestTable
 
 Listener = Callable[[Job, Tensor, Tensor], None]
 
@@ -67,6 +67,7 @@ class _Candidates:
         padding: `[X]` int64, leading columns that hold nothing; None for none.
         records: `[X, E]` int64, what is before the pages, 32 columns each (see `PagedCache.read_records`);
             None for nothing.
+        parts: `[X, E]` int64, of which part of their format these are.
         positions: makes `[X, W]` int64, token positions of the columns; None where column i is token i.
     """
 
@@ -75,7 +76,24 @@ class _Candidates:
     num_scored: int
     padding: Tensor | None
     records: Tensor | None = None
+    parts: Tensor | None = None
     positions: Callable[[], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What stays of what one request holds.
+
+    Attributes:
+        old: `[X, E]` bool, records.
+        raw: `[X, n]` int64, the part of the format that each raw token is written in, -1 for none; None for
+            all of them in the only one.
+        pages: `[X]` int64, of each head; None for what that needs.
+    """
+
+    old: Tensor
+    raw: Tensor | None = None
+    pages: Tensor | None = None
 
 
 class Compactor:
@@ -198,56 +216,73 @@ class Compactor:
 
         What is encoded already stays so, record by record. Raw tokens are encoded 32 by 32.
         """
-        job, config = task.work.job, task.work.job.config
+        job, device = task.work.job, self.cache.device
         held = self._candidates(task, slice(0, self.grid.num_layers))
         old = held.pages[:, :0] if held.records is None else held.records
-        per_page, device = self.cache.records_per_page(format), self.cache.device
+        old_parts = old if held.parts is None else held.parts
         num_raw = len(job.source) * self.grid.block_size
-        if config.keeps_all:
-            keep_old, keep_raw = old >= 0, None
-            num_new = torch.full((len(old),), num_raw // RECORD, device=device)
-            records = keep_old.sum(1) + num_new
-            counts = (records + per_page - 1) // per_page
+        choice = self._choose(task, held, format, num_raw)
+        part = torch.arange(len(format.parts), device=device)[:, None, None]
+        keep_old = choice.old & (old_parts == part)  # `[P, X, E]`
+        num_old = keep_old.sum(2)
+        if choice.raw is None:
+            num_new = torch.full_like(num_old, num_raw // RECORD)
         else:
-            keep_old, keep_raw, counts = self._choose(task, held, old, per_page, num_raw)
-            num_new = keep_raw.sum(1) // RECORD
-            records = keep_old.sum(1) + num_new
-        row = torch.arange(len(old), device=device).repeat_interleave(records)
-        of_head = torch.arange(len(row), device=device) - (records.cumsum(0) - records)[row]
-        linear = (counts.cumsum(0) - counts)[row] + of_head // per_page
-        target = self.grid.pages_at(task.destination, linear) * per_page + of_head % per_page
-        is_old = of_head < keep_old.sum(1)[row]
+            num_new = (choice.raw == part).sum(2) // RECORD
+        counts = num_old + num_new
+        sizes = [own.record_bytes(self.cache.head_size) for own in format.parts]
+        first, pages = arrange(counts, sizes, self.cache.content.shape[1])
+        pages = pages if choice.pages is None else choice.pages
+        per_page = tuple(self.cache.records_per_page(own) for own in format.parts)
+        records = Records(
+            format, *(each.unflatten(1, (self.grid.num_layers, -1)) for each in (counts, first)), per_page
+        )
+
+        first_page, units = pages.cumsum(0) - pages, counts.sum(0)
+        begin = units.cumsum(0) - units + counts.cumsum(0) - counts  # `[P, X]`, in run order
         overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
-        staged: list[tuple[Tensor, Tensor]] = []
-        at_once = max(1, self.cache.slice_bytes // format.record_bytes(self.cache.head_size))
-        for place, record in zip(target[is_old].split(at_once), old[keep_old].split(at_once), strict=True):
-            staged.append((place, self.cache.read_records(record, format)))
-            if not overlaps:
-                self._write(staged, format)
-        new_target = target[~is_old].split(num_new.tolist())
-        columns = []
-        for begin, end in self._head_slices(len(old), num_raw):
-            content, own = self._encoded(held, begin, end, num_raw, keep_raw, format)
-            columns.append(own)
-            staged.append((torch.cat(new_target[begin:end]), content))
-            if not overlaps:
-                self._write(staged, format)
-        self._write(staged, format)
+        staged: list[tuple[Tensor, Tensor, RecordFormat]] = []
+        rows = torch.arange(len(old), device=device)
+        row = rows.repeat_interleave(units)
+        from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
+        old_columns = torch.arange(old.shape[1] * RECORD, device=device).view(-1, RECORD)
+        for number, own in enumerate(format.parts):
+            head = rows.repeat_interleave(counts[number])
+            of_head = (
+                torch.arange(len(head), device=device) - (counts[number].cumsum(0) - counts[number])[head]
+            )
+            place = of_head + first[number][head]
+            target = self.grid.pages_at(task.destination, first_page[head] + place // per_page[number])
+            target = target * per_page[number] + place % per_page[number]
+            is_old = of_head < num_old[number][head]
+            unit = begin[number][head] + of_head
+            moved = old[keep_old[number]]
+            at_once = max(1, self.cache.slice_bytes // sizes[number])
+            for to, source in zip(target[is_old].split(at_once), moved.split(at_once), strict=True):
+                staged.append((to, self.cache.read_records(source, own), own))
+                if not overlaps:
+                    self._write(staged)
+            from_start[unit[is_old]] = old_columns.expand(len(old), -1, -1)[keep_old[number]]
+            of_raw, columns = None if choice.raw is None else choice.raw == number, []
+            new_target = target[~is_old].split(num_new[number].tolist())
+            for first_head, end in self._head_slices(len(old), num_raw):
+                content, kept = self._encoded(held, first_head, end, num_raw, of_raw, own)
+                columns.append(kept)
+                staged.append((torch.cat(new_target[first_head:end]), content, own))
+                if not overlaps:
+                    self._write(staged)
+            from_start[unit[~is_old]] = torch.cat(columns) + old.shape[1] * RECORD
+        self._write(staged)
         if freed := sorted({*job.previous} - {*job.destination}):
             self.cache.clear(self.cache.on_device(freed))
-        old_columns = torch.arange(old.shape[1] * RECORD, device=device).view(-1, RECORD)
-        from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
-        from_start[is_old] = old_columns.expand(len(old), -1, -1)[keep_old]
-        from_start[~is_old] = torch.cat(columns) + old.shape[1] * RECORD
-        return self._finish_encoded(task, held, format, counts, records, row, from_start)
+        return self._finish_encoded(task, held, records, pages, row, from_start)
 
     def _finish_encoded(
         self,
         task: _Task,
         held: _Candidates,
-        format: Format,
+        records: Records,
         counts: Tensor,
-        records: Tensor,
         row: Tensor,
         columns: Tensor,
     ) -> RequestTable:
@@ -255,48 +290,58 @@ class Compactor:
         job, observed = task.work.job, task.work.observed
         shape = self.grid.num_layers, self.grid.num_heads
         positions = columns if held.positions is None else held.positions()[row[:, None], columns]
-        for listener in self.listeners:
-            listener(job, records.view(shape), positions)
         again = job.config.interval is not None
-        new = RequestTable(
-            self.grid,
-            task.destination,
-            counts.view(shape),
-            job.boundary,
-            positions.to(torch.int32) if again else None,
-            format,
-            records.view(shape),
-            self.cache.records_per_page(format),
-        )
+        stored = positions.to(torch.int32) if again else None
+        new = RequestTable(self.grid, task.destination, counts.view(shape), job.boundary, stored, records)
+        for listener in self.listeners:
+            listener(job, new.units, positions)
         if observed is not None and again:
             self._carry(task, new, columns - held.num_scored)
         return new
 
-    def _choose(
-        self, task: _Task, held: _Candidates, old: Tensor, per_page: int, num_raw: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Which records `[X, E]` and which raw tokens `[X, num_raw]` stay, and the pages `[X]` of each head.
+    def _choose(self, task: _Task, held: _Candidates, format: Format, num_raw: int) -> _Choice:
+        """What stays, and the pages of each head.
 
         A record stays or goes as a whole: each of its tokens counts as their mean. Raw tokens come in
         thirty-twos, the best first.
         """
-        job, width, in_page = task.work.job, old.shape[1], per_page * RECORD
-        shape = self.grid.num_layers, self.grid.num_heads
-        scores = self._scores([task], held)
+        job = task.work.job
+        old = held.pages[:, :0] if held.records is None else held.records
+        parts = format.parts
+        if job.config.keeps_all and len(parts) == 1:
+            return _Choice(old >= 0)
+        scores, width = self._scores([task], held), old.shape[1]
         present = (old >= 0).sum(1) + num_raw // RECORD
-        capacity = (present + per_page - 1) // per_page
+        shape = self.grid.num_layers, self.grid.num_heads
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1)
+        most = len(job.destination) * self.grid.pages_per_block
+        per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
+        capacity = (present + per_page - 1) // per_page
+        if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
+            per_page = self.cache.records_per_page(parts[0])
+            capacity = (present + per_page - 1) // per_page
+            total = int(capacity.sum())
+        in_page = per_page * RECORD
         missing = -whole.shape[1] % in_page  # pages need not be full
         # Pages that are not full have room for what would else need new ones.
-        num_pages = min(len(job.destination) * self.grid.pages_per_block, int(capacity.sum()))
         padded = torch.nn.functional.pad(whole, (missing, 0), value=-torch.inf).view(*shape, -1)
         allocation = job.config.build_allocation()
-        counts = allocation.allocate(padded, num_pages, in_page, capacity.view(shape))
+        counts = allocation.allocate(padded, min(most, total), in_page, capacity.view(shape))
         if type(task.policy).refine is not Policy.refine:
             self._refine([task], held, scores, counts[None] * in_page)
-        num_units = torch.minimum(counts.flatten() * per_page, present)
-        return *_best_units(scores, width, num_units), counts.flatten()
+        pages = counts.flatten()
+        if not isinstance(format, Mixed):
+            num_units = torch.minimum(pages * per_page, present)
+            keep_old, keep_raw = _best_units(scores, width, num_units)
+            return _Choice(keep_old, keep_raw.long() - 1, pages)
+        units, order = _units(scores, width)
+        written = old if held.parts is None else held.parts
+        known = torch.cat([written.masked_fill(old < 0, -2), torch.full_like(units[:, width:], -1).long()], 1)
+        sizes = [part.record_bytes(self.cache.head_size) for part in parts]
+        chosen = format.choose(units, known, pages, sizes, self.cache.content.shape[1])
+        of_raw = chosen[:, width:].repeat_interleave(RECORD, 1)
+        return _Choice(chosen[:, :width] >= 0, torch.empty_like(order).scatter_(1, order, of_raw), pages)
 
     def _encoded(
         self,
@@ -305,7 +350,7 @@ class Compactor:
         end: int,
         num_raw: int,
         keep_raw: Tensor | None,
-        format: Format,
+        format: RecordFormat,
     ) -> tuple[Tensor, Tensor]:
         """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
         pages = held.pages[begin:end, : num_raw // self.grid.block_size]
@@ -329,8 +374,8 @@ class Compactor:
         for begin in range(0, num_heads, at_once):
             yield begin, min(begin + at_once, num_heads)
 
-    def _write(self, staged: list[tuple[Tensor, Tensor]], format: Format) -> None:
-        for target, content in staged:
+    def _write(self, staged: list[tuple[Tensor, Tensor, RecordFormat]]) -> None:
+        for target, content, format in staged:
             self.cache.write_records(target, content, format)
         staged.clear()
 
@@ -348,7 +393,7 @@ class Compactor:
         encoded = table is not None and table.format is not None
         pages = self.cache.context(layers, None if encoded else table, task.raw)
         num_scored = (pages.shape[1] - len(job.tail)) * self.grid.block_size
-        records = table.right_aligned(layers) if table is not None and encoded else None
+        records, parts = table.aligned_records(layers) if table is not None and encoded else (None, None)
         padding = None
         if records is not None:
             num_scored += records.shape[1] * RECORD
@@ -361,6 +406,7 @@ class Compactor:
             num_scored=num_scored,
             padding=padding,
             records=records,
+            parts=parts,
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
@@ -453,8 +499,7 @@ class Compactor:
             values = self.cache.read_values(part.pages)[:, :raw]
         if part.records is not None and (policy.reads_keys or policy.reads_values):
             assert task.work.table is not None and task.work.table.format is not None
-            format = task.work.table.format
-            encoded = format.decode(self.cache.read_records(part.records, format), self.cache.head_size)
+            encoded = self._decoded(part, task.work.table.format)
             before = (each.flatten(1, 2).to(keys.dtype) for each in encoded)
             read = policy.reads_keys, policy.reads_values
             keys, values = (
@@ -482,6 +527,21 @@ class Compactor:
             first_head=attention.first_head,
             kept_positions=part.positions,
         )
+
+    def _decoded(self, held: _Candidates, format: Format) -> tuple[Tensor, Tensor]:
+        """Keys and values `[X, E, 32, D]` float32 of records; of absent ones arbitrary."""
+        assert held.records is not None and held.parts is not None
+        size = self.cache.head_size
+        if len(format.parts) == 1:
+            (only,) = format.parts
+            return only.decode(self.cache.read_records(held.records, only), size)
+        keys, values = (
+            torch.zeros(*held.records.shape, RECORD, size, device=self.cache.device) for _ in "kv"
+        )
+        for number, part in enumerate(format.parts):
+            own = held.parts == number
+            keys[own], values[own] = part.decode(self.cache.read_records(held.records[own], part), size)
+        return keys, values
 
     def _carry(self, task: _Task, new: RequestTable, from_end: Tensor) -> None:
         """Give the policy's states the columns of the new table; `from_end`, below 0, are its old ones."""
@@ -520,26 +580,39 @@ def _means(scores: Tensor) -> Tensor:
     return (scores / RECORD).sum(-1)
 
 
-def _best_units(scores: Tensor, width: int, num_units: Tensor) -> tuple[Tensor, Tensor]:
-    """The best units of each head, which are its records, and its raw tokens by thirty-twos, the best first.
+def _units(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The units of each head: its records, and its raw tokens by thirty-twos, the best first.
 
     Args:
         scores: `[X, 32·width + T]`, of the tokens in records and of the raw ones; T a multiple of 32.
         width: records.
+
+    Returns:
+        `[X, width + T/32]`, the means of their scores; `[X, T]` int64, the raw tokens, the best first.
+    """
+    raw = scores[:, width * RECORD :]
+    order = raw.argsort(dim=1, descending=True, stable=True)
+    of_raw = _means(raw.gather(1, order).unflatten(1, (-1, RECORD)))
+    return torch.cat([_of_records(scores, width), of_raw], 1), order
+
+
+def _best_units(scores: Tensor, width: int, num_units: Tensor) -> tuple[Tensor, Tensor]:
+    """The best units of each head.
+
+    Args:
+        scores: as of `_units`.
+        width: likewise.
         num_units: `[X]` int64, how many units each head keeps.
 
     Returns:
         `[X, width]` bool, the records; `[X, T]` bool, the raw tokens.
     """
-    raw = scores[:, width * RECORD :]
-    order = raw.argsort(dim=1, descending=True, stable=True)
-    of_raw = _means(raw.gather(1, order).unflatten(1, (-1, RECORD)))
-    units = torch.cat([_of_records(scores, width), of_raw], 1)
+    units, order = _units(scores, width)
     ranked = units.argsort(dim=1, descending=True, stable=True)
     best = torch.arange(units.shape[1], device=units.device) < num_units[:, None]
     keep = torch.zeros_like(best).scatter_(1, ranked, best)
     num_new = keep[:, width:].sum(1, keepdim=True) * RECORD
-    first = torch.arange(raw.shape[1], device=raw.device) < num_new
+    first = torch.arange(order.shape[1], device=order.device) < num_new
     return keep[:, :width], torch.zeros_like(first).scatter_(1, order, first)
 
 

@@ -12,7 +12,6 @@ from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.formats import RECORD
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.paging.job import Job
@@ -113,7 +112,7 @@ class CompressionGPUWorker(CompressionWorker):
         num_tokens = config.recent_tokens + 4 * block_size
         in_page = None
         if config.record_format is not None:
-            in_page = compactor.cache.records_per_page(config.record_format) * RECORD
+            in_page = compactor.cache.tokens_per_page(config.record_format)
         plan = Plan.of(config, num_tokens, block_size, page_tokens=in_page)
         blocks = range(1, -(-num_tokens // block_size) + 1)
         policy = config.build_policy()

@@ -20,7 +20,7 @@ from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE, RECORD
+from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
@@ -79,7 +79,7 @@ class CompressionWorker(Worker):
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
         format = config.record_format
-        if format is not None and cache.records_per_page(format) * RECORD <= block_size:
+        if format is not None and cache.tokens_per_page(format) <= block_size:
             raise KVCompressionError(
                 f"kv-compression: a page has no room for more tokens in {format.name} than raw at "
                 f"--block-size {block_size}; use a larger one"

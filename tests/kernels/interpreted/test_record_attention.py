@@ -60,7 +60,8 @@ class RecordBatch(Batch):
         self.runs = replace(
             self.runs,
             format=torch.zeros(num_slots, dtype=torch.int32),
-            encoded=torch.full((num_slots, width - 1), 99, dtype=torch.int32),
+            records=torch.full((num_slots, 4, width - 1), 99, dtype=torch.int32),
+            first=torch.full((num_slots, 4, width - 1), 99, dtype=torch.int32),
         )
         for index, name in enumerate(formats):
             if name in NAMED:
@@ -69,23 +70,37 @@ class RecordBatch(Batch):
     def _encode(self, index: int, format: Format, format_id: int) -> None:
         """Fill a row's runs with records: as many of each head as there is room for, or somewhat fewer."""
         layers, _, heads, _, _ = self.keys.shape
-        per_page = self.pages.shape[1] // format.record_bytes(self.head_size)
+        page_bytes, parts = self.pages.shape[1], format.parts
+        sizes = [part.record_bytes(self.head_size) for part in parts]
         slot = int(self.rows.slot[index])
         self.runs.format[slot] = format_id
         by_place = self.pages.unflatten(0, (layers, -1, heads))
         destination, start = self.runs.destination[slot].long(), self.runs.start[slot].long()
         for head, own in enumerate(start.diff().tolist()):
-            count = max(0, own * per_page - int(torch.randint(0, 2 * per_page + 1, ())))
-            self.runs.encoded[slot, head] = count * RECORD
-            tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
-            records = format.encode(*tokens)
-            for page in range(own):
-                linear = int(start[head]) + page
+            of_run = torch.full((own, page_bytes), 255, dtype=torch.uint8)  # NaN to whoever reads it
+            page, used = 0, 0  # written out: where the next record goes, by bytes
+            for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
+                per_page = page_bytes // size
+                places = [at for at in range(own * per_page) if self._is_free(at, per_page, size, page, used)]
+                most = len(places) if number == len(parts) - 1 else len(places) // 2
+                count = max(0, most - int(torch.randint(0, 2 * per_page + 1, ())))
+                self.runs.records[slot, number, head] = count
+                self.runs.first[slot, number, head] = places[0] if places else 0
+                tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
+                for at, record in zip(places, part.encode(*tokens), strict=False):
+                    page, begin = at // per_page, page_bytes - (per_page - at % per_page) * size
+                    of_run[page, begin : begin + size] = record
+                    used = begin + size
+            for number, content in enumerate(of_run):
+                linear = int(start[head]) + number
                 place = linear % (layers * heads)
                 target = by_place[place // heads, destination[linear // (layers * heads)], place % heads]
-                target.fill_(255)  # NaN to whoever reads it
-                held = records[page * per_page : (page + 1) * per_page].flatten()
-                target[: len(held)] = held
+                target[:] = content
+
+    def _is_free(self, at: int, per_page: int, size: int, page: int, used: int) -> bool:
+        """Whether a place is behind what is used of a page."""
+        begin = self.pages.shape[1] - (per_page - at % per_page) * size
+        return at // per_page > page or (at // per_page == page and begin >= used)
 
     def rows_of(self, name: str) -> list[tuple[int, slice]]:
         """Rows of a format, and their tokens."""
@@ -119,7 +134,8 @@ class RecordBatch(Batch):
                     NAMED[name],
                     self.runs.destination[slot].long(),
                     self.runs.start[slot].long(),
-                    self.runs.encoded[slot].long(),
+                    self.runs.records[slot].long(),
+                    self.runs.first[slot].long(),
                     self.tails[row],
                     self._rows[row].tail,
                     layer,
@@ -178,7 +194,7 @@ def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float
     rows, formats = zip(*ROWS[kind], strict=True)
     of = {True: name, False: "kivi2" if name == "kivi4" else "kivi4"}
     while any(
-        NAMED[each].record_bytes(head_size) > 2 * block_size * head_size * dtype.itemsize
+        NAMED[each].tokens_per_page(2 * block_size * head_size * dtype.itemsize, head_size) == 0
         for each in of.values()
     ):
         block_size *= 2  # until a page holds a record
@@ -277,7 +293,7 @@ def test_a_batch_is_served_by_one_launch_for_each_format(num_splits):
 def test_heads_may_have_no_records_at_all():
     torch.manual_seed(3)
     batch = make_batch("decode", "kivi4", group=2)
-    batch.runs.encoded[:] = 0
+    batch.runs.records[:] = 0
     assert_equals_reference(batch, "kivi4", num_splits=2)
 
 
@@ -291,7 +307,7 @@ def test_records_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
     rows = [Row(1, 20, blocks=4, boundary=5), Row(1, 3, blocks=3, boundary=5)]
     batch = RecordBatch(rows, ["kivi4"] * 2, 2, cache)
     slot = batch.rows.slot[0]
-    assert batch.runs.encoded[slot] > 0 and batch.runs.destination[slot, 0] * page > 2**31
+    assert batch.runs.records[slot, 0] > 0 and batch.runs.destination[slot, 0] * page > 2**31
     for tail in batch.tails:
         cache[:, tail] = torch.randn(1, len(tail), 1, 16, 128)
     assert_equals_reference(batch, "kivi4", 0)
