@@ -18,11 +18,18 @@ EVERY = 128
 def in_page(engine):
     """Makes the tokens of a page of a format, in float32."""
     size = engine.manager.kv_cache_spec.head_size
-    return lambda name: 2 * BLOCK_SIZE * size * 4 // FORMATS[name].record_bytes(size) * RECORD
+    return lambda name: FORMATS[name].tokens_per_page(2 * BLOCK_SIZE * size * 4, size)
 
 
 @pytest.mark.parametrize(
-    ("options", "format"), [("kivi", "kivi4"), ("turboquant+turbo2", "turbo2"), ("kivi+kivi8", "kivi8")]
+    ("options", "format"),
+    [
+        ("kivi", "kivi4"),
+        ("turboquant+turbo2", "turbo2"),
+        ("kivi+kivi8", "kivi8"),
+        ("kivi+k4v3", "k4v3"),
+        ("kivi+auto", "auto"),  # with room for every token in its best part
+    ],
 )
 def test_every_token_stays_in_the_bytes_that_the_format_takes(engine, long_ids, in_page, options, format):
     name = engine.add(long_ids(1000, seed=3), sampling(300, options))
@@ -96,6 +103,10 @@ OPTIONS = [
     "kvzip+kivi4:budget=0.2,chunk=128",
     "kivi:when=streaming,recompact_every=96",
     "snapkv+kivi4:budget=0.2,when=streaming,recompact_every=96",
+    "snapkv+k4v3:budget=0.1,recompact_every=8",
+    "foresight+auto:budget=0.1",
+    "kv_compress+auto:budget=0.2,recompact_every=8",
+    "streaming_llm+auto:budget=0.2,when=streaming,recompact_every=96",
 ]
 ONCE_WRITTEN = 0.1  # in log-probability: what lies between two codes may be written either way
 

@@ -593,7 +593,15 @@ def test_the_oracle_tells_compacted_from_full_attention(case):
     assert off > 3e-2
 
 
-ENCODED = ["kivi", "kivi+kivi2", "turboquant+turbo3", "kv_compress+kivi4:budget=0.125", "snapkv+turbo2_prod"]
+ENCODED = [
+    "kivi",
+    "kivi+kivi2",
+    "turboquant+turbo3",
+    "kv_compress+kivi4:budget=0.125",
+    "snapkv+turbo2_prod",
+    "kivi+k4v3",
+    "kv_compress+auto:budget=0.125",
+]
 
 
 @pytest.mark.parametrize(
@@ -607,9 +615,11 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
     engine = engines(model.path, "snapkv:budget=0.25")
     engine.forget_prefixes()
     name = engine.add(prompt.ids, sampling(NUM_TOKENS, options, logprobs=5))
+    compaction = engine.step_until_compacted(name)
+    of_parts = engine.worker.compression.tables[compaction.job.request_id].records.counts.clone()
     engine.finish()
-    output, compaction = engine.outputs.pop(name), engine.compaction_of(name)
-    config = KVCompressionConfig.parse(options)
+    output, config = engine.outputs.pop(name), KVCompressionConfig.parse(options)
+    assert torch.equal(of_parts.sum(0), compaction.counts)
     boundary, records = compaction.job.boundary, iter(compaction.kept.tolist())
     assert boundary == 608 and compaction.kept.shape[1] == 32
     if config.keeps_all:
@@ -618,13 +628,15 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
     cache = copy.deepcopy(prompt.cache)
     for layer, of_heads in enumerate(compaction.counts.tolist()):
         for head, num_records in enumerate(of_heads):
-            for _ in range(num_records):
-                kept = next(records)
+            parts = torch.arange(len(of_parts)).repeat_interleave(of_parts[:, layer, head])
+            assert len(parts) == num_records
+            for part in parts.tolist():
+                kept, written = next(records), config.record_format.parts[part]
                 assert kept == sorted(set(kept))
                 hidden[layer, head, kept] = False
                 plain = prompt.keys[layer][head, kept], prompt.values[layer][head, kept]
                 size = plain[0].shape[1]
-                read = config.record_format.decode(config.record_format.encode(*plain), size)
+                read = written.decode(written.encode(*plain), size)
                 cache.layers[layer].keys[0, head, kept], cache.layers[layer].values[0, head, kept] = read
     answer = tokens(output)
     expected = continue_on_kept(model.reference, replace(prompt, cache=cache), answer, hidden)

@@ -24,6 +24,7 @@ REQUESTS = {
     "h2o, again": f"h2o:budget=0.3,recompact_every={EVERY}",
     "kivi, again": f"kivi:recompact_every={EVERY}",
     "snapkv+kivi8, again": f"snapkv+kivi8:budget=0.3,recompact_every={EVERY}",
+    "snapkv+auto, again": f"snapkv+auto:budget=0.2,recompact_every={EVERY}",
     "off": "off",
 }
 AGAIN = [name for name in REQUESTS if "recompact_every" in REQUESTS[name]]

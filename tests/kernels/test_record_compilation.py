@@ -35,6 +35,7 @@ def attend(name, dtype, head_size, group, query_len, splits, soft_cap=0.0):
         ("kivi4", "_merge_kernel", 8),
         ("kivi2", "_merge_kernel", 2),
         ("turbo4", "_merge_rotated_kernel", 8),
+        ("k4v3", "_merge_rotated_kernel", 4),
     ],
 )
 def test_decode_rows_fit_registers_and_read_16_bytes_at_once(compiled, name, merge, wide_loads):
@@ -55,9 +56,13 @@ def test_decode_rows_fit_registers_and_read_16_bytes_at_once(compiled, name, mer
         ("turbo4_centred", torch.bfloat16, 64, 4, 1, 8),
         ("kivi4", torch.float32, 256, 8, 40, 1),
         ("turbo4", torch.float32, 256, 8, 40, 1),
+        ("k8v4", torch.float16, 80, 7, 1, 1),
+        ("k4v2", torch.bfloat16, 64, 7, 2, 8),
+        ("auto", torch.bfloat16, 128, 4, 1, 1),  # shares of several parts are merged, if only one of each
     ],
 )
 def test_every_kind_of_rows_fits_shared_memory(compiled, name, dtype, head_size, group, query_len, splits):
     attend(name, dtype, head_size, group, query_len, splits, soft_cap=30.0)
-    merge = "_merge_rotated_kernel" if name.startswith("turbo") else "_merge_kernel"
-    compiled.assert_fit("_records_kernel", *[merge][: splits - 1])
+    merge = "_merge_kernel" if name.startswith("kivi") else "_merge_rotated_kernel"
+    merged = splits > 1 or len(FORMATS[name].parts) > 1
+    compiled.assert_fit("_records_kernel", *[merge] * merged)

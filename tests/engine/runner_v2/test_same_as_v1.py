@@ -24,6 +24,8 @@ REQUESTS = [  # method, prompt tokens
     ("kv_compress:budget=0.3,window=8,when=streaming,recompact_every=64", 150),
     ("kivi:window=8,recompact_every=3", 133),  # of 136 tokens one block more is encoded
     ("turboquant+turbo3_prod:window=8", 100),
+    ("kivi+k4v3:window=8", 100),
+    ("snapkv+auto:budget=0.2,window=8", 330),
     ("snapkv+kivi8:budget=0.3,window=8", 330),  # of 320 tokens 3 pages of 96 stay
     ("off", 120),
 ]
