@@ -12,9 +12,11 @@ from torch import Tensor
 from vllm_kvcompress.formats import FORMATS, RECORD, Format
 from vllm_kvcompress.formats.base import pack
 from vllm_kvcompress.formats.kivi import Kivi4
+from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.kernels import cpu_records, cpu_vectors
 from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
 
+SINGLE = [name for name, format in FORMATS.items() if format.parts == (format,)]
 NUM_PAGES = 1500
 
 
@@ -67,7 +69,6 @@ def make(
     records: tuple[int, ...] = (5, 9),
     tails: tuple[int, ...] = (40, 7),
     channels_first: bool = True,
-    bias: bool = False,
 ) -> Case:
     generator = torch.Generator().manual_seed(7)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -99,11 +100,9 @@ def make(
                 # Of the first part somewhat fewer, and of the others in turn none.
                 own = max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
                 plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
-                content = part.encode(*plain)
-                biases = torch.zeros(own, RECORD)
-                if bias:
-                    biases = normal(own, RECORD)
-                    content[:, -4 * RECORD :] = biases.view(torch.uint8)
+                biased = isinstance(part, Matched)
+                biases = normal(own, RECORD) if biased else torch.zeros(own, RECORD)
+                content = part.encode(*plain, *[biases] * biased)
                 decoded.append((*part.decode(content, head_size), biases))
                 in_run[number, row, head] = own
                 place = next(
@@ -134,9 +133,8 @@ def make(
             ]
             held[row, head] = *after, torch.cat([biases.flatten(), torch.zeros(tail)])
     start = torch.tensor([0, *queries], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    size = sizes[-1]
     return Case(
-        RecordAttention(format, cache, places, dtype, size - 4 * RECORD if bias else -1),
+        RecordAttention(format, cache, places, dtype),
         RecordRows(
             start,
             pages,
@@ -214,22 +212,10 @@ def test_many_queries_are_cut_into_blocks():
     check(make(Kivi4(), group=7, queries=(1, 100), tails=(1, 120)))
 
 
-class Biased(Kivi4):
-    """KIVI with a bias per token behind each record."""
-
-    def record_bytes(self, head_size: int) -> int:
-        return super().record_bytes(head_size) + 4 * RECORD
-
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(super().encode(keys, values), (0, 4 * RECORD))
-
-    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-        return super().decode(records[..., : -4 * RECORD], head_size)
-
-
 @pytest.mark.parametrize("soft_cap", [0.0, 1.0])
-def test_a_bias_is_added_to_the_logits(soft_cap):
-    check(make(Biased(), bias=True), soft_cap)
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_bias_is_added_to_the_logits(name, soft_cap):
+    check(make(Matched(FORMATS[name])), soft_cap)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -263,6 +249,30 @@ def test_codes_are_looked_up_on_processors_without_an_instruction_for_it(monkeyp
     packed, found = pack(codes, bits), torch.empty(32)
     look_up(packed.data_ptr(), found.data_ptr(), book.data_ptr())
     assert torch.equal(found, book[codes])
+
+
+@pytest.mark.parametrize("name", ["kivi8", "kivi4", "kivi2", "k4v3"])
+@pytest.mark.parametrize("group", [1, 3, 12])
+def test_codes_become_numbers_on_processors_that_multiply_no_bytes(name, group):
+    case = make(FORMATS[name], block_size=96, group=group)
+    (args,) = case.attention._args
+    for kind in (cpu_records.A.KEY_KIND, cpu_records.A.VALUE_KIND):
+        if args[kind] == cpu_records.KIVI_DIGITS:
+            args[kind] = cpu_records.KIVI
+    check(case)
+
+
+@pytest.mark.skipif(not cpu_vectors.HAS_BYTE_PRODUCTS, reason="needs AVX512-VNNI")
+def test_digits_add_up_to_the_number():
+    @njit
+    def to_digits(a, b, target):
+        cpu_vectors.digits(a, b, target, 2)
+
+    numbers, ones = torch.linspace(-cpu_vectors.REACH, cpu_vectors.REACH, 32).round(), torch.ones(32)
+    found = torch.empty(8, 4, 4, dtype=torch.int8)
+    to_digits(numbers.data_ptr(), ones.data_ptr(), found.data_ptr())
+    powers = torch.tensor([1, 256, 65536])[:, None]
+    assert torch.equal((found[:, :3].long() * powers).sum(1).flatten(), numbers.long())
 
 
 def test_powers_of_two_are_within_float32s_rounding():

@@ -60,6 +60,15 @@ class RecordFormat(Format):
     def parts(self) -> "tuple[RecordFormat, ...]":
         return (self,)
 
+    @property
+    def plain(self) -> "RecordFormat":
+        """The format of keys and values, where more than these is written."""
+        return self
+
+    def bias_at(self, head_size: int) -> int:
+        """Bytes of a record before float32 `[32]` that are added to its tokens' logits; -1 for none."""
+        return -1
+
     @abstractmethod
     def record_bytes(self, head_size: int) -> int:
         """Bytes of 32 tokens' keys and values, with all that belongs to them."""

@@ -27,12 +27,14 @@ from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQua
 from vllm_kvcompress.kernels import cpu_vectors as v
 
 LOG2_E = 1.4426950408889634
+HAS_BYTE_PRODUCTS = v.HAS_BYTE_PRODUCTS  # a global of this module, so that Numba leaves out what it forbids
+SMALLEST = np.float32(2.0**-24)  # float16 but 0
 ROWS = 64  # queries times group of a piece, about
 MIN_SHARE = 512  # tokens: less would cost more to merge than it saves
 PIECES_PER_THREAD = 4
 FEW_ROWS = 8  # for so many, codes are made numbers in registers, again for every four
 PAIRS = 16  # merged by a thread at a time
-KIVI, TURBO = 0, 1
+KIVI, TURBO, KIVI_DIGITS = 0, 1, 2  # the last where bytes can be multiplied
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -84,7 +86,7 @@ class A(enum.IntEnum):
     PART_OUT = 42  # float32 [T·Hq, ALL_SPLITS, D]
     PART_STATE = 43  # float32 [T·Hq, ALL_SPLITS, 2], peak and total
     OUT = 44  # float32 [T, Hq, D]
-    INNER = 45  # float32: factors of the logits before and behind the cap, cap or not
+    INNER = 45  # float32: factors of the queries and behind the cap, cap or not
     PAIRS = 46  # T·Hq
     MEANS_AT = 47  # of rotated keys, in a record; -1 for none
     THREADS = 48  # for which there is memory
@@ -115,18 +117,18 @@ class Buffers(NamedTuple):
     """Addresses of a thread's own memory, all float32; M is the most rows that a piece has.
 
     Attributes:
-        query: `[M, D]`, the piece's queries.
+        query: `[M, D]`, the piece's queries, times the logits' factor.
         turned: `[M, D]`, rotated.
         projected: `[M, D]`, for the signs of residuals.
-        scaled: `[M, D]`, times the scales of a record's keys.
+        scaled: `[M, D]`, times the scales of a record's keys, or digits of that.
         out: `[M, D]`, the sum so far.
         rotated: `[M, D]`, that of encoded values, before it is rotated back.
         keys: `[D, 32]`, of 32 tokens.
         values: `[32, D]`.
         logits: `[M, 32]`, then weights.
-        weights: `[M, 32]`, times the scales of a record's values.
-        state: `[M, 4]`, see `cpu_vectors.soften`.
-        numbers: `[4·D + 96]`, scales, zeros, norms: of keys, then of values.
+        weights: `[M, 32]`, times the scales of a record's values, or digits of that.
+        state: `[M, 4]`, see `cpu_vectors.soften`; the very last of the first row's is the largest |query|.
+        numbers: `[4·D + 96]`, scales, zeros, norms, factors: of keys, then of values.
     """
 
     query: int
@@ -269,6 +271,39 @@ def _multiply_codes(a, a_row, codes, code_row, bits, k, c, c_row, rows):
 
 
 @_compiled
+def _multiply_digits(a, a_row, codes, code_row, bits, k, c, c_row, factor, ahead, rows):
+    """C += A·B·factor, A digits, B `[k, 32]` codes that stand for themselves; the factor at an address."""
+    for first in range(0, rows, 4):
+        left, to, some = a + first * a_row, c + first * c_row, min(rows - first, 4)
+        if bits == 4:
+            if some == 4:
+                v.digits_4_4(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            elif some == 3:
+                v.digits_3_4(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            elif some == 2:
+                v.digits_2_4(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            else:
+                v.digits_1_4(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+        elif bits == 2:
+            if some == 4:
+                v.digits_4_2(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            elif some == 3:
+                v.digits_3_2(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            elif some == 2:
+                v.digits_2_2(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+            else:
+                v.digits_1_2(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+        elif some == 4:
+            v.digits_4_8(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+        elif some == 3:
+            v.digits_3_8(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+        elif some == 2:
+            v.digits_2_8(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+        else:
+            v.digits_1_8(left, a_row, codes, code_row, k, to, c_row, factor, ahead)
+
+
+@_compiled
 def _multiply_looked_up(a, a_row, codes, code_row, bits, book, k, c, c_row, rows):
     """C += A·B of float32 rows, B `[k, 32]` what a book says of codes."""
     for first in range(0, rows, 4):
@@ -370,13 +405,11 @@ def _number(where, dtype):
 def _cap(args, own, rows, bias):
     """Products of 32 tokens become logits in base 2."""
     factors = _get(args, INNER)
-    inner, outer, capped = v.get_f32(factors), v.get_f32(factors + 4), v.get_f32(factors + 8)
+    outer, capped = v.get_f32(factors + 4), v.get_f32(factors + 8)
     for row in range(rows):
         logits = own.logits + 128 * row
         if capped > 0:
-            v.cap(logits, inner, outer)
-        else:
-            v.scale(logits, 2, inner)
+            v.cap(logits, outer)
         if bias != 0:
             v.add_scaled(logits, bias, 2, np.float32(LOG2_E))
 
@@ -401,6 +434,21 @@ def _bias(args, record):
 
 
 @_compiled
+def _fetch_half(args, record, half):
+    """Have one half of a record brought near: a core waits for some lines at once, but not for all of one."""
+    lines = _get(args, RECORD_BYTES) // 128 + 1
+    v.fetch(record + 64 * lines * half, lines)
+
+
+@_compiled
+def _make_whole(scales, count, most, factor):
+    """Scales become such that they times numbers up to `most` are within reach; what undoes it is stored."""
+    most *= max(v.largest(scales, count // 16), SMALLEST)
+    v.scale(scales, count // 16, np.float32(v.REACH) / most)
+    v.set_f32(factor, most / np.float32(v.REACH))
+
+
+@_compiled
 def _multiply_kivi_keys(args, record, own, rows):
     """Logits of a record whose keys have a scale and a zero for each channel."""
     size, bits = _get(args, SIZE), _get(args, KEY_BITS)
@@ -417,6 +465,45 @@ def _multiply_kivi_keys(args, record, own, rows):
     else:
         _read_codes(record, bits, size, 32, 32, own.keys)
         _multiply_add(own.scaled, row_bytes, own.keys, 128, size, own.logits, 128, rows, 32)
+
+
+@_compiled
+def _multiply_kivi_keys_by_digits(args, record, own, rows, following):
+    """As `_multiply_kivi_keys`, by products of bytes: what codes are multiplied with becomes digits, to 24
+    bits."""
+    size, bits, at = _get(args, SIZE), _get(args, KEY_BITS), _get(args, KEY_NUMBERS_AT)
+    row_bytes = 4 * size
+    scales, zeros, factor = own.numbers, own.numbers + row_bytes, own.numbers + 2 * row_bytes
+    v.fetch(following + at, (_get(args, RECORD_BYTES) - at) // 64 + 1)
+    _read_halves(record + at, scales, 2 * size)
+    _make_whole(scales, size, v.get_f32(own.state + 12), factor)
+    for row in range(rows):
+        query = own.query + row_bytes * row
+        v.digits(query, scales, own.scaled + row_bytes * row, size // 16)
+        v.fill(own.logits + 128 * row, 2, v.dot(query, zeros, size // 16))
+    _multiply_digits(
+        own.scaled, row_bytes, record, 4 * bits, bits, size, own.logits, 128, factor, following, rows
+    )
+
+
+@_compiled
+def _add_kivi_values_by_digits(args, record, own, rows, following):
+    """As `_add_kivi_values`, by products of bytes."""
+    size, bits, at = _get(args, SIZE), _get(args, VALUE_BITS), _get(args, VALUES_AT)
+    row_bytes = 4 * size
+    scales, zeros, factor = own.numbers, own.numbers + row_bytes, own.numbers + 2 * row_bytes
+    _read_halves(record + _get(args, VALUE_NUMBERS_AT), scales, 2 * size)
+    _make_whole(scales, size, np.float32(1.0), factor)
+    for number in range(size // 32):
+        out, part = own.out + 128 * number, 128 * number
+        for row in range(rows):
+            paid = own.logits + 128 * row
+            v.digits(paid, scales + part, own.weights + 128 * row, 2)
+            v.add(out + row_bytes * row, 2, v.dot(paid, zeros + part, 2))
+        codes, ahead = record + at + 4 * bits * number, following + at + 128 * bits * number
+        _multiply_digits(
+            own.weights, 128, codes, size * bits // 8, bits, 32, out, row_bytes, factor, ahead, rows
+        )
 
 
 @_compiled
@@ -497,18 +584,28 @@ def _add_turbo_values(args, record, own, rows):
 
 
 @_compiled
-def _attend_record(args, record, own, rows):
-    """Add what a record says to the rows' output."""
-    if _get(args, KEY_KIND) == TURBO:
-        _multiply_turbo_keys(args, record, own, rows)
+def _attend_record(args, record, own, rows, following):
+    """Add what a record says to the rows' output, and have the one that follows it brought near."""
+    kind = _get(args, KEY_KIND)
+    if HAS_BYTE_PRODUCTS and kind == KIVI_DIGITS:
+        _multiply_kivi_keys_by_digits(args, record, own, rows, following)
     else:
-        _multiply_kivi_keys(args, record, own, rows)
+        _fetch_half(args, following, 0)
+        if kind == TURBO:
+            _multiply_turbo_keys(args, record, own, rows)
+        else:
+            _multiply_kivi_keys(args, record, own, rows)
     _cap(args, own, rows, _bias(args, record))
     _soften(args, own, rows)
-    if _get(args, VALUE_KIND) == TURBO:
-        _add_turbo_values(args, record, own, rows)
+    kind = _get(args, VALUE_KIND)
+    if HAS_BYTE_PRODUCTS and kind == KIVI_DIGITS:
+        _add_kivi_values_by_digits(args, record, own, rows, following)
     else:
-        _add_kivi_values(args, record, own, rows)
+        _fetch_half(args, following, 1)
+        if kind == TURBO:
+            _add_turbo_values(args, record, own, rows)
+        else:
+            _add_kivi_values(args, record, own, rows)
 
 
 @_compiled
@@ -571,10 +668,12 @@ def _begin(args, own, rows, pair, encoded):
         source = pair + row // group * heads * group + row % group
         for channel in range(0, row_bytes, 64):
             v.copy(_get(args, QUERY) + source * row_bytes + channel, own.query + row * row_bytes + channel)
+        v.scale(own.query + row * row_bytes, size // 16, v.get_f32(_get(args, INNER)))
         v.set_f32(own.state + 16 * row, np.float32(-np.inf))
         v.set_f32(own.state + 16 * row + 4, np.float32(0.0))
         for sum_ in (own.out, own.rotated, own.turned, own.projected):
             v.fill(sum_ + row * row_bytes, size // 16, np.float32(0.0))
+    v.set_f32(own.state + 12, max(v.largest(own.query, rows * size // 16), SMALLEST))
     if encoded and _get(args, KEY_KIND) == TURBO:
         matrix = _get(args, ROTATION)
         _multiply_add(own.query, row_bytes, matrix, row_bytes, size, own.turned, row_bytes, rows, size)
@@ -605,13 +704,11 @@ def _attend_piece(args, scratch, row, block, head, split):
     _begin(args, own, rows, pair, begin // 32 < last)
 
     pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
-    lines = _get(args, RECORD_BYTES) // 64 + 1
     place = v.get_i32(_get(args, FIRST) + 4 * (row * heads + head))
     record = _record(args, pages, place + begin // 32) if begin // 32 < last else 0
     for number in range(begin // 32, last):
         following = _record(args, pages, place + min(number + 1, last - 1))
-        v.fetch(following, lines)
-        _attend_record(args, record, own, rows)
+        _attend_record(args, record, own, rows, following)
         record = following
 
     first_page = v.get_i32(_get(args, COUNTS) + 4 * (row * heads + head))
@@ -758,7 +855,6 @@ class RecordAttention:
         cache: Tensor,
         places: tuple[Tensor, Tensor],
         dtype: torch.dtype,
-        bias_at: int = -1,
     ) -> None:
         """Bind to a cache.
 
@@ -768,7 +864,6 @@ class RecordAttention:
             places: `[N, D]` int64 of keys and of values: where a raw page has each element, counted from its
                 keys' or values' first.
             dtype: of raw pages.
-            bias_at: where in a record float32 `[32]` are that are added to its tokens' logits; -1 for none.
         """
         assert cache.is_contiguous() and cache.dtype == torch.uint8
         self.block_size, self.head_size = places[0].shape
@@ -784,7 +879,7 @@ class RecordAttention:
             raw[A.KEY_STRIDE] = key_stride
         if torch.equal(values, (token * value_stride + channel).to(torch.int32)):
             raw[A.VALUE_STRIDE] = value_stride
-        self._args = [self._describe(raw.copy(), part, bias_at) for part in format.parts]
+        self._args = [self._describe(raw.copy(), part) for part in format.parts]
         self._scratch = torch.empty(0)
 
     def _held(self, tensor: Tensor) -> Tensor:
@@ -792,7 +887,7 @@ class RecordAttention:
         self._keep.append(tensor.contiguous())
         return self._keep[-1]
 
-    def _describe(self, args: np.ndarray, format: RecordFormat, bias_at: int) -> np.ndarray:
+    def _describe(self, args: np.ndarray, format: RecordFormat) -> np.ndarray:
         """Arguments of one part of the format."""
         size, page_bytes, record_bytes = (
             self.head_size,
@@ -801,12 +896,14 @@ class RecordAttention:
         )
         args[A.RECORD_BYTES], args[A.PER_PAGE] = record_bytes, page_bytes // record_bytes
         args[A.RECORDS_AT] = page_bytes % record_bytes
+        args[A.VALUE_GROUP], args[A.BIAS_AT], args[A.MEANS_AT] = value_group(size), format.bias_at(size), -1
+        format = format.plain
         args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
-        args[A.VALUE_GROUP], args[A.BIAS_AT], args[A.MEANS_AT] = value_group(size), bias_at, -1
-        args[A.KEY_KIND] = args[A.VALUE_KIND] = KIVI if isinstance(format, Kivi) else TURBO
+        kivi = KIVI_DIGITS if HAS_BYTE_PRODUCTS and value_group(size) == 32 else KIVI
+        args[A.KEY_KIND] = args[A.VALUE_KIND] = kivi if isinstance(format, Kivi) else TURBO
         key_numbers = 4 * size
         if isinstance(format, Hybrid):
-            args[A.KEY_KIND], args[A.VALUE_BITS] = KIVI, format.value_bits
+            args[A.KEY_KIND], args[A.VALUE_BITS] = kivi, format.value_bits
             self._describe_rotation(args, format)
         if isinstance(format, TurboQuant):
             self._describe_rotation(args, format)

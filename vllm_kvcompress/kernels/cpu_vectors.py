@@ -41,6 +41,8 @@ F32, HALF, I8, I16, I32, I64 = ir.FloatType(), ir.HalfType(), *map(ir.IntType, (
 VECTOR, INTEGERS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 # One instruction looks sixteen numbers up where there is one that does; LLVM does not find it by itself.
 HAS_LOOKUP = bool(llvm.get_host_cpu_features().get("avx512f"))
+# Another multiplies 64 bytes, and adds four products at a time.
+HAS_BYTE_PRODUCTS = bool(llvm.get_host_cpu_features().get("avx512vnni"))
 
 
 def _at(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0) -> ir.Value:
@@ -119,15 +121,18 @@ def _on_addresses(num_arguments: int, emit: Callable, result: types.Type = types
     return intrinsic(space["function"])
 
 
-def _emit_fetch(builder, address, lines):
+def _fetch_line(builder: ir.IRBuilder, address: ir.Value) -> None:
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
     name = "llvm.prefetch.p0"
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    # To read, into the core's own cache, data.
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(3), I32(1)])
 
+
+def _emit_fetch(builder, address, lines):
     def step(i):
-        at = builder.inttoptr(builder.add(address, builder.mul(i, I64(LINE))), pointer)
-        builder.call(function, [at, I32(0), I32(3), I32(1)])  # to read, into the core's own cache, data
+        _fetch_line(builder, builder.add(address, builder.mul(i, I64(LINE))))
         return []
 
     _loop(builder, lines, [], step)
@@ -325,6 +330,107 @@ looked_1_2, looked_2_2, looked_3_2, looked_4_2 = (_code_product(rows, 2, table=T
 looked_1_1, looked_2_1, looked_3_1, looked_4_1 = (_code_product(rows, 1, table=True) for rows in (1, 2, 3, 4))
 
 
+# ---------------------------------------------------------------------- products of bytes
+
+# A number up to REACH, rounded, has three digits in base 256 that are signed bytes: of the number and ZERO
+# together each digit is 128 more, and none has a sign.
+DIGITS, REACH, ZERO = 3, 8.35e6, 0x808080
+
+
+def _emit_digits(builder, a, b, target, vectors):
+    zero = ir.Constant(ir.VectorType(I8, 4 * LANES), list(ZERO.to_bytes(4, "little")) * LANES)
+    order = [16 * four + 4 * each + digit for four in range(4) for digit in range(4) for each in range(4)]
+
+    def step(i):
+        offset = builder.mul(i, I64(4 * LANES))
+        left, right = (_load(builder, builder.add(at, offset), VECTOR) for at in (a, b))
+        product = builder.fmul(left, right, flags=("contract",))
+        moved = builder.fadd(product, _constant(ZERO), flags=("contract",))
+        name = "llvm.x86.avx512.mask.cvtps2dq.512"
+        whole = _call(builder, name, INTEGERS, moved, _integers(0), ir.IntType(16)(-1), I32(4))
+        digits = builder.xor(builder.bitcast(whole, zero.type), zero)
+        digits = builder.shuffle_vector(digits, digits, ir.Constant(ir.VectorType(I32, 4 * LANES), order))
+        _store(builder, digits, builder.add(target, offset))
+        return []
+
+    _loop(builder, vectors, [], step)
+
+
+# `(a, b, target, vectors)`: digits of the products of so many vectors of 16, which must be within REACH. Four
+# numbers have four bytes of the lowest digit, four of the next, four of the highest, and four without sense.
+digits = _on_addresses(4, _emit_digits)
+
+
+def _four_rows(builder: ir.IRBuilder, source: ir.Value, row: ir.Value, bits: int) -> list[ir.Value]:
+    """Codes of four rows, 32 together, as two vectors of 16 columns: four bytes of each, one of a row."""
+    width = 4 * bits
+    at = [builder.add(source, builder.mul(I64(number), row)) for number in range(4)]
+    parts = [_load(builder, each, ir.VectorType(I8, width)) for each in at]
+    while len(parts) > 1:
+        size = 2 * parts[0].type.count
+        index = ir.Constant(ir.VectorType(I32, size), list(range(size)))
+        parts = [builder.shuffle_vector(*pair, index) for pair in zip(parts[::2], parts[1::2], strict=True)]
+    vectors = []
+    for half in range(2):
+        columns = range(LANES * half, LANES * (half + 1))
+        order = [each * width + column % width for column in columns for each in range(4)]
+        code = builder.shuffle_vector(parts[0], parts[0], ir.Constant(ir.VectorType(I32, 4 * LANES), order))
+        code = builder.bitcast(code, INTEGERS)
+        shift = ir.Constant(INTEGERS, [bits * (column // width) for column in columns])
+        vectors.append(builder.and_(builder.lshr(code, shift), _integers(((1 << bits) - 1) * 0x01010101)))
+    return vectors
+
+
+def _digit_product(rows: int, bits: int) -> Callable:
+    """`(a, a_row, codes, code_row, k, c, c_row, factor, ahead)`: C += A·B·factor, the factor at an address.
+
+    A has `digits`, B `[k, 32]` codes that stand for themselves; k is a multiple of 4. Meanwhile as many bytes
+    as B has, from `ahead` on, are fetched a line at a time: of many at once a core would wait for the first.
+    """
+
+    def emit(builder, a, a_row, codes, code_row, k, c, c_row, factor, ahead):
+        a_at = [builder.add(a, builder.mul(I64(row), a_row)) for row in range(rows)]
+        c_at = [builder.add(c, builder.mul(I64(row), c_row)) for row in range(rows)]
+
+        def step(i, *sums):
+            fetched = builder.add(ahead, builder.mul(i, I64(16 * bits)))
+            for line in range(0, 16 * bits, LINE):
+                _fetch_line(builder, builder.add(fetched, I64(line)))
+            first = builder.add(codes, builder.mul(builder.shl(i, I64(2)), code_row))
+            vectors, new = _four_rows(builder, first, code_row, bits), []
+            for number in range(rows * DIGITS):
+                at = builder.add(a_at[number // DIGITS], builder.shl(i, I64(4)))
+                four = _splat(builder, _load(builder, at, I32, 4 * (number % DIGITS)))
+                for codes_, total in zip(vectors, sums[2 * number : 2 * number + 2], strict=True):
+                    new.append(_call(builder, "llvm.x86.avx512.vpdpbusd.512", INTEGERS, total, codes_, four))
+            return new
+
+        sums = _loop(builder, builder.ashr(k, I64(2)), [_integers(0)] * (2 * rows * DIGITS), step)
+        times, base = _splat(builder, _load(builder, factor, F32)), _constant(256.0)
+        for row, at in enumerate(c_at):
+            of_row = [
+                builder.sitofp(each, VECTOR) for each in sums[2 * DIGITS * row : 2 * DIGITS * (row + 1)]
+            ]
+            for half in range(2):
+                low, middle, high = of_row[half::2]
+                total = builder.fadd(builder.fmul(high, base, flags=FAST), middle, flags=FAST)
+                total = builder.fadd(builder.fmul(total, base, flags=FAST), low, flags=FAST)
+                old = _load(builder, at, VECTOR, 4 * LANES * half)
+                new = builder.fadd(old, builder.fmul(total, times, flags=FAST), flags=FAST)
+                _store(builder, new, at, 4 * LANES * half)
+
+    return _on_addresses(9, emit)
+
+
+# Of numbers that have digits: by bits of a code, then by rows.
+digits_1_8, digits_2_8, digits_3_8, digits_4_8 = (_digit_product(rows, 8) for rows in (1, 2, 3, 4))
+digits_1_4, digits_2_4, digits_3_4, digits_4_4 = (_digit_product(rows, 4) for rows in (1, 2, 3, 4))
+digits_1_2, digits_2_2, digits_3_2, digits_4_2 = (_digit_product(rows, 2) for rows in (1, 2, 3, 4))
+
+
+# ---------------------------------------------------------------------- rows alone
+
+
 def _emit_dot(builder, a, b, vectors):
     def step(i, total):
         offset = builder.mul(i, I64(4 * LANES))
@@ -357,6 +463,19 @@ def _larger(builder: ir.IRBuilder, one: ir.Value, other: ir.Value) -> ir.Value:
 
 # `(a, b, vectors)`: the dot product of so many vectors of 16.
 dot = _on_addresses(3, _emit_dot, types.float32)
+
+
+def _emit_largest(builder, address, vectors):
+    def step(i, most):
+        vector = _load(builder, builder.add(address, builder.mul(i, I64(4 * LANES))), VECTOR)
+        return [_larger(builder, _call(builder, "llvm.fabs.v16f32", VECTOR, vector), most)]
+
+    (most,) = _loop(builder, vectors, [_constant(0.0)], step)
+    return _reduced(builder, "max", most)
+
+
+# `(address, vectors)`: how far so many vectors of 16 are from 0 at most.
+largest = _on_addresses(2, _emit_largest, types.float32)
 
 
 def _emit_multiply(builder, a, b, target, vectors):
@@ -447,23 +566,24 @@ def _exp2(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 def _emit_soften(builder, logits, state):
     """See `soften`."""
     halves = [_load(builder, logits, VECTOR, 4 * LANES * half) for half in range(2)]
-    peak, total = _load(builder, state, F32), _load(builder, state, F32, 4)
-    highest = _reduced(builder, "max", _larger(builder, *halves))
-    new = builder.select(builder.fcmp_ordered(">", highest, peak), highest, peak)
-    none = builder.fcmp_ordered("==", new, F32(-math.inf))
-    level = builder.select(none, F32(0.0), new)
-    weights = [_exp2(builder, builder.fsub(half, _splat(builder, level))) for half in halves]
-    before = builder.block
-    with builder.if_then(builder.fcmp_ordered(">", new, peak), likely=False):  # seldom, once some are seen
-        fallen = _exp2(builder, _splat(builder, builder.fsub(peak, level)))
+    old, total = _load(builder, state, F32), _load(builder, state, F32, 4)
+    most, before = _larger(builder, *halves), builder.block
+    above = builder.fcmp_ordered(">", most, _splat(builder, old))
+    some = _call(builder, "llvm.vector.reduce.or.v16i1", ir.IntType(1), above)
+    with builder.if_then(some, likely=False):  # seldom, once some are seen
+        highest = _reduced(builder, "max", most)
+        fallen = _exp2(builder, _splat(builder, builder.fsub(old, highest)))
         fallen, inside = builder.extract_element(fallen, I32(0)), builder.block
-    shrink = builder.phi(F32)
-    shrink.add_incoming(F32(1.0), before)
-    shrink.add_incoming(fallen, inside)
+    peak, shrink = builder.phi(F32), builder.phi(F32)
+    for value, otherwise, new in (peak, old, highest), (shrink, F32(1.0), fallen):
+        value.add_incoming(otherwise, before)
+        value.add_incoming(new, inside)
+    level = builder.select(builder.fcmp_ordered("==", peak, F32(-math.inf)), F32(0.0), peak)
+    weights = [_exp2(builder, builder.fsub(half, _splat(builder, level))) for half in halves]
     added = _reduced(builder, "fadd", builder.fadd(*weights))
     for half, weight in enumerate(weights):
         _store(builder, weight, logits, 4 * LANES * half)
-    _store(builder, new, state)
+    _store(builder, peak, state)
     _store(builder, builder.fadd(builder.fmul(total, shrink), added), state, 4)
     _store(builder, shrink, state, 8)
 
@@ -484,15 +604,14 @@ def exp2(typing, number):
 
 
 @intrinsic
-def cap(typing, logits, inner, outer):
-    """32 logits x become tanh(x·inner)·outer, in place."""
+def cap(typing, logits, outer):
+    """32 logits x become tanh(x)·outer, in place."""
 
     def code(context, builder, signature, arguments):
-        logits, inner, outer = arguments
-        inner = _splat(builder, builder.fmul(inner, F32(2 / math.log(2))))
+        logits, outer = arguments
         outer = _splat(builder, outer)
         for half in range(2):
-            x = builder.fmul(_load(builder, logits, VECTOR, 4 * LANES * half), inner)
+            x = builder.fmul(_load(builder, logits, VECTOR, 4 * LANES * half), _constant(2 / math.log(2)))
             # Beyond that the tanh is 1 in float32.
             high = builder.fcmp_ordered(">", x, _constant(60.0))
             power = _exp2(builder, builder.select(high, _constant(60.0), x))
@@ -501,4 +620,4 @@ def cap(typing, logits, inner, outer):
             _store(builder, result, logits, 4 * LANES * half)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.float32, types.float32), code
+    return types.void(types.int64, types.float32), code

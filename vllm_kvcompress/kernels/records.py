@@ -117,7 +117,7 @@ def constants(
 
 def _rotates(format: RecordFormat) -> bool:
     """Whether values are rotated, and it may be keys."""
-    return isinstance(format, TurboQuant | Hybrid)
+    return isinstance(format.plain, TurboQuant | Hybrid)
 
 
 def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -125,7 +125,7 @@ def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.d
     `constants`."""
     for part in format.parts:
         if _rotates(part):
-            constants(part, head_size, device, dtype)
+            constants(part.plain, head_size, device, dtype)
 
 
 def attend_records(
@@ -144,7 +144,6 @@ def attend_records(
     min_share: int = MIN_SHARE,
     out: Tensor | None = None,
     bias: Tensor | None = None,
-    bias_at: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of one format over what each KV head holds; all other rows are left alone.
 
@@ -171,7 +170,6 @@ def attend_records(
         min_share: least tokens of a share.
         out: `[T, Hq, D]` for the result; made if absent.
         bias: `[L, B, H, N]` float32, of raw tokens.
-        bias_at: bytes of a record before its tokens' bias, 32 float32; -1 if records have none.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -186,7 +184,7 @@ def attend_records(
     assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
     assert pages.dtype == torch.uint8 and pages.is_contiguous()
     assert num_pages == num_layers * num_blocks * heads and max(sizes) <= page_bytes
-    assert all(size % 4 == 0 for size in [page_bytes, *sizes]) and (bias_at == -1 or bias_at % 4 == 0)
+    assert all(size % 4 == 0 for size in [page_bytes, *sizes])
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     assert out.stride(2) == 1
@@ -207,11 +205,9 @@ def attend_records(
         last = number == len(format.parts) - 1  # it reads the tail, too
         shares = share_out[:, :, own], share_lse[:, :, own]
         where = layer, part, format_id, number, last
-        _attend_part(
-            query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *shares, bias, bias_at
-        )
+        _attend_part(query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *shares, bias)
     if rotated and all_splits > 1:
-        back = constants(format.parts[0], head_size, query.device, query.dtype)[2]
+        back = constants(format.parts[0].plain, head_size, query.device, query.dtype)[2]
         _merge_rotated_kernel[num_tokens, triton.cdiv(query_heads, HEADS_AT_ONCE)](
             share_out,
             share_lse,
@@ -256,7 +252,6 @@ def _attend_part(
     share_out: Tensor,
     share_lse: Tensor,
     bias: Tensor | None,
-    bias_at: int,
 ) -> None:
     """Attention over one part of a format, and over the raw tail or not; arguments as of `attend_records`.
 
@@ -278,12 +273,12 @@ def _attend_part(
         share_out: `[T, Hq, splits, 1, D]` for the result of each share; 2 of a format that rotates.
         share_lse: `[T, Hq, splits]` likewise.
         bias: of raw tokens.
-        bias_at: of a record's.
     """
     num_tokens, query_heads, head_size = query.shape
     num_layers, num_blocks, heads, block_size, _ = keys.shape
     group, num_splits = query_heads // heads, share_lse.shape[2]
     page_bytes, record_bytes = pages.shape[1], format.record_bytes(head_size)
+    bias_at, format = format.bias_at(head_size), format.plain
     layout, rotated = Layout.of(format, head_size), _rotates(format)
     keys_rotated = isinstance(format, TurboQuant)
     assert record_bytes == layout.size + (4 * RECORD if bias_at >= 0 else 0)

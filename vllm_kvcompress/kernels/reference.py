@@ -113,7 +113,6 @@ def attend_records_paged(
     scale: float,
     logits_soft_cap: float = 0.0,
     bias: Tensor | None = None,
-    bias_at: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one row over the records of its runs and its raw tail.
 
@@ -133,7 +132,6 @@ def attend_records_paged(
         scale: softmax scale of the layer.
         logits_soft_cap: 0 for none.
         bias: `[L, B, H, N]` float32, of raw tokens.
-        bias_at: bytes of a record before its tokens' bias, 32 float32; -1 if records have none.
 
     Returns:
         `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
@@ -152,7 +150,7 @@ def attend_records_paged(
             begin, count = int(first[number, layer * heads + head]), int(counts[number, layer * heads + head])
             records = places[begin : begin + count]
             shift = torch.zeros(len(records), RECORD)
-            if bias_at >= 0:
+            if (bias_at := part.bias_at(head_size)) >= 0:
                 shift = records[:, bias_at:][:, : 4 * RECORD].contiguous().view(torch.float32)
             decoded.append((*part.decode(records, head_size), shift))
         own_keys, own_values, of_records = (

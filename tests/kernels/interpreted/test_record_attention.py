@@ -1,7 +1,6 @@
 """The kernel over encoded pages equals the plain PyTorch reference, output and log-sum-exp."""
 
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from paged import Batch, Row, pairwise
 from torch import Tensor
 
 from vllm_kvcompress.formats import FORMATS, RECORD, Format
-from vllm_kvcompress.formats.kivi import Kivi4
+from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.kernels.attention import attend
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.reference import attend_records_paged
@@ -21,24 +20,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 RAW = "raw"
 
 
-@dataclass(frozen=True)
-class BiasedKivi4(Kivi4):
-    """kivi4 with 32 float32 behind each record."""
-
-    name: ClassVar[str] = "biased"
-
-    def record_bytes(self, head_size: int) -> int:
-        return super().record_bytes(head_size) + 4 * RECORD
-
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        bias = torch.randn(keys.shape[:-1])
-        return torch.cat([super().encode(keys, values), bias.view(torch.uint8)], -1)
-
-    def decode(self, records: Tensor, head_size: int) -> tuple[Tensor, Tensor]:
-        return super().decode(records[..., : super().record_bytes(head_size)], head_size)
-
-
-NAMED = {**FORMATS, "biased": BiasedKivi4()}
+NAMED = {**FORMATS, **{f"matched {name}": Matched(FORMATS[name]) for name in ("kivi4", "k4v3")}}
 IDS = {RAW: 0, **{name: 1 + place for place, name in enumerate(NAMED)}}
 
 
@@ -87,7 +69,8 @@ class RecordBatch(Batch):
                 self.runs.records[slot, number, head] = count
                 self.runs.first[slot, number, head] = places[0] if places else 0
                 tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
-                for at, record in zip(places, part.encode(*tokens), strict=False):
+                biases = [torch.randn(count, RECORD)] * isinstance(part, Matched)
+                for at, record in zip(places, part.encode(*tokens, *biases), strict=False):
                     page, begin = at // per_page, page_bytes - (per_page - at % per_page) * size
                     of_run[page, begin : begin + size] = record
                     used = begin + size
@@ -115,8 +98,7 @@ class RecordBatch(Batch):
             return attend(self.query, *caches, self.runs, self.rows, *arguments, compacted_only=True)[1]
         caches = self.pages, self.keys, self.values
         format = layer, NAMED[name], IDS[name], *arguments[1:]
-        bias = {"bias": bias, "bias_at": bias_at(name, self.head_size)}
-        found, lse = attend_records(self.query, *caches, self.runs, self.rows, *format, **bias)
+        found, lse = attend_records(self.query, *caches, self.runs, self.rows, *format, bias=bias)
         assert found is out
         return lse
 
@@ -142,13 +124,8 @@ class RecordBatch(Batch):
                     scale,
                     logits_soft_cap,
                     bias,
-                    bias_at(name, self.head_size),
                 ),
             )
-
-
-def bias_at(name: str, head_size: int) -> int:
-    return Kivi4().record_bytes(head_size) if name == "biased" else -1
 
 
 def assert_equals_reference(
@@ -246,7 +223,7 @@ def test_equals_the_reference_whatever_the_geometry(name, sizes, rows, num_split
     assert_equals_reference(batch, name, seed % layers, num_splits=num_splits, min_share=32)
 
 
-@pytest.mark.parametrize("name", ["biased", "kivi8", "turbo4"])
+@pytest.mark.parametrize("name", ["matched kivi4", "kivi8", "turbo4"])
 def test_raw_tokens_may_have_a_bias(name):
     torch.manual_seed(1)
     batch = make_batch("extend", name, group=3)
