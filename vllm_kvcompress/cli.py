@@ -149,7 +149,9 @@ def describe_methods() -> dict[str, Any]:
                 "name": name,
                 "summary": (type(format).__doc__ or "").splitlines()[0],
                 "paper": format.paper,
-                "bytes_of_32_tokens": {size: format.record_bytes(size) for size in (64, 128)},
+                "bytes_of_32_tokens": {
+                    size: [part.record_bytes(size) for part in format.parts] for size in (64, 128)
+                },
             }
             for name, format in FORMATS.items()
         ],
