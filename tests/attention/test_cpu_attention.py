@@ -310,7 +310,7 @@ def test_bytes_are_read_as_what_the_op_wrote_and_moved_as_they_are(dtype, cache_
             keys, values, *held.chunk(2, 2), slots, isa, key_scale, value_scale, cache_dtype
         )
     grid = PageGrid(layers, blocks, heads, block_size)
-    cache = PackedCache(grid, pages, *packing, Float8(kind, dtype, *scales))
+    cache = PackedCache(grid, pages, *packing, float8=Float8(kind, dtype, *scales))
     every = grid.layer_pages(slice(0, layers), torch.tensor([2, 0]))
     step = {torch.float8_e4m3fn: 2**-3, torch.float8_e5m2: 2**-2}[kind]  # between neighbours
     for part, read in zip(plain, (cache.read_keys, cache.read_values), strict=True):
@@ -333,7 +333,7 @@ def test_a_run_in_another_layers_pages_has_its_own_layers_scale():
     plain = learn_packing("vec", block_size, head_size, torch.float32, "fp8")
     one, own = torch.ones(layers), torch.tensor([0.5, 2.0])
     unscaled, scaled = (
-        PackedCache(grid, pages, *plain, Float8(torch.float8_e4m3fn, torch.float32, scales, one))
+        PackedCache(grid, pages, *plain, float8=Float8(torch.float8_e4m3fn, torch.float32, scales, one))
         for scales in (one, own)
     )
     table = RequestTable(grid, torch.tensor([4, 1]), torch.tensor([[1, 3], [2, 2]]), 96, None)

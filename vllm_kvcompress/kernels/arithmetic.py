@@ -7,6 +7,7 @@ import triton.language as tl
 # Three products of TF32 halves: float32's accuracy on tensor cores. Without them the kernels would spill.
 FLOAT32_PRODUCT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
 @triton.jit

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kvcompress.kernels.arithmetic import dot, tanh
-from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.arithmetic import DTYPES, dot, tanh
+from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program reads at once
@@ -36,6 +36,7 @@ def attend(
     min_share: int = MIN_SHARE,
     out: Tensor | None = None,
     compacted_only: bool = False,
+    scales: Scales | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every row's newest tokens over what each KV head holds.
 
@@ -44,9 +45,13 @@ def attend(
     The grid depends on shapes alone and nothing waits for the device, so a CUDA graph can capture the call.
     Tokens behind the last row's are padding: neither read nor written.
 
+    Float8 numbers are multiplied as numbers of out's dtype, which holds them exactly, and sums by their
+    scales. A page may lie where another layer's would, so the scales are those of the layer that reads it.
+
     Args:
-        query: `[T, Hq, D]`, float16, bfloat16 or float32; rows follow each other as `query_start_loc` says.
-        keys: `[L, B, H, N, D]`, a view of the cache in query's dtype; any strides but 1 for the last.
+        query: `[T, Hq, D]`, float16, bfloat16 or float32, or float8 as the cache is; rows follow each other
+            as `query_start_loc` says.
+        keys: `[L, B, H, N, D]`, a view of the cache in out's dtype or float8; any strides but 1 for the last.
         values: `[L, B, H, N, D]`, likewise and with the same strides, so that one page offset serves both.
         runs: where compacted rows have their pages.
         rows: the batch.
@@ -55,9 +60,10 @@ def attend(
         logits_soft_cap: 0 for none.
         num_splits: most shares that the keys of a head are cut into (see `choose_splits`).
         min_share: least keys of a share; short heads are cut into fewer.
-        out: `[T, Hq, D]` for the result; made if absent.
+        out: `[T, Hq, D]` for the result, float16, bfloat16 or float32; made if absent, in query's dtype.
         compacted_only: serve the compacted rows of raw pages and leave the others' part of the result alone:
             other kernels write it.
+        scales: the layer's, if the cache is float8.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -66,11 +72,12 @@ def attend(
     num_layers, _, heads, block_size, _ = keys.shape
     group = query_heads // heads
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
-    assert keys.stride() == values.stride() and keys.dtype == values.dtype == query.dtype
+    assert keys.stride() == values.stride() and keys.dtype == values.dtype
     assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
-    assert out.stride(2) == 1
+    assert out.stride(2) == 1 and out.dtype in DTYPES and query.dtype in (out.dtype, keys.dtype)
+    assert (keys.dtype == out.dtype) if scales is None else (keys.element_size() == 1)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     if num_splits > 1:
         shape = (num_tokens, query_heads, num_splits)
@@ -80,7 +87,7 @@ def attend(
         share_out, share_lse = out[:, :, None], lse[:, :, None]
 
     channels = triton.next_power_of_2(head_size)
-    tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * query.element_size())))
+    tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * out.element_size())))
     tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
@@ -94,6 +101,7 @@ def attend(
         values,
         share_out,
         share_lse,
+        *((None,) * 3 if scales is None else (scales.query, scales.key, scales.value)),
         runs.destination,
         runs.start,
         runs.boundary,
@@ -126,6 +134,9 @@ def attend(
         ROWS=tile_rows,
         QUERIES=queries,
         KEYS=tile,
+        DTYPE=DTYPES[out.dtype],
+        FLOAT8=scales is not None,
+        FLOAT8_QUERY=query.dtype != out.dtype,
         num_warps=4,
         num_stages=3,
     )
@@ -281,6 +292,9 @@ def _attend_kernel(
     values,
     share_out,  # [T, Hq, splits, D]
     share_lse,  # [T, Hq, splits]
+    query_scale,
+    key_scale,
+    value_scale,
     destination,
     start,
     boundary,
@@ -321,6 +335,9 @@ def _attend_kernel(
     ROWS: tl.constexpr,
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    FLOAT8_QUERY: tl.constexpr,
 ):
     head, split = tl.program_id(1), tl.program_id(2)
     row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
@@ -367,7 +384,11 @@ def _attend_kernel(
         query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
         mask=real_channels,
         other=0.0,
-    )
+    ).to(DTYPE)
+    if FLOAT8:
+        inner *= tl.load(key_scale)
+    if FLOAT8_QUERY:
+        inner *= tl.load(query_scale)
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     result = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -397,6 +418,7 @@ def _attend_kernel(
         v = tl.load(
             values + offset[:, None] + channel[None, :], mask=held[:, None] & in_head[None, :], other=0.0
         )
+        k, v = k.to(DTYPE), v.to(DTYPE)
         logits = dot(q, k) * inner
         if SOFT_CAP:
             logits = tanh(logits) * outer
@@ -408,7 +430,7 @@ def _attend_kernel(
         weights = tl.exp2(logits - level[:, None])
         shrink = tl.exp2(peak - level)
         total = total * shrink + tl.sum(weights, 1)
-        result = result * shrink[:, None] + dot(weights.to(v.dtype), v)
+        result = result * shrink[:, None] + dot(weights.to(DTYPE), v)
         peak = new_peak
 
     some = total > 0.0
@@ -416,6 +438,8 @@ def _attend_kernel(
     lse = tl.where(some, (peak + tl.log2(divisor)) * 0.6931471805599453, -float("inf"))
     tl.store(lse_at, lse, mask=real)
     result = result / divisor[:, None]
+    if FLOAT8:
+        result *= tl.load(value_scale)
     out_at = share_out + token * out_token + query_of * out_head + split * out_split
     tl.store(out_at[:, None] + channel[None, :], result.to(share_out.dtype.element_ty), mask=real_channels)
 

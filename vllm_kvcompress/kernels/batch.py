@@ -1,4 +1,4 @@
-"""What the attention kernel reads of compacted requests and of a batch."""
+"""What the attention kernel reads of compacted requests, of a batch and of a layer."""
 
 from dataclasses import dataclass
 
@@ -54,3 +54,24 @@ class Rows:
     seq_lens: Tensor
     query_start_loc: Tensor
     max_query_len: int
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What a layer's float8 numbers are multiplied with, each one float32 where the cache is.
+
+    Captured graphs read them when they are replayed, as vLLM's kernels do.
+
+    Attributes:
+        query: of queries, if they are float8 too.
+        key: of keys.
+        value: of values.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+    def read_queries(self, query: Tensor, dtype: torch.dtype) -> Tensor:
+        """Queries in a model's dtype, whether they are float8 or in it already."""
+        return query if query.dtype == dtype else (query.float() * self.query).to(dtype)

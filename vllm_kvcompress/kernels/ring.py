@@ -1,8 +1,12 @@
 """Keeps the queries of every watched request's newest tokens, from inside a captured graph."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from vllm_kvcompress.kernels.arithmetic import DTYPES
+from vllm_kvcompress.kernels.batch import Scales
 
 AT_ONCE = 1024  # elements
 
@@ -16,14 +20,16 @@ def write_rings(
     query_start_loc: Tensor,
     max_query_len: int,
     max_capacity: int,
+    dtype: torch.dtype | None = None,
+    scales: Scales | None = None,
 ) -> None:
     """Put a step's queries of one layer where their positions belong.
 
-    The query of position p goes to index p mod C of its request's ring, a contiguous `[L, C, Hq, D]` of
-    query's dtype. Rings are given by address, so that a captured graph serves requests that come and go. Of a
-    row with more than C queries only the last C are kept, so that no two programs write one place. A rejected
-    draft is overwritten by the token that takes its position, but it has cost the oldest query: C must exceed
-    the window by the drafts.
+    The query of position p goes to index p mod C of its request's ring, a contiguous `[L, C, Hq, D]`. Rings
+    are given by address, so that a captured graph serves requests that come and go. Of a row with more than C
+    queries only the last C are kept, so that no two programs write one place. A rejected draft is overwritten
+    by the token that takes its position, but it has cost the oldest query: C must exceed the window by the
+    drafts.
 
     Args:
         address: `[R]` int64, of each row's ring; 0 for rows that nobody watches.
@@ -34,7 +40,11 @@ def write_rings(
         query_start_loc: `[R + 1]` int32; a row without queries is padding.
         max_query_len: queries of the longest row, or a bound on it; it fixes the grid.
         max_capacity: the largest C, or a bound on it; likewise.
+        dtype: of the rings; query's if it is not given.
+        scales: the layer's, if queries are float8.
     """
+    dtype = dtype or query.dtype
+    float8 = query.dtype != dtype
     _, query_heads, head_size = query.shape
     size = query_heads * head_size
     assert query.stride()[1:] == (head_size, 1)
@@ -45,7 +55,10 @@ def write_rings(
         query,
         seq_lens,
         query_start_loc,
+        scales.query if float8 and scales is not None else None,
         query.stride(0),
+        DTYPE=DTYPES[dtype],
+        FLOAT8=float8,
         SIZE=size,
         AT_ONCE=AT_ONCE,
     )
@@ -59,7 +72,10 @@ def _write_kernel(
     query,
     seq_lens,
     query_start_loc,
+    scale,
     query_token,
+    DTYPE: tl.constexpr,
+    FLOAT8: tl.constexpr,
     SIZE: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -74,5 +90,7 @@ def _write_kernel(
     index = (tl.load(seq_lens + row) - back) % length
     element = tl.program_id(2) * AT_ONCE + tl.arange(0, AT_ONCE)
     content = tl.load(query + token.to(tl.int64) * query_token + element, mask=element < SIZE)
-    place = ring.to(tl.pointer_type(query.dtype.element_ty)) + (layer * length + index) * SIZE
+    if FLOAT8:
+        content = (content.to(tl.float32) * tl.load(scale)).to(DTYPE)
+    place = ring.to(tl.pointer_type(DTYPE)) + (layer * length + index) * SIZE
     tl.store(place + element, content, mask=element < SIZE)

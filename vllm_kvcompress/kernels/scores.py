@@ -51,7 +51,8 @@ def window_scores(
     layers, window, query_heads, _ = queries.shape
     heads = pages.shape[0] // layers
     columns = max(16, num_columns - window)
-    of_layer = 4 * query_heads * (columns + window * triton.cdiv(num_columns, _tile_columns(keys)))
+    tiles = triton.cdiv(num_columns, _tile_columns(queries))
+    of_layer = 4 * query_heads * (columns + window * tiles)
     at_once = max(1, SCRATCH_BYTES // of_layer)
     out = torch.empty(len(pages), num_scored, dtype=torch.float32, device=keys.device)
     for first in range(0, layers, at_once):
@@ -100,11 +101,11 @@ def window_columns(
 
     Args:
         queries: `[J·L, w, Hq, D]` after RoPE, or `[w, Hq, D]` of one layer.
-        keys: `[P, N, D]`, every page of every layer.
+        keys: `[P, N, D]`, every page of every layer, in queries' dtype or float8.
         pages: `[X, n]` int64, the pages of each row's columns; -1 for columns that hold nothing.
         num_columns: W, at most n·N.
         num_scored: T, at most W: for which columns to answer.
-        scale: softmax scale, `[J·L]` float32 on the device, or one of all layers.
+        scale: softmax scale, `[J·L]` float32 on the device, or one of all layers; times that of float8 keys.
         logits_soft_cap: cap of the logits, likewise; 0 or None for none.
         squared: whether to add up A².
         ends: `[J·L]` int32 or int64, how many of the W columns are each Job's; None for all.
@@ -126,7 +127,7 @@ def window_columns(
     if soft_cap and logits_soft_cap is not None:
         caps = _by_layer(logits_soft_cap, layers, keys.device)
     assert len(scales) == len(caps) == layers and (ends is None or len(ends) == layers)
-    columns = _tile_columns(keys)
+    columns = _tile_columns(queries)
 
     def launch(tiles: int, lse: Tensor, out: Tensor, add_up: bool) -> None:
         _window_kernel[(rows, tiles)](
@@ -240,9 +241,10 @@ def rank_columns(scores: Tensor, padding: Tensor, sinks: int) -> None:
     _rank_kernel[(rows, triton.cdiv(num_columns, 1024))](scores, padding, num_columns, sinks, COLUMNS=1024)
 
 
-def _tile_columns(keys: Tensor) -> int:
-    """Columns whose keys a program holds."""
-    return max(16, min(64, TILE_BYTES // (triton.next_power_of_2(keys.shape[2]) * keys.element_size())))
+def _tile_columns(queries: Tensor) -> int:
+    """Columns whose keys a program holds, in the dtype of queries `[..., D]`."""
+    channels = triton.next_power_of_2(queries.shape[-1])
+    return max(16, min(64, TILE_BYTES // (channels * queries.element_size())))
 
 
 def _by_layer(value: float | Tensor, layers: int, device: torch.device) -> Tensor:
@@ -305,6 +307,7 @@ def _window_kernel(
     in_head = channel < HEAD_SIZE
     offset = page.to(tl.int64) * page_stride + (column % BLOCK_SIZE) * token_stride
     k = tl.load(keys + offset[None, :] + channel[:, None], mask=held[None, :] & in_head[:, None], other=0.0)
+    k = k.to(queries.dtype.element_ty)
     inner = tl.load(scales + layer)
     if SOFT_CAP:
         soft_cap = tl.load(soft_caps + layer)

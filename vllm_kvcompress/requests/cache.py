@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -38,10 +38,12 @@ class PagedCache(ABC):
 
     Attributes:
         grid: the cache's geometry.
+        float8: what the bytes of a quantized cache are; None for one in the model's own dtype.
         slice_bytes: of what is as long as a context, how much to make at a time.
     """
 
     grid: PageGrid
+    float8: Float8 | None = field(default=None, kw_only=True)
     slice_bytes: ClassVar[int] = 8 * 2**20  # more would not stay in a core's own cache
 
     @property
@@ -114,6 +116,13 @@ class PagedCache(ABC):
     @abstractmethod
     def read_values(self, pages: Tensor) -> Tensor:
         """Values `[X, W·N, D]` of pages `[X, W]`, as in `read_keys`."""
+
+    def _plain(self, pages: Tensor, stored: Tensor, scales: Tensor) -> Tensor:
+        """Bytes `[X, n, D]` of pages `[X, W]` as numbers, by their readers' scales of `[L]`."""
+        assert self.float8 is not None
+        # A run may be anywhere, but what comes last is raw and in its layer's own pages.
+        layers = pages[:, -1] // (self.grid.num_blocks * self.grid.num_heads)
+        return self.float8.read(stored, scales[layers])
 
     @abstractmethod
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
@@ -274,13 +283,11 @@ class PackedCache(PagedCache):
         pages: `[L·B·H, 2, N·D]`: packed keys, then packed values.
         key_packing: how keys lie in a page.
         value_packing: how values do.
-        float8: what the bytes of a quantized cache are; None for one in the model's own dtype.
     """
 
     pages: Tensor
     key_packing: Packing
     value_packing: Packing
-    float8: Float8 | None = None
 
     @property
     def device(self) -> torch.device:
@@ -305,13 +312,6 @@ class PackedCache(PagedCache):
     def read_values(self, pages: Tensor) -> Tensor:
         values = self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
         return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
-
-    def _plain(self, pages: Tensor, stored: Tensor, scales: Tensor) -> Tensor:
-        """Bytes `[X, n, D]` of pages `[X, W]` as numbers."""
-        assert self.float8 is not None
-        # A run may be anywhere, but what comes last is raw and in its layer's own pages.
-        layers = pages[:, -1] // (self.grid.num_blocks * self.grid.num_heads)
-        return self.float8.read(stored, scales[layers])
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
         if overlaps:  # all is gathered before anything is written

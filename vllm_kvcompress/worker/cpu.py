@@ -38,4 +38,4 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
         if config.record_format is not None:  # else once a request asks for one
             compiled_steps()
         packing = learn_packing(builder.isa, grid.block_size, size, stored, cache_dtype)
-        return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8)
+        return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8=float8)

@@ -23,7 +23,7 @@ class PlainCache(PagedCache):
     Nothing here waits for the device, but for allocations other than those named in `allocate`.
 
     Attributes:
-        keys: `[L·B·H, N, D]`, a view of the cache.
+        keys: `[L·B·H, N, D]`, a view of the cache; bytes, if it is quantized.
         values: `[L·B·H, N, D]`, likewise, with the same strides.
         whole: `[L·B·H, N·2D]`, both, in the order in which they lie.
     """
@@ -53,10 +53,12 @@ class PlainCache(PagedCache):
         return self._sent(torch.tensor(numbers, dtype=torch.int64))
 
     def read_keys(self, pages: Tensor) -> Tensor:
-        return self.keys[pages.clamp(min=0)].flatten(1, 2)
+        keys = self.keys[pages.clamp(min=0)].flatten(1, 2)
+        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
 
     def read_values(self, pages: Tensor) -> Tensor:
-        return self.values[pages.clamp(min=0)].flatten(1, 2)
+        values = self.values[pages.clamp(min=0)].flatten(1, 2)
+        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
         source = kept.pages, kept.row, kept.columns
@@ -82,14 +84,17 @@ class PlainCache(PagedCache):
     ) -> Tensor:
         assert isinstance(policy, WindowPolicy)
         layers, jobs = len(scales), len(ends)
+        keys, scale = self.keys, self._of_layers(scales)
+        if self.float8 is not None:
+            keys, scale = keys.view(self.float8.dtype), scale * self.float8.key_scales
         each_end = None if len(set(ends)) == 1 else self.on_device(ends).repeat_interleave(layers)
         return window_scores(
             queries,
-            self.keys,
+            keys,
             pages,
             max(ends),
             num_scored,
-            self._of_layers(scales).repeat(jobs),
+            scale.repeat(jobs),
             self._of_layers(soft_caps).repeat(jobs) if any(soft_caps) else None,
             policy.squared,
             policy.kernel_size,
