@@ -161,13 +161,16 @@ def _recorded(layers: Sequence[Attention]) -> Iterator[dict[str, Tensor]]:
         queries[layer.layer_name] = query.to(torch.float32, copy=True)
         return output.zero_()
 
+    quantizers = [layer.query_quant for layer in layers]
     for layer in layers:
         layer.impl.forward = forward
+        layer.query_quant = None  # rounded, they may not show how they turn
     try:
         yield queries
     finally:
-        for layer in layers:
+        for layer, quantizer in zip(layers, quantizers, strict=True):
             del layer.impl.forward
+            layer.query_quant = quantizer
 
 
 def _rotary_candidates(model: torch.nn.Module, vllm_config: VllmConfig) -> list[Rotary]:
