@@ -183,7 +183,8 @@ def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens
     Args:
         config: the engine's options.
         max_num_seqs: requests that run at a time.
-        num_cache_tokens: tokens whose keys and values fit the memory, rings and cache together.
+        num_cache_tokens: tokens whose keys and values, in queries' dtype, fit the memory, rings and cache
+            together.
         group: query heads of each KV head.
     """
     at_once = max_num_seqs if config.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)

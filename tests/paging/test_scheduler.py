@@ -3,9 +3,11 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, prompt_of
 
 from vllm_kvcompress.paging import repetition, scheduler
@@ -342,6 +344,10 @@ def test_only_device_memory_for_queries_is_counted(gpu, monkeypatch):
     assert sim.scheduler._ring_budget == ring_budget(config, 16, 700 * BLOCK * 8 // 7, 2) == 16 * 64
     small = Simulation("snapkv:budget=0.25,recompact_every=40", num_blocks=70, max_num_seqs=16)
     assert small.scheduler._ring_budget == 70 * BLOCK * 8 // 7 // 8 * 2 // 2 == 160
+    dtype = small.scheduler.vllm_config.model_config.dtype
+    small.scheduler._spec = replace(small.scheduler._spec, dtype=torch.uint8)
+    # Of a cache of bytes as many tokens are less memory.
+    assert small.scheduler._memory_for_rings() == 70 * BLOCK // dtype.itemsize * 8 // 7 // 8 * 2 // 2 < 160
     monkeypatch.undo()
     assert Simulation().scheduler._ring_budget == math.inf
 

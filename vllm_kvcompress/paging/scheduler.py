@@ -104,6 +104,7 @@ class _Compression:
         model, parallel = self.vllm_config.model_config, self.vllm_config.parallel_config
         group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
         left = self.kv_cache_config.num_blocks * self.compacting_manager.block_size
+        left = left * self._spec.dtype.itemsize // model.dtype.itemsize
         # What is left is seven eighths of the memory, or more.
         return ring_budget(self.compression, self.max_num_running_reqs, left * 8 // 7, group)
 
