@@ -165,13 +165,45 @@ def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkey
         KVCompressionError, match="dtype bfloat16 with a model in torch.float16 on a GPU; use"
     ):
         check_supported(engine_config(cache_config__cache_dtype="bfloat16"))
-    with pytest.raises(KVCompressionError, match="the quantized cache fp8, .*; use --kv-cache-dtype float16"):
-        check_supported(engine_config(cache_config__cache_dtype="fp8"))
     with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
         check_supported(engine_config(model_config__get_head_size=lambda: 512))
     monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)
     with pytest.raises(KVCompressionError, match="does not support cuda devices; use vLLM on"):
         check_supported(engine_config())
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3"])
+def test_a_gpu_takes_the_float8_caches_that_its_backends_write(on_gpu, cache_dtype):
+    scheme = {"num_bits": 8, "strategy": "tensor"}
+    check_supported(engine_config(cache_config__cache_dtype=cache_dtype))
+    quantized = SimpleNamespace(kv_cache_scheme=scheme)
+    check_supported(engine_config(cache_config__cache_dtype=cache_dtype, quant_config=quantized))
+    scheme["strategy"] = "attn_head"
+    with pytest.raises(KVCompressionError, match="a scale of each head .* on a GPU; use .* float16"):
+        check_supported(engine_config(cache_config__cache_dtype=cache_dtype, quant_config=quantized))
+    with pytest.raises(KVCompressionError, match=f"{cache_dtype} for some layers alone"):
+        check_supported(
+            engine_config(
+                cache_config__cache_dtype=cache_dtype, cache_config__kv_cache_dtype_skip_layers=["0"]
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "cache_dtype",
+    ["fp8_per_token_head", "int8_per_token_head", "int4_per_token_head", "nvfp4", "turboquant_k8v4"],
+)
+def test_a_gpu_is_refused_other_quantized_caches_by_name(on_gpu, cache_dtype):
+    with pytest.raises(KVCompressionError, match=f"the quantized cache {cache_dtype}, .*; use"):
+        check_supported(engine_config(cache_config__cache_dtype=cache_dtype))
+
+
+def test_e5m2_is_refused_on_a_gpu_as_neither_backend_writes_it(on_gpu):
+    with pytest.raises(
+        KVCompressionError, match="fp8_e5m2 on a GPU, which FLASH_ATTN and TRITON_ATTN do"
+    ) as e:
+        check_supported(engine_config(cache_config__cache_dtype="fp8_e5m2"))
+    assert str(e.value).endswith("; use --kv-cache-dtype fp8") and "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("method", ["h2o", "kvzip", "criticalkv:base=kv_compress_full"])

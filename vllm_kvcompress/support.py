@@ -11,7 +11,7 @@ from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
-from vllm_kvcompress.requests.float8 import FLOAT8
+from vllm_kvcompress.requests.float8 import FLOAT8, ON_GPU
 from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
@@ -171,6 +171,7 @@ def _refusals(config: VllmConfig):
     window = model.get_sliding_window()
     own_dtype = str(model.dtype).removeprefix("torch.")
     speculative = config.speculative_config
+    scheme = getattr(config.quant_config, "kv_cache_scheme", None)
     # "auto" is what the user of a checkpoint that chooses for itself has already.
     own_cache = f"use --kv-cache-dtype {own_dtype}"
     if model.dtype == torch.float32:  # there is no such option
@@ -209,18 +210,28 @@ def _refusals(config: VllmConfig):
         "remove --kv-transfer-config and --ec-transfer-config",
     )
     yield (
-        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32", *(FLOAT8 if on_cpu else ())),
+        cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32", *FLOAT8),
         f"the quantized cache {cache.cache_dtype}, which --kv-cache-dtype or the checkpoint asks for",
         own_cache,
     )
     yield (
         # Layers make of this the dtype of the cache, as long as no other is asked for.
-        cache.cache_dtype == "auto" and getattr(config.quant_config, "kv_cache_scheme", None) is not None,
+        cache.cache_dtype == "auto" and scheme is not None,
         "the quantized cache that the checkpoint asks for (kv_cache_scheme)",
         own_cache,
     )
     yield (
-        not on_cpu and cache.cache_dtype not in ("auto", own_dtype),
+        not on_cpu and cache.cache_dtype in FLOAT8 and cache.cache_dtype not in ON_GPU,
+        f"--kv-cache-dtype {cache.cache_dtype} on a GPU, which FLASH_ATTN and TRITON_ATTN do not write",
+        "use --kv-cache-dtype fp8",
+    )
+    yield (
+        not on_cpu and cache.cache_dtype in FLOAT8 and (scheme or {}).get("strategy") == "attn_head",
+        "a quantized cache with a scale of each head (kv_cache_scheme) on a GPU",
+        own_cache,
+    )
+    yield (
+        not on_cpu and cache.cache_dtype not in ("auto", own_dtype, *FLOAT8),
         f"--kv-cache-dtype {cache.cache_dtype} with a model in {model.dtype} on a GPU",
         f"use --kv-cache-dtype {own_dtype}",
     )

@@ -104,6 +104,7 @@ TABLE: dict[str, Touched] = {
     "vllm.platforms.interface:Platform": Touched(
         reads="device_name",
         calls={
+            "fp8_dtype": "(cls)",
             "is_cpu": "(self)",
             "is_cuda_alike": "(self)",
         },
@@ -361,7 +362,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.model_executor.layers.attention:Attention": Touched(
-        reads="impl kv_cache layer_name",
+        reads="impl kv_cache layer_name query_quant",
     ),
     "vllm.model_executor.layers.linear:RowParallelLinear": Touched(
         reads="params_dtype quant_method",
@@ -399,7 +400,9 @@ TABLE: dict[str, Touched] = {
             "fused_output_quant_supported": "(self, quant_key)",
         },
     ),
-    "vllm.v1.attention.backend:AttentionLayer": Touched(reads="_k_scale_float _v_scale_float"),
+    "vllm.v1.attention.backend:AttentionLayer": Touched(
+        reads="_k_scale _k_scale_float _q_scale _v_scale _v_scale_float"
+    ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder": Touched(
         reads="__init__",
         overrides={

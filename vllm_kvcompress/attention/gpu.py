@@ -28,10 +28,11 @@ from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
-from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.requests.float8 import ON_GPU
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
 
@@ -98,15 +99,20 @@ class CompressedBatch:
     max_keys: int
     processors: int
 
-    def apply(self, layer: "CompressedAttentionImpl", query: Tensor, output: Tensor) -> None:
+    def apply(
+        self, layer: "CompressedAttentionImpl", scales: Scales | None, query: Tensor, output: Tensor
+    ) -> None:
         """Note a layer's queries, and replace the output of compacted rows."""
         index, rows = layer.layer_index, self.rows
         if self.largest_ring:
             ring, capacity = self.arrays.ring, self.arrays.capacity
             bounds = rows.max_query_len, self.largest_ring
-            write_rings(ring, capacity, index, query, rows.seq_lens, rows.query_start_loc, *bounds)
-        for span in self.spans:
-            span.record(index, query)
+            own = rows.seq_lens, rows.query_start_loc, *bounds, output.dtype, scales
+            write_rings(ring, capacity, index, query, *own)
+        if self.spans:
+            seen = query if scales is None else scales.read_queries(query, output.dtype)
+            for span in self.spans:
+                span.record(index, seen)
         if not (self.attends or self.formats):
             return
         num_tiles, heads = max(len(rows.seq_lens), len(query) // 16), layer.keys.shape[2]
@@ -115,7 +121,9 @@ class CompressedBatch:
         num_splits = choose_splits(num_tiles, heads, self.max_keys, self.processors)
         cache = layer.keys, layer.values
         if self.attends:
-            attend(query, *cache, *batch, *constants, num_splits=num_splits, out=output, compacted_only=True)
+            attend(
+                query, *cache, *batch, *constants, num_splits, out=output, compacted_only=True, scales=scales
+            )
         for format in self.formats:
             read = format, number_of(format)
             attend_records(
@@ -170,24 +178,29 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
 
     def warm_up(self, modules: Iterable[torch.nn.Module]) -> None:
         """Compile our kernels for rows of every length, by rows that leave at once."""
-        layer = next(m.impl for m in modules if isinstance(getattr(m, "impl", None), CompressedAttentionImpl))
+        module = next(m for m in modules if isinstance(getattr(m, "impl", None), CompressedAttentionImpl))
+        layer, scales = module.impl, module.impl.scales(module)
         assert self.state is not None and self.state.runs is not None
+        dtype = self.state.observer.dtype
         runs, arrays, device = self.state.runs.arrays, self.arrays, layer.keys.device
         arrays.show([])
         block_table = torch.zeros(2, 1, dtype=torch.int32, device=device)
         for query_len in (2**power for power in range(MAX_TILE.bit_length() + 1)):
             bounds = torch.tensor([0, query_len, 2 * query_len], dtype=torch.int32, device=device)
             rows = Rows(arrays.slot, block_table, bounds.diff(), bounds, query_len)
-            query = layer.keys.new_zeros(2 * query_len, layer.num_heads, layer.head_size)
+            out = torch.zeros(2 * query_len, layer.num_heads, layer.head_size, dtype=dtype, device=device)
+            query = out if module.query_quant is None else out.to(layer.keys.dtype)
             constants = 0, layer.scale, layer.logits_soft_cap
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 cache = layer.keys, layer.values
-                attend(query, *cache, runs, rows, *constants, num_splits, compacted_only=True)
+                own = *constants, num_splits
+                attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, scales=scales)
                 if self.format is not None:
                     layer_and_format = 0, self.format, number_of(self.format)
                     own = *layer_and_format, *constants[1:], num_splits
                     attend_records(query, layer.content, *cache, runs, rows, *own)
-            write_rings(arrays.ring, arrays.capacity, 0, query, rows.seq_lens, bounds, query_len, 1)
+            own = rows.seq_lens, bounds, query_len, 1, dtype, scales
+            write_rings(arrays.ring, arrays.capacity, 0, query, *own)
 
     def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
@@ -239,7 +252,8 @@ class CompressedAttentionImpl(AttentionImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        refuse_layer(self, None if self.sliding_window == (-1, -1) else self.sliding_window[0] + 1)
+        window = None if self.sliding_window == (-1, -1) else self.sliding_window[0] + 1
+        refuse_layer(self, window, reads=ON_GPU)
         self.sliding_window = (-1, -1)  # no request outgrows it
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -262,8 +276,13 @@ class CompressedAttentionImpl(AttentionImpl):
         )
         batch: CompressedBatch | None = getattr(attn_metadata, "kv_compression", None)
         if batch is not None:
-            batch.apply(self, query, output)
+            batch.apply(self, self.scales(layer), query, output)
         return output
+
+    def scales(self, layer: AttentionLayer) -> Scales | None:
+        """Those of a layer whose cache is float8."""
+        quantized = self.keys.element_size() == 1
+        return Scales(layer._q_scale, layer._k_scale, layer._v_scale) if quantized else None
 
 
 class CompressedBackend(AttentionBackend):

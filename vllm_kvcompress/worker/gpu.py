@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -19,6 +20,7 @@ from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
 from vllm_kvcompress.policies.base import QUERY_BLOCK
 from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.float8 import ON_GPU, Float8
 from vllm_kvcompress.requests.runs import RunArrays
 from vllm_kvcompress.worker.compactor import Work
 from vllm_kvcompress.worker.gpu_cache import PlainCache
@@ -66,13 +68,19 @@ class CompressionGPUWorker(CompressionWorker):
         pages = every_page(layers)
         by_token = pages.view(-1, grid.block_size, 2 * size).split(size, -1)
         shape = grid.num_layers, grid.num_blocks, grid.num_heads
+        float8 = None
+        if layers[0].impl.kv_cache_dtype in ON_GPU:
+            key_scales = torch.cat([layer._k_scale.view(1) for layer in layers])
+            value_scales = torch.cat([layer._v_scale.view(1) for layer in layers])
+            float8 = Float8(current_platform.fp8_dtype(), self.model_config.dtype, key_scales, value_scales)
+        numbers = by_token if float8 is None else [part.view(float8.dtype) for part in by_token]
         for index, layer in enumerate(layers):
             layer.impl.layer_index, layer.impl.content = index, pages.view(torch.uint8)
-            layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in by_token)
+            layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in numbers)
         builder.format = self._config.record_format
         if builder.format is not None:
             prepare(builder.format, size, pages.device, pages.dtype)
-        return PlainCache(grid, *by_token, pages)
+        return PlainCache(grid, *by_token, pages, float8=float8)
 
     def determine_available_memory(self) -> int:
         """Bytes for the cache, less what compacting and its records will take."""
