@@ -41,6 +41,7 @@ LONGEST = [
     "engine/test_parallel.py",
     "kernels/test_interpreted.py",
     "kernels/test_record_compilation.py",
+    "kernels/test_float8_compilation.py",
     "engine/test_formats.py",
     "engine/test_recompaction.py",
     "engine/test_randomised.py",
