@@ -29,11 +29,11 @@ REQUESTS = {
     "foresight": "foresight:budget=0.4,allocation=uniform",  # needs the networks of the rank's heads
     "kivi": "kivi:recompact_every=4",
     "snapkv+kivi8": "snapkv+kivi8:budget=0.1",
-    "foresight+auto": "foresight+auto:budget=0.1,recompact_every=4",
     "threshold": "foresight:budget=0.8,threshold=1e4",  # not on pipeline ranks, whose layers are not all
+    "snapkv+auto": "snapkv+auto:budget=0.1,recompact_every=4",
 }
 COMPACTED = [name for name in REQUESTS if name not in ("off", "threshold")]
-ENCODED = ["kivi", "snapkv+kivi8", "foresight+auto"]
+ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
 OF_HEADS = [name for name in COMPACTED if name not in ("adakv", "kv_compress")]
 OF_LAYERS = [*OF_HEADS, "adakv"]

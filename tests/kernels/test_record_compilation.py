@@ -21,7 +21,8 @@ def int32(*shape):
 def attend(name, dtype, head_size, group, query_len, splits, soft_cap=0.0):
     cache = torch.zeros(2, 4, 2, 64, 2 * head_size, dtype=dtype)
     pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
-    runs = Runs(int32(3, 4), int32(3, 5), int32(3))
+    parts = int32(3, len(FORMATS[name].parts), 4)
+    runs = Runs(int32(3, 4), int32(3, 5), int32(3), encoded=parts, first=parts)
     rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), query_len)
     query = torch.zeros(2 * query_len, 2 * group, head_size, dtype=dtype)
     arguments = 0, FORMATS[name], 1, 0.1, soft_cap, splits

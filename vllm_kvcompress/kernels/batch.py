@@ -17,8 +17,9 @@ class Runs:
         boundary: `[S]` int32, first raw token, a multiple of the block size.
         format: `[S]` int32, how each request's runs are written: 0 for raw tokens, else 1 + the place of the
             format in `formats.FORMATS`; all are raw if it is not given.
-        records: `[S, P, L·H]` int32, records that the run of each (layer, head) holds of each part of its
-            format, P being the most parts of a format; read of requests with a format only.
+        encoded: `[S, P, L·H]` int32, tokens that the run of each (layer, head) holds in records of each part
+            of its format, a multiple of 32, P being the most parts of a format; read of requests with a
+            format only.
         first: `[S, P, L·H]` int32, the place of a part's first one (see `formats.arrange`).
     """
 
@@ -26,13 +27,13 @@ class Runs:
     start: Tensor
     boundary: Tensor
     format: Tensor = None  # type: ignore[assignment]
-    records: Tensor = None  # type: ignore[assignment]
+    encoded: Tensor = None  # type: ignore[assignment]
     first: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         if self.format is None:
             object.__setattr__(self, "format", torch.zeros_like(self.boundary))
-        for name in ("records", "first"):
+        for name in ("encoded", "first"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, torch.zeros_like(self.start[:, None, 1:]))
 

@@ -159,7 +159,7 @@ def attend_records(
         pages: `[L·B·H, page_bytes]` uint8, contiguous: the cache in the order of (layer, block, head).
         keys: `[L, B, H, N, D]`, a view of the same memory in query's dtype; of it the raw tail is read.
         values: `[L, B, H, N, D]`, likewise and with the same strides.
-        runs: where compacted rows have their pages, with `format`, `records` and `first`.
+        runs: where compacted rows have their pages, with `format`, `encoded` and `first`.
         rows: the batch.
         layer: which of the L layers.
         format: of the records.
@@ -299,14 +299,13 @@ def _attend_part(
     num_rows = rows.seq_lens.shape[0]
     num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
     inner, outer = logit_factors(scale, logits_soft_cap)
+    from_first_place = pages.flatten()[page_bytes % record_bytes :]
     _records_kernel[num_tiles, heads, num_splits](
         query,
         turned,
         projected,
         turn,
-        pages.view(torch.int32),
-        pages.view(torch.int16),
-        pages.view(torch.float32),
+        *(from_first_place.view(dtype) for dtype in (torch.int32, torch.int16, torch.float32)),
         keys,
         values,
         key_codebook,
@@ -318,7 +317,7 @@ def _attend_part(
         runs.start,
         runs.boundary,
         runs.format,
-        runs.records[:, number],
+        runs.encoded[:, number],
         runs.first[:, number],
         rows.slot,
         rows.block_table,
@@ -339,7 +338,7 @@ def _attend_part(
         *share_lse.stride(),
         runs.destination.stride(0),
         runs.start.stride(0),
-        runs.records.stride(0),
+        runs.encoded.stride(0),
         rows.block_table.stride(0),
         SOFT_CAP=logits_soft_cap > 0,
         RAW_BIAS=bias is not None,
@@ -361,6 +360,7 @@ def _attend_part(
         SIGNED=layout.signed,
         SPLIT=share_out.shape[3] > 1,
         TAIL=tail,
+        MIXED=not (number == 0 and tail),
         CENTRED=layout.centred,
         KEY_BITS=layout.key_bits,
         VALUE_BITS=layout.bits,
@@ -375,38 +375,35 @@ def _attend_part(
 
 @triton.jit
 def _record_offset(
-    record,
-    num_records,
+    place,
+    end,
     run_blocks,
     first_page,
-    first_place,
     num_blocks,
     HEADS: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     RECORD_BYTES: tl.constexpr,
 ):
-    """Offset of a part's record, int64, counted in 4 bytes; past the last one, that of the last.
+    """Offset of the record at a run's place, int64, counted in 4 bytes; from `end` on that of the last.
 
     A run without records is given some page of the null block.
     """
     PER_PAGE: tl.constexpr = PAGE_BYTES // RECORD_BYTES
-    place = first_place + tl.maximum(tl.minimum(record, num_records - 1), 0)
+    place = tl.maximum(tl.minimum(place, end - 1), 0)
     linear = first_page + place // PER_PAGE
-    block = tl.load(run_blocks + linear // PAGES_PER_BLOCK, mask=num_records > 0, other=0).to(tl.int64)
+    block = tl.load(run_blocks + linear // PAGES_PER_BLOCK, mask=end > 0, other=0).to(tl.int64)
     slot = linear % PAGES_PER_BLOCK
     page = (block + slot // HEADS * num_blocks) * HEADS + slot % HEADS
-    before: tl.constexpr = PAGE_BYTES % RECORD_BYTES
-    return page * (PAGE_BYTES // 4) + before // 4 + place % PER_PAGE * (RECORD_BYTES // 4)
+    return page * (PAGE_BYTES // 4) + place % PER_PAGE * (RECORD_BYTES // 4)
 
 
 @triton.jit
 def _record_offsets(
-    record,
-    num_records,
+    place,
+    end,
     run_blocks,
     first_page,
-    first_place,
     num_blocks,
     HEADS: tl.constexpr,
     PAGES_PER_BLOCK: tl.constexpr,
@@ -419,11 +416,10 @@ def _record_offsets(
     for one in tl.static_range(RECORDS):
         offsets = offsets + (
             _record_offset(
-                record + one,
-                num_records,
+                place + one,
+                end,
                 run_blocks,
                 first_page,
-                first_place,
                 num_blocks,
                 HEADS,
                 PAGES_PER_BLOCK,
@@ -745,7 +741,7 @@ def _records_kernel(
     turned,  # the queries that meet encoded keys
     projected,  # and those that meet signs
     turn,  # [D, D]
-    words,  # the pages, as int32
+    words,  # the pages from the first one's first place on, as int32
     halves,  # as int16
     floats,  # as float32
     keys,
@@ -759,7 +755,7 @@ def _records_kernel(
     start,
     boundary,
     formats,
-    records,  # of this part of the format
+    encoded,  # tokens of this part of the format
     first,  # place of each run's first one
     row_slot,
     block_table,
@@ -815,6 +811,7 @@ def _records_kernel(
     SIGNED: tl.constexpr,
     SPLIT: tl.constexpr,
     TAIL: tl.constexpr,
+    MIXED: tl.constexpr,
     CENTRED: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -840,7 +837,10 @@ def _records_kernel(
     state = slot.to(tl.int64)
     first_page = tl.load(start + state * start_row + layer * HEADS + head)
     run = state * part_row + layer * HEADS + head
-    num_encoded, first_place = tl.load(records + run) * TOKENS, tl.load(first + run)
+    num_encoded = tl.load(encoded + run)
+    first_place = 0  # of the only part, as the compiler then knows: registers are few
+    if MIXED:
+        first_place = tl.load(first + run)
     raw_from = tl.load(boundary + state)
     run_blocks = destination + state * destination_row
     tail_blocks = block_table + row.to(tl.int64) * table_row + raw_from // BLOCK_SIZE
@@ -878,13 +878,13 @@ def _records_kernel(
         result = result + (tl.zeros([ROWS, GROUPS * CHANNELS_OF_GROUP], tl.float32),)
 
     # The next tile is loaded while this one is worked on, and the one behind it is looked up.
-    first_record, num_records = begin // TOKENS, tl.minimum(end, num_encoded) // TOKENS
+    first_record = first_place + begin // TOKENS
+    end_record = first_place + tl.minimum(end, num_encoded) // TOKENS
     offsets = _record_offsets(
         first_record,
-        num_records,
+        end_record,
         run_blocks,
         first_page,
-        first_place,
         num_blocks,
         HEADS,
         PAGES_PER_BLOCK,
@@ -911,10 +911,9 @@ def _records_kernel(
     )
     offsets_ahead = _record_offsets(
         first_record + RECORDS,
-        num_records,
+        end_record,
         run_blocks,
         first_page,
-        first_place,
         num_blocks,
         HEADS,
         PAGES_PER_BLOCK,
@@ -922,7 +921,7 @@ def _records_kernel(
         RECORD_BYTES,
         RECORDS,
     )
-    for record in tl.range(first_record, num_records, RECORDS, num_stages=1):
+    for record in tl.range(first_record, end_record, RECORDS, num_stages=1):
         loaded_ahead = _load_tile(
             words,
             halves,
@@ -941,7 +940,7 @@ def _records_kernel(
             CHUNKS,
         )
         of_record = tl.arange(0, RECORDS * WIDTH) // WIDTH
-        held = record + of_record < num_records
+        held = record + of_record < end_record
         if CENTRED:
             common = tl.zeros([ROWS, RECORDS * WIDTH], tl.float32)
             for one in tl.static_range(RECORDS):
@@ -1013,10 +1012,9 @@ def _records_kernel(
         loaded, offsets = loaded_ahead, offsets_ahead
         offsets_ahead = _record_offsets(
             record + 2 * RECORDS,
-            num_records,
+            end_record,
             run_blocks,
             first_page,
-            first_place,
             num_blocks,
             HEADS,
             PAGES_PER_BLOCK,

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_kvcompress.formats import FORMATS, number_of
+from vllm_kvcompress.formats import FORMATS, RECORD, number_of
 from vllm_kvcompress.kernels.batch import Runs
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.tables import RequestTable
@@ -31,7 +31,7 @@ class RunArrays:
             start=torch.zeros(max_requests, grid.pages_per_block + 1, dtype=torch.int32, device=device),
             boundary=torch.zeros(max_requests, dtype=torch.int32, device=device),
             format=torch.zeros(max_requests, dtype=torch.int32, device=device),
-            records=torch.zeros(parts, dtype=torch.int32, device=device),
+            encoded=torch.zeros(parts, dtype=torch.int32, device=device),
             first=torch.zeros(parts, dtype=torch.int32, device=device),
         )
         self.slots: dict[str, int] = {}
@@ -47,8 +47,9 @@ class RunArrays:
         self.arrays.boundary[slot] = table.boundary
         self.arrays.format[slot] = number_of(table.format)
         if (records := table.records) is not None:
-            for array, content in ((self.arrays.records, records.counts), (self.arrays.first, records.first)):
-                array[slot, : len(content)] = content.flatten(1)
+            parts = slice(len(records.counts))
+            self.arrays.encoded[slot, parts] = RECORD * records.counts.flatten(1)
+            self.arrays.first[slot, parts] = records.first.flatten(1)
 
     def drop(self, request_id: str) -> None:
         """Forget a request, if it is known; its slot may be given to another."""

@@ -42,7 +42,7 @@ class RecordBatch(Batch):
         self.runs = replace(
             self.runs,
             format=torch.zeros(num_slots, dtype=torch.int32),
-            records=torch.full((num_slots, 4, width - 1), 99, dtype=torch.int32),
+            encoded=torch.full((num_slots, 4, width - 1), 99, dtype=torch.int32),
             first=torch.full((num_slots, 4, width - 1), 99, dtype=torch.int32),
         )
         for index, name in enumerate(formats):
@@ -66,7 +66,7 @@ class RecordBatch(Batch):
                 places = [at for at in range(own * per_page) if self._is_free(at, per_page, size, page, used)]
                 most = len(places) if number == len(parts) - 1 else len(places) // 2
                 count = max(0, most - int(torch.randint(0, 2 * per_page + 1, ())))
-                self.runs.records[slot, number, head] = count
+                self.runs.encoded[slot, number, head] = RECORD * count
                 self.runs.first[slot, number, head] = places[0] if places else 0
                 tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
                 biases = [torch.randn(count, RECORD)] * isinstance(part, Matched)
@@ -116,7 +116,7 @@ class RecordBatch(Batch):
                     NAMED[name],
                     self.runs.destination[slot].long(),
                     self.runs.start[slot].long(),
-                    self.runs.records[slot].long(),
+                    self.runs.encoded[slot].long() // RECORD,
                     self.runs.first[slot].long(),
                     self.tails[row],
                     self._rows[row].tail,
@@ -270,7 +270,7 @@ def test_a_batch_is_served_by_one_launch_for_each_format(num_splits):
 def test_heads_may_have_no_records_at_all():
     torch.manual_seed(3)
     batch = make_batch("decode", "kivi4", group=2)
-    batch.runs.records[:] = 0
+    batch.runs.encoded[:] = 0
     assert_equals_reference(batch, "kivi4", num_splits=2)
 
 
@@ -284,7 +284,7 @@ def test_records_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
     rows = [Row(1, 20, blocks=4, boundary=5), Row(1, 3, blocks=3, boundary=5)]
     batch = RecordBatch(rows, ["kivi4"] * 2, 2, cache)
     slot = batch.rows.slot[0]
-    assert batch.runs.records[slot, 0] > 0 and batch.runs.destination[slot, 0] * page > 2**31
+    assert batch.runs.encoded[slot, 0] > 0 and batch.runs.destination[slot, 0] * page > 2**31
     for tail in batch.tails:
         cache[:, tail] = torch.randn(1, len(tail), 1, 16, 128)
     assert_equals_reference(batch, "kivi4", 0)
