@@ -104,6 +104,7 @@ def test_formats_are_compacted_again_every_128_tokens_where_nobody_watches_every
         ("snap+kivi4", "did you mean 'snapkv'"),
         ("foresight+kivi4:threshold=0.2", "leave it or the format kivi4"),
         ("h2o+kivi4:recompact_every=64", "watches every query"),
+        ("foresight+auto:max_tokens_kept=2048", "use budget alone, or another format"),
         ("kivi:budget=0", "budget"),
     ],
 )

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation, Global
-from vllm_kvcompress.formats import FORMATS, Format
+from vllm_kvcompress.formats import FORMATS, Format, Mixed
 from vllm_kvcompress.policies import POLICIES, Policy
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
@@ -205,6 +205,11 @@ class KVCompressionConfig:
         if self.threshold is not None and self.record_format is not None:
             raise KVCompressionError(
                 f"threshold counts tokens as vLLM has them: leave it or the format {self.record_format.name}"
+            )
+        if self.max_tokens_kept is not None and isinstance(self.record_format, Mixed):
+            raise KVCompressionError(
+                f"max_tokens_kept counts tokens, and {self.record_format.name} keeps as many as their bits "
+                "allow: use budget alone, or another format"
             )
         if self.record_format is not None and self.observes_all and self.interval is not None:
             raise KVCompressionError(

@@ -81,7 +81,7 @@ class Mixed(Format):
 
 @dataclass(frozen=True)
 class Auto(Mixed):
-    """Keys of 8 and 4 bits, values of 4, 3 and 2: see `Hybrid`.
+    """Each token in k8v4, k4v4, k4v3 or k4v2, or dropped, by its rank in its head and what a byte buys.
 
     A value's error is that of its codebook; a key of 4 bits is taken to add 0.02.
     """
