@@ -16,8 +16,8 @@ class Hybrid(RecordFormat):
 
     Channels of keys differ in offset and range, for which KIVI has a zero and a scale of each, where a random
     rotation spreads the largest channels' error over all. Values have no such channels, and there one norm
-    for each token takes a quarter of the bytes of KIVI's scales and zeros of 64 channels. An error in a key changes all
-    weights, one in a value only adds to the sum: so values take fewer bits.
+    for each token takes a quarter of the bytes of KIVI's scales and zeros, or less. An error in a key changes
+    all weights, one in a value only adds to the sum: so values take fewer bits.
 
     A record is: key codes `[D, 32·b/8]`, value codes `[32, D·v/8]`, key scales `[D]`, key zeros `[D]`, value
     norms `[32]`, with b `bits` and v `value_bits`; all as there.
