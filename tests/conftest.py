@@ -37,6 +37,7 @@ LONGEST = [
     "engine/test_runner_v2.py",
     "evaluation/test_commands.py",
     "serving/test_server.py",
+    "serving/test_documented.py",
     "engine/test_oracle.py",
     "engine/test_parallel.py",
     "kernels/test_interpreted.py",
