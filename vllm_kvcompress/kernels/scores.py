@@ -311,7 +311,8 @@ def _window_kernel(
     inner = tl.load(scales + layer)
     if SOFT_CAP:
         soft_cap = tl.load(soft_caps + layer)
-        inner = inner / soft_cap
+        capped = soft_cap > 0
+        inner = inner / tl.where(capped, soft_cap, 1.0)
 
     for member in range(GROUP):
         own_queries = queries + layer * query_layer + (head * GROUP + member) * query_head
@@ -326,7 +327,8 @@ def _window_kernel(
             )
             logits = dot(q, k) * inner
             if SOFT_CAP:
-                logits = tanh(logits) * soft_cap
+                if capped:
+                    logits = tanh(logits) * soft_cap
             newest = end - window + number
             seen = (held[None, :] & real[:, None]) & (column[None, :] <= newest[:, None])
             logits = tl.where(seen, logits, -float("inf"))

@@ -34,7 +34,7 @@ class Batch:
             self.pages[job, :, :, last + bool(filled) :] = -1
         self.pages[torch.arange(PAGES) < ABSENT[..., None]] = -1
         self.scale = torch.tensor([0.1, 0.3, 0.2, 0.4, 0.15, 0.25])
-        self.soft_cap = torch.tensor([2.0, 5.0, 3.0, 6.0, 4.0, 8.0]) if soft_cap else None
+        self.soft_cap = torch.tensor([2.0, 5.0, 3.0, 0.0, 4.0, 8.0]) if soft_cap else None
         self.padding = (ABSENT * BLOCK_SIZE).flatten()
 
     def arguments(self):
