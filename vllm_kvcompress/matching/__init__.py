@@ -1,0 +1,20 @@
+"""Attention Matching: a few keys, biases and values that answer queries as all of a head's tokens do."""
+
+from vllm_kvcompress.matching.fit import Fit, fit
+from vllm_kvcompress.matching.memory import peak_bytes
+from vllm_kvcompress.matching.nnls import nnls
+from vllm_kvcompress.matching.problem import Problem
+from vllm_kvcompress.matching.reference import Reference, attend
+from vllm_kvcompress.matching.selection import select_highest, select_omp
+
+__all__ = [
+    "Fit",
+    "Problem",
+    "Reference",
+    "attend",
+    "fit",
+    "nnls",
+    "peak_bytes",
+    "select_highest",
+    "select_omp",
+]
