@@ -22,16 +22,17 @@ def peak_bytes(
         columns: t.
         size: D.
         omp: whether `select_omp` is among them, which holds the softmax of all queries over all tokens.
-        chunk_bytes: as given to `attend`; without `omp`, T counts beyond it only by the problem's own size.
+        chunk_bytes: as given to `attend` and `select_omp`; without the latter, T counts beyond it only by the
+            problem's own size.
     """
     chunk = query_chunk(heads, queries, tokens, chunk_bytes) * tokens
     reference = queries * (size + 3) + tokens
     inputs = (2 * tokens + queries) * size  # as float32
     system = 5 * columns * columns
-    attend = inputs + 2 * chunk + 2 * tokens
+    attend = inputs + 3 * chunk + 2 * tokens
     fit = queries * (2 * size + 2 * columns + columns // 2) + 4 * columns * size + system + tokens
     most = max(attend, fit)
     if omp:
         chosen = 2 * queries * columns
-        most = max(most, queries * tokens + max(inputs + 2 * chunk, chosen + system + 4 * tokens))
+        most = max(most, queries * tokens + max(inputs + 3 * chunk, chosen + system + 4 * tokens))
     return 4 * heads * (reference + most)

@@ -93,7 +93,9 @@ class _Quadratic:
 
     def gradient(self, u: Tensor) -> Tensor:
         w = u * self.unit
-        residual = torch.bmm(self.matrix, w[..., None])[..., 0] - self.target
+        residual = (
+            torch.bmm(w[:, None], self.matrix.mT)[:, 0] - self.target
+        )  # rows times matrices: faster on CPU
         slope = torch.bmm(residual[:, None], self.matrix)[:, 0]
         return (slope + self.damping * (w - self.toward)) * self.unit
 
@@ -148,8 +150,8 @@ def _direction(
 
 
 def _projected_newton(problem: _Quadratic, u: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
-    """What lies on a bound that the gradient pushes against stays there. All else takes a Newton step, projected
-    onto the bounds and shortened to the best of a few lengths, or a short step down the gradient."""
+    """What is on a bound that the gradient pushes against stays there. All else takes a Newton step,
+    projected onto the bounds and shortened to the best of a few lengths, or goes a little down the gradient."""
     hessian, fractions = problem.hessian, u.new_tensor(FRACTIONS)
     safe = hessian.abs().sum(-1).amax(-1)[:, None].reciprocal()
     for _ in range(steps):

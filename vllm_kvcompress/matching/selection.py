@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vllm_kvcompress.matching.nnls import nnls
 from vllm_kvcompress.matching.problem import Problem
-from vllm_kvcompress.matching.reference import Reference, attention_weights
+from vllm_kvcompress.matching.reference import CHUNK_BYTES, Reference, attention_weights
 
 
 def select_highest(problem: Problem, reference: Reference, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,12 @@ def select_highest(problem: Problem, reference: Reference, counts: Tensor) -> tu
 
 
 def select_omp(
-    problem: Problem, reference: Reference, counts: Tensor, step: int = 4, refit_every: int = 2
+    problem: Problem,
+    reference: Reference,
+    counts: Tensor,
+    step: int = 4,
+    refit_every: int = 2,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit: the tokens whose attention, weighted, best adds up to the mass.
 
@@ -46,6 +51,7 @@ def select_omp(
         step: tokens added at a time.
         refit_every: steps between two fits of all weights; in the steps between, only the newest tokens'
             weights are fitted, to what the others leave.
+        chunk_bytes: as in `attend`.
 
     Returns:
         columns `[X, t]` int64 in the order of choice, t the largest count, and whether each is one of the
@@ -53,7 +59,7 @@ def select_omp(
 
     Source: arXiv 2602.16284, "OMP keys"; step 4 and refit 2 are its fast form.
     """
-    weights, target = attention_weights(problem, reference), reference.share
+    weights, target = attention_weights(problem, reference, chunk_bytes), reference.share
     heads, queries, tokens = weights.shape
     most = min(int(counts.max()), tokens)
     held = problem.holds_token()
@@ -82,7 +88,7 @@ def select_omp(
         else:
             among = chosen[:, :, :end]
             w[:, :end] = nnls(among, target, start=w[:, :end], gram=gram[:, :end, :end], interior=0, newton=3)
-        residual = target - torch.bmm(chosen[:, :, :end], w[:, :end, None])[..., 0]
+        residual = target - torch.bmm(w[:, None, :end], chosen[:, :, :end].mT)[:, 0]
     return columns, present & _within(counts, columns)
 
 
