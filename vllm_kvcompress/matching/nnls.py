@@ -151,7 +151,7 @@ def _direction(
 
 def _projected_newton(problem: _Quadratic, u: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
     """What is on a bound that the gradient pushes against stays there. All else takes a Newton step,
-    projected onto the bounds and shortened to the best of a few lengths, or goes a little down the gradient."""
+    projected onto the bounds and shortened to the best of a few lengths, or a step down the gradient."""
     hessian, fractions = problem.hessian, u.new_tensor(FRACTIONS)
     safe = hessian.abs().sum(-1).amax(-1)[:, None].reciprocal()
     for _ in range(steps):
