@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation, Global
-from vllm_kvcompress.formats import FORMATS, Format, Mixed
+from vllm_kvcompress.formats import FORMATS, MATCHED, Format, Mixed
 from vllm_kvcompress.policies import POLICIES, Policy
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
@@ -22,6 +22,7 @@ MOST_WINDOW = 1024
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 ENCODING_INTERVAL = 128  # KIVI's residual
+MATCHED_FORMAT = "k4v4"  # of methods that match, which need a place for biases
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
 AUTO = "auto"
@@ -74,6 +75,11 @@ METHODS: dict[str, Method] = {
     "expected_attention": Method("expected_attention", "uniform", "what future queries should attend to"),
     "criticalkv": Method("criticalkv", "uniform", "SnapKV scores, then those times ‖W_O v‖"),
     "kvzip": Method("kvzip", "global", "what the model needs to repeat its context; asks no question"),
+    "attention_matching": Method(
+        "attention_matching",
+        "global",
+        "biases and values solved for, so that what is kept answers as all did; asks no question",
+    ),
     "foresight": Method(
         "foresight", "global", "learned: what the cached key and value say; asks no question"
     ),
@@ -120,7 +126,8 @@ class KVCompressionConfig:
         threshold: score above which a token is kept, so that each request keeps as much as it needs: as many
             blocks as hold every page with a better token. For methods whose scores mean the same in every
             prompt. None for all that the budget allows.
-        format: how kept tokens are written in their pages; None for the method's own, or as vLLM has them.
+        format: how kept tokens are written in their pages; None for the method's own, or as vLLM has them
+            (k4v4 with biases where the method solves for these).
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -216,6 +223,15 @@ class KVCompressionConfig:
                 f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
             )
+        if self.matches and isinstance(self._written, Mixed):
+            raise KVCompressionError(
+                f"{self.method} solves for tokens of one format, and {self._written.name} mixes several; use "
+                "another format"
+            )
+        if self.watches_every_query and self.matches and self.interval is not None:
+            raise KVCompressionError(
+                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
+            )
         if self.repeats and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
@@ -289,7 +305,13 @@ class KVCompressionConfig:
     @property
     def record_format(self) -> Format | None:
         """How kept tokens are written; None for as vLLM has them."""
-        name = self.format or self.preset.format
+        written = self._written
+        return MATCHED[written.name] if written is not None and self.matches else written
+
+    @property
+    def _written(self) -> Format | None:
+        """How keys and values are."""
+        name = self.format or self.preset.format or (MATCHED_FORMAT if self.matches else None)
         return None if name is None else FORMATS[name]
 
     @property
@@ -364,6 +386,16 @@ class KVCompressionConfig:
     def repeats(self) -> bool:
         """Whether the policy needs the context repeated by the model."""
         return self.build_policy().repeats
+
+    @functools.cached_property
+    def matches(self) -> bool:
+        """Whether the policy solves for biases and values of what it keeps."""
+        return self.build_policy().matches
+
+    @functools.cached_property
+    def waits(self) -> bool:
+        """Whether a request waits for its repetition and its solution, rather than decode on its raw cache."""
+        return self.build_policy().waits
 
     @property
     def watches_every_query(self) -> bool:

@@ -190,6 +190,7 @@ class Engine:
 
     def step_until_compacted(self, request: str) -> Compaction:
         while (compaction := self.compaction_of(request)) is None:
+            assert self.scheduler.requests, f"{request} ended and was not compacted"
             self.step()
         return compaction
 

@@ -10,7 +10,7 @@ import json
 import random
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.plan import SPARE_QUERIES
@@ -191,6 +191,8 @@ class FakeWorker:
         self.compacted: dict[int, tuple[str, int]] = {}  # block to (request, history)
         self.jobs: list[Job] = []
         self.late: set[str] = set()  # requests that went on raw past a point
+        self.solved: dict[str, list[Solve]] = {}  # of requests that are not compacted yet
+        self.share_seconds = 0.01  # that it says a share of a solve takes
         self._random = random.Random(seed)
 
     # ------------------------------------------------------------------ one step
@@ -201,6 +203,8 @@ class FakeWorker:
             self._forget(name)
         for name in output.preempted_req_ids or ():
             self.rows[name].blocks, self.rows[name].keys = [], []
+        for solve in step.solves:
+            self._solve(solve)
         kept_blocks = {}
         for job in step.jobs:
             kept = self._run(job)
@@ -228,8 +232,10 @@ class FakeWorker:
             req_id_to_index={name: index for index, name in enumerate(names)},
             sampled_token_ids=[sampled[name] for name in names],
         )
-        if kept_blocks:
-            result.kv_compression = CompressionReport(kept_blocks)
+        if kept_blocks or step.solves:
+            result.kv_compression = CompressionReport(
+                kept_blocks, self.share_seconds if step.solves else None
+            )
         return result
 
     def take_drafts(self) -> DraftTokenIds:
@@ -242,6 +248,7 @@ class FakeWorker:
             row.destination, row.boundary, row.history, row.blocks, row.keys = (), 0, 0, [], []
         self.records.pop(name, None)
         self.repeating.pop(name, None)
+        self.solved.pop(name, None)
 
     def _update_rows(self, output: SchedulerOutput) -> None:
         for new in output.scheduled_new_reqs:
@@ -323,6 +330,17 @@ class FakeWorker:
 
     # ------------------------------------------------------------------ compaction
 
+    def _solve(self, solve: Solve) -> None:
+        job, name = solve.job, solve.job.request_id
+        row, before = self.rows[name], self.solved.setdefault(name, [])
+        assert not row.destination and not job.destination and solve.shares
+        assert solve.shares.start == (before[-1].shares.stop if before else 0), "shares come in order"
+        assert solve.shares.stop <= solve.num_shares and all(job == other.job for other in before)
+        self._check_keys(job.source + job.tail, row, 0, job.num_tokens)
+        if job.config.repeats:
+            assert self.repeated[name] == set(range(job.num_tokens)), "it is solved for what is not repeated"
+        before.append(solve)
+
     def _run(self, job: Job) -> int:
         """Compact a request; into how many blocks, which with a threshold depends on what it holds."""
         row, blocks = self.rows[job.request_id], self.scheduler.kv_cache_manager.block_pool.blocks
@@ -343,6 +361,12 @@ class FakeWorker:
                 if name != job.request_id and block in self._readable(name):
                     raise AssertionError(f"{name} can read a destination of {job.request_id}")
         assert not set(job.tail) & set(job.destination)
+        if job.config.matches:
+            solves = self.solved.pop(job.request_id)
+            assert solves[-1].shares.stop == solves[-1].num_shares, "it is not all solved"
+            assert (
+                replace(job, destination=()) == solves[0].job and len(job.destination) == solves[0].num_blocks
+            )
         kept = len(job.destination)
         if job.config.threshold is not None:
             kept = 1 + hash((row.history, row.keys[job.num_tokens - 1])) % kept
@@ -512,7 +536,8 @@ class Simulation:
         idle = 0
         while any(name in self.scheduler.requests for name in names or self._unfinished()):
             output = self.step()
-            idle = 0 if output.num_scheduled_tokens or output.kv_compression.jobs else idle + 1
+            told = output.kv_compression
+            idle = 0 if output.num_scheduled_tokens or told.jobs or told.solves else idle + 1
             assert idle < 5, "requests wait while nothing runs"
 
     def _unfinished(self) -> list[str]:
@@ -584,7 +609,8 @@ class Simulation:
         assert not self.manager.peak_blocks and not self.manager.borrowers
         assert not self.manager.compacted and not self.manager.req_to_blocks
         self.step()  # the worker hears of the last ones
-        assert not self.worker.records and not self.worker.repeating
+        assert not self.worker.records and not self.worker.repeating and not self.worker.solved
+        assert not self.scheduler._solving._solves
         assert self.free == self.free_at_start
 
 

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_kvcompress.attention.unsupported import refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.formats import FORMATS, Format, number_of
+from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records
@@ -234,7 +234,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             ),
             arrays=self.arrays,
             attends=self._capturing or None in held,
-            formats=tuple(format for format in FORMATS.values() if format in held | captured),
+            formats=tuple(format for format in EVERY_FORMAT if format in held | captured),
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
             max_keys=common.max_seq_len,

@@ -15,7 +15,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_dtype
 from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, FULL
 
@@ -220,7 +220,11 @@ class Engine:
         return sorted(times)[len(times) // 2]
 
     def _compression(self, variant: str) -> dict[str, str]:
-        return {} if self.stock else {"kv_compression": variant}
+        if self.stock:
+            return {}
+        if KVCompressionConfig.parse(variant).matches:  # else forced tokens are computed on the raw cache
+            variant += ",waits=true" if ":" in variant else ":waits=true"
+        return {"kv_compression": variant}
 
     def _held(self, request_id: str) -> int:
         return self.scheduler.compacting_manager.held_blocks(request_id)

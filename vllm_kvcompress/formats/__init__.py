@@ -3,6 +3,7 @@
 from vllm_kvcompress.formats.base import RECORD, Format, RecordFormat, arrange
 from vllm_kvcompress.formats.hybrid import K4V2, K4V3, K4V4, K8V4
 from vllm_kvcompress.formats.kivi import Kivi2, Kivi4, Kivi8
+from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.formats.mixed import Auto, Mixed
 from vllm_kvcompress.formats.turboquant import (
     Turbo2,
@@ -17,9 +18,12 @@ from vllm_kvcompress.formats.turboquant import (
 )
 
 __all__ = [
+    "EVERY_FORMAT",
     "FORMATS",
+    "MATCHED",
     "RECORD",
     "Format",
+    "Matched",
     "Mixed",
     "RecordFormat",
     "arrange",
@@ -35,11 +39,16 @@ _MIXED: tuple[type[Format], ...] = (Auto,)
 FORMATS: dict[str, Format] = {
     format.name: format() for format in _KIVI + _TURBO + _CENTRED + _HYBRID + _MIXED
 }
+# What a method that matches writes where users say one of `FORMATS`.
+MATCHED: dict[str, Matched] = {
+    name: Matched(format) for name, format in FORMATS.items() if isinstance(format, RecordFormat)
+}
+EVERY_FORMAT: tuple[Format, ...] = (*FORMATS.values(), *MATCHED.values())
 
 
 def number_of(format: Format | None) -> int:
-    """What arrays on a device say of a format: its place in `FORMATS`, counted from 1; 0 for none."""
-    return 0 if format is None else 1 + list(FORMATS).index(format.name)
+    """What arrays on a device say of a format: its place in `EVERY_FORMAT`, counted from 1; 0 for none."""
+    return 0 if format is None else 1 + EVERY_FORMAT.index(format)
 
 
 def get_format(name: str) -> Format:

@@ -34,15 +34,36 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Solve:
+    """A share of the work before a Job whose policy matches: for what is kept biases and values are solved.
+
+    The shares of a request come in order, and then its Job, of the same tokens.
+
+    Attributes:
+        job: as the Job will be, without a destination.
+        num_blocks: blocks of the destination.
+        shares: which of `num_shares` equal parts of the heads.
+        num_shares: see `shares`.
+    """
+
+    job: Job
+    num_blocks: int
+    shares: range
+    num_shares: int
+
+
+@dataclass(frozen=True)
 class CompressionReport:
     """What a worker tells the scheduler, attached to the `ModelRunnerOutput` of a step as `kv_compression`.
 
     Attributes:
         kept_blocks: of the step's Jobs with a threshold, by request id: the first so many blocks of the
             destination hold all that is kept. The others are read by nobody.
+        solving_seconds: what the step's solves took on the host, each share.
     """
 
     kept_blocks: dict[str, int]
+    solving_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +100,7 @@ class CompressionStep:
     Attributes:
         released: requests that were preempted, or ended compacted, before this step runs. Their compacted
             pages were returned; what is kept of their queries begins again when they do.
+        solves: what to solve for Jobs of later steps, before anything is written.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
         late: requests that are due, but go on raw while there is no room for their compacted pages, or until
             the compactions before them are done. What is kept of their queries stays as it is, so that later
@@ -88,6 +110,7 @@ class CompressionStep:
     """
 
     released: list[str] = field(default_factory=list)
+    solves: list[Solve] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)

@@ -14,9 +14,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Solve
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
+from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.plan import (
     STAGED_BYTES,
     Plan,
@@ -41,6 +42,7 @@ class _Tracked:
         late: whether it goes on raw, past its point, until it can be compacted.
         due_since: number of the step in which it was found due; None while it is not.
         uncounted: its last Job, if that has a threshold and how much it keeps is not known yet.
+        solved: shares of its next Job that are solved.
     """
 
     config: KVCompressionConfig
@@ -49,6 +51,7 @@ class _Tracked:
     late: bool = False
     due_since: int | None = None
     uncounted: Job | None = None
+    solved: int = 0
 
 
 class _Compression:
@@ -83,6 +86,7 @@ class _Compression:
         assert isinstance(self.compacting_manager, CompactingManager)
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
+        self._solving = Solving(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
         most = self.compression.max_compaction_tokens
         self._most_read = most or self.scheduler_config.max_num_batched_tokens
@@ -143,6 +147,8 @@ class _Compression:
         return page_tokens(config, spec.block_size, spec.head_size, spec.dtype.itemsize)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        solved_for = [self._is_solved_for(request) for request in self.running if self._decodes(request)]
+        self._solving.begin_step(solved_for.count(False), solved_for.count(True))
         jobs, late = self._compact_due()
         self._end_abandoned()
         self._ring_tokens, self._ring_awaited = self._rings(), False
@@ -155,6 +161,7 @@ class _Compression:
         started += output.scheduled_cached_reqs.resumed_req_ids
         output.kv_compression = CompressionStep(
             released=self.compacting_manager.take_released(),
+            solves=[solve for solve in self._solving.take() if solve.job.request_id in self._tracked],
             # A request may have been preempted after its Job was made; its blocks are gone by now.
             jobs=[job for job in jobs if job.request_id in compacted],
             late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
@@ -256,6 +263,7 @@ class _Compression:
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
+            tracked.solved = 0
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
@@ -265,6 +273,7 @@ class _Compression:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         report: CompressionReport | None = getattr(model_runner_output, "kv_compression", None)
+        self._solving.took(report.solving_seconds if report is not None else None)
         for job in scheduler_output.kv_compression.jobs:
             tracked = self._tracked.get(job.request_id)
             # It may have ended or been preempted since; then all its blocks are free.
@@ -325,7 +334,9 @@ class _Compression:
             waiting = []
         for request in filter(self._due, due):
             tracked = self._tracked[request.request_id]
-            awaits_answer = tracked.uncounted is not None or self._is_being_repeated(request)
+            awaits_answer = tracked.uncounted is not None
+            if tracked.config.waits:
+                awaits_answer |= self._is_being_repeated(request) or self._is_being_solved(request)
             if tracked.late or awaits_answer or request in waiting:
                 continue
             tracked.late = True
@@ -365,6 +376,12 @@ class _Compression:
             return True
         return self._can_start(repeating)
 
+    def _is_being_solved(self, request: Request) -> bool:
+        """Whether a due request, all of whose context is repeated, waits for the rest of its solution."""
+        tracked = self._tracked[request.request_id]
+        repeated = self._repetitions.repeating(request.request_id) is None
+        return tracked.config.matches and repeated and tracked.solved < self._solving.num_shares
+
     def _can_start(self, repeating: Request) -> bool:
         """Whether vLLM would admit a repetition now."""
         repetition = self._repetitions.of(repeating.request_id)
@@ -390,37 +407,58 @@ class _Compression:
             return None
         if config.repeats and not self._repeated(request, config):
             return None
-        reads = tokens_read(point, manager.block_size, held)
-        if self._read and self._read + reads > self._most_read:
-            self._deferred[request.request_id] = plan.kept_blocks
-            return None
         begin = held.source_blocks if held else 0
-        row = manager.req_to_blocks[request.request_id]
-        tail = tuple(block.block_id for block in row[plan.source_blocks : -(-point // manager.block_size)])
-        in_place = current_platform.is_cpu() or plan.kept_blocks * self._block_bytes <= STAGED_BYTES
-        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks, in_place)
-        if swapped is None:  # it is tried again at the next step
-            if not in_place:
-                self._deferred[request.request_id] = plan.kept_blocks
-            return None
-        previous, source, destination = swapped
-        self._read += reads
-        self._repetitions.abandon(request.request_id)  # all is repeated
-        tracked.held = plan
-        self._pass_point(request, tracked)
+        row = [block.block_id for block in manager.req_to_blocks[request.request_id]]
+        source, tail = (
+            row[begin : plan.source_blocks],
+            row[plan.source_blocks : -(-point // manager.block_size)],
+        )
         job = Job(
             request_id=request.request_id,
             config=config,
             num_tokens=point,
             boundary=plan.boundary,
             previous_boundary=held.boundary if held else 0,
-            previous=previous,
-            source=source,
-            tail=tail,
-            destination=destination,
+            previous=(),
+            source=tuple(source),
+            tail=tuple(tail),
+            destination=(),
         )
+        if config.matches and not self._solved(tracked, job, plan.kept_blocks):
+            return None
+        reads = tokens_read(point, manager.block_size, held)
+        if self._read and self._read + reads > self._most_read:
+            self._deferred[request.request_id] = plan.kept_blocks
+            return None
+        in_place = current_platform.is_cpu() or plan.kept_blocks * self._block_bytes <= STAGED_BYTES
+        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks, in_place)
+        if swapped is None:  # it is tried again at the next step
+            if not in_place:
+                self._deferred[request.request_id] = plan.kept_blocks
+            return None
+        previous, _, destination = swapped
+        job = replace(job, previous=previous, destination=destination)
+        self._read += reads
+        self._repetitions.abandon(request.request_id)  # all is repeated
+        tracked.held = plan
+        self._pass_point(request, tracked)
         tracked.uncounted = job if config.threshold is not None else None
         return job
+
+    def _solved(self, tracked: _Tracked, job: Job, num_blocks: int) -> bool:
+        """Whether all is solved for a Job once this step's shares are; goes on with it if not."""
+        num_shares = self._solving.num_shares
+        if tracked.solved < num_shares:
+            shares = range(tracked.solved, min(tracked.solved + self._solving.take_shares(), num_shares))
+            if shares:
+                self._solving.add(Solve(job, num_blocks, shares, num_shares))
+                tracked.solved = shares.stop
+        return tracked.solved == num_shares
+
+    def _is_solved_for(self, request: Request) -> bool:
+        """Whether a running request is due and will be compacted once it is solved."""
+        tracked = self._tracked.get(request.request_id)
+        return tracked is not None and tracked.config.matches and self._due(request)
 
     def _pass_point(self, request: Request, tracked: _Tracked) -> None:
         """Go on to a request's next compaction point."""
@@ -430,7 +468,7 @@ class _Compression:
         since = request.num_computed_tokens + config.observed_window if tracked.late else 0
         while tracked.point is not None and tracked.point < since:
             tracked.point = next_point(config, num_prompt, tracked.point)
-        tracked.late, tracked.due_since = False, None
+        tracked.late, tracked.due_since, tracked.solved = False, None, 0
 
     def _observations(self, started: list[str]) -> list[Observation]:
         return [

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from vllm_kvcompress.policies.attention_matching import AttentionMatching
 from vllm_kvcompress.policies.base import LayerObservation, Policy, window_attention
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention
@@ -64,6 +65,7 @@ for _policy in (
     KeyDiff,
     CriticalKV,
     KVzip,
+    AttentionMatching,
     Foresight,
 ):
     register_policy(_policy)

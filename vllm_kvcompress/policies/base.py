@@ -4,12 +4,13 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.matching import Fit
 from vllm_kvcompress.policies.rotary import Rotary
 
 QUERY_BLOCK = 128  # queries whose attention is held at once
@@ -79,6 +80,21 @@ class LayerObservation:
         return torch.arange(width, device=self.keys.device) >= self.padding[:, None]
 
 
+@dataclass(frozen=True)
+class RepeatedPart:
+    """What of an observation is a part of the context that the model repeats.
+
+    Attributes:
+        columns: of the context's columns, which part.
+        seen: where the observation has these; before them are attention sinks, behind them is the repetition.
+        num_context: columns of the context.
+    """
+
+    columns: slice
+    seen: slice
+    num_context: int
+
+
 class Policy(ABC):
     """Says how much each token of each head matters.
 
@@ -98,7 +114,9 @@ class Policy(ABC):
         absolute: True if a score means the same in every prompt, so that it may be compared with a threshold.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
-        repeats: True if it must `observe` the queries with which the model repeats the context.
+        repeats: True if it must observe the queries with which the model repeats the context, see `repeat`.
+        matches: True if it has biases and values of its own for what is kept, see `fit`.
+        waits: True if a request whose context is repeated, or that is fitted, waits for its compaction.
         chunk: context tokens that are repeated at a time.
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
@@ -118,6 +136,8 @@ class Policy(ABC):
     absolute: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     repeats: ClassVar[bool] = False
+    matches: ClassVar[bool] = False
+    waits: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
@@ -145,6 +165,37 @@ class Policy(ABC):
 
         Returns:
             The new state.
+        """
+        raise NotImplementedError
+
+    def repeat(self, observation: LayerObservation, part: RepeatedPart) -> Any:
+        """Take note of queries with which the model repeats a part of the context, if the policy asks for it.
+
+        Here `observe` answers a number of each column `[H, W]`, and the state is each column's largest.
+
+        Args:
+            observation: the attention sinks, the part, and the repetition up to and including these queries.
+            part: which columns of it.
+
+        Returns:
+            The new state.
+        """
+        most = self.observe(replace(observation, state=None))
+        state = observation.state
+        if state is None:
+            state = most.new_zeros(len(most), part.num_context)
+        own = state[:, part.columns]
+        torch.maximum(own, most[:, part.seen], out=own)
+        return state
+
+    def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
+        """Biases and values of the kept tokens, if the policy matches.
+
+        Args:
+            observation: with keys and values, whatever the policy says that it reads.
+            heads: of the observation's, h of them.
+            columns: `[h, t]` int64, those that these keep, ascending.
+            present: `[h, t]` bool, which of them are: heads keep different numbers.
         """
         raise NotImplementedError
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.snapkv import SnapKV
 
 
@@ -89,6 +89,9 @@ class CriticalKV(Policy):
 
     def observe(self, observation: LayerObservation) -> Any:
         return self.base.observe(observation)
+
+    def repeat(self, observation: LayerObservation, part: RepeatedPart) -> Any:
+        return self.base.repeat(observation, part)
 
     def carry(self, state: Any, kept: Tensor) -> Any:
         return self.base.carry(state, kept)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,12 +20,42 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
 
         A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap, causal
 
+    Returns:
+        `[H, W]` float32; 0 where a head holds nothing.
+    """
+    result = torch.zeros(observation.keys.shape[:2], device=observation.keys.device)
+    for part in attention_parts(observation):
+        own, attention = result[part.heads, part.columns], part.attention
+        if reduction == "max":
+            torch.maximum(own, attention.amax(1), out=own)
+        else:
+            own += (attention.square_() if reduction == "sum of squares" else attention).sum(1)
+    return result
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """What some queries of some heads pay to the columns that the last of them sees.
+
+    Attributes:
+        heads: which, h of them.
+        queries: which of the observation's, q of them.
+        columns: which, c of them; to all others they pay nothing.
+        attention: `[h, G·q, c]` float32, query head after query head; memory that the next part takes again.
+    """
+
+    heads: slice
+    queries: slice
+    columns: slice
+    attention: Tensor
+
+
+def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
+    """Causal attention of the newest queries, part by part.
+
     A is computed a second time beside the attention kernel, which does not return it: some queries of some
     heads at a time, over the columns that the last of them sees. Logits and softmax are float32 whatever the
     model's dtype: in bf16 most scores of a long prompt tie.
-
-    Returns:
-        `[H, W]` float32; 0 where a head holds nothing.
     """
     keys, group, scale = observation.keys, observation.queries.shape[2], observation.scale
     num_queries, (heads, width) = len(observation.queries), keys.shape[:2]
@@ -36,7 +67,6 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
     queries = observation.queries.permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
     size = min(QUERY_BLOCK, num_queries)
     future = torch.full((size, size), -torch.inf, device=keys.device).triu_(1)
-    result = torch.zeros(heads, width, device=keys.device)
     per_head = group * size * width
     at_once = max(1, BLOCK_BYTES // 4 // per_head) if keys.device.type == "cpu" else heads
     memory = torch.empty(min(at_once, heads) * per_head, device=keys.device)  # new memory costs page faults
@@ -63,12 +93,7 @@ def column_attention(observation: LayerObservation, reduction: Reduction) -> Ten
                 if absent is not None and (padding is None or len(logits) > 1):  # else `first` says it
                     logits.masked_fill_(absent[some, :, first:seen], -torch.inf)
                 attention = torch.softmax(logits, -1, out=logits)
-                own = result[some, first:seen]
-                if reduction == "max":
-                    torch.maximum(own, attention.amax(1), out=own)
-                else:
-                    own += (attention.square_() if reduction == "sum of squares" else attention).sum(1)
-    return result
+                yield AttentionPart(some, slice(begin, end), slice(first, seen), attention)
 
 
 def _heads(heads: int, at_once: int, padding: list[int] | None) -> Iterator[tuple[slice, int]]:

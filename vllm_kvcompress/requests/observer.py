@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vllm_kvcompress.paging.job import Job, Repetition
 from vllm_kvcompress.plan import SPARE_QUERIES
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.tables import RequestTable
@@ -49,6 +49,8 @@ class Observed:
         drafts: per layer, the first position of the last step's drafts, and their queries `[n, Hq, D]`; the
             next step tells how many of them were accepted.
         paused: whether the request's queries go by unnoted: it is past its compaction point.
+        repeated: per layer, the first token of the part of the context that is being repeated, and the
+            position below which its queries are noted: a repetition may be preempted and begin again.
     """
 
     policy: Policy
@@ -56,6 +58,7 @@ class Observed:
     states: list[Any]
     drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     paused: bool = False
+    repeated: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def window(self, layers: slice, num_tokens: int) -> Tensor:
         """Some layers' queries `[w, l, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -204,19 +207,21 @@ class RepeatedSpan:
     part: Repetition
 
     def record(self, layer: int, query: Tensor) -> None:
-        skipped = max(self.part.num_context - self.first, 0)  # the context's last, incomplete block again
-        own = query[self.tokens][skipped:]
+        part, noted = self.observed.repeated.get(layer, (-1, 0))
+        # The context's last, incomplete block is computed again.
+        begin = max(self.part.num_context, noted if part == self.part.begin else 0)
+        own = query[self.tokens][max(begin - self.first, 0) :]
         if not len(own):
             return
-        end = self.first + skipped + len(own)
+        end = max(begin, self.first) + len(own)
+        self.observed.repeated[layer] = self.part.begin, end
         policy, states = self.observed.policy, self.observed.states
-        sinks, part = min(policy.sinks, self.part.begin), range(self.part.begin, self.part.end)
-        ranges = range(sinks), part, range(self.part.num_context, end)
-        state = policy.observe(self.context.observe_ranges(layer, own, end, ranges))
-        if states[layer] is None:
-            states[layer] = state.new_zeros(len(state), self.part.num_context)
-        own_part = states[layer][:, part.start : part.stop]
-        torch.maximum(own_part, state[:, sinks : sinks + len(part)], out=own_part)
+        sinks, length = min(policy.sinks, self.part.begin), self.part.end - self.part.begin
+        ranges = range(sinks), range(self.part.begin, self.part.end), range(self.part.num_context, end)
+        seen = self.context.observe_ranges(layer, own, end, ranges)
+        columns = slice(self.part.begin, self.part.end)
+        repeated = RepeatedPart(columns, slice(sinks, sinks + length), self.part.num_context)
+        states[layer] = policy.repeat(replace(seen, state=states[layer]), repeated)
 
 
 @dataclass(frozen=True)

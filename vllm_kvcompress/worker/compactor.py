@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats import RECORD, Format, Mixed, RecordFormat, arrange
-from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.formats import RECORD, Format, Matched, Mixed, RecordFormat, arrange
+from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
 from vllm_kvcompress.requests.observer import LayerAttention, Observed
@@ -96,6 +96,21 @@ class _Choice:
     pages: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Solution:
+    """What is solved of a request before it is compacted.
+
+    Attributes:
+        choice: what stays of it.
+        biases: of head after head, float32 of each kept raw token, in the columns' order.
+        values: `[kept, D]` float32, likewise.
+    """
+
+    choice: _Choice
+    biases: list[Tensor]
+    values: list[Tensor]
+
+
 class Compactor:
     """Compacts requests inside a paged cache.
 
@@ -126,6 +141,43 @@ class Compactor:
         self.grid = cache.grid
         self.layers = layers
         self.listeners: list[Listener] = []
+        self._solutions: dict[str, _Solution] = {}
+
+    def forget(self, request_id: str) -> None:
+        """Drop what was solved of a request."""
+        self._solutions.pop(request_id, None)
+
+    def solve(self, solve: Solve, observed: Observed | None) -> None:
+        """Solve for biases and values of what some heads of a request keep; with the first share, choose it.
+
+        Nothing is written: the request goes on with its raw tokens until its Job is run.
+        """
+        work = Work(solve.job, observed=observed)
+        (task,) = self._tasks([work])
+        num_raw = len(solve.job.source) * self.grid.block_size
+        name, format = solve.job.request_id, solve.job.config.record_format
+        assert format is not None
+        if solve.shares.start == 0:
+            held = self._candidates(task, slice(0, self.grid.num_layers))
+            choice = self._choose(task, held, format, num_raw, solve.num_blocks)
+            self._solutions[name] = _Solution(choice, [], [])
+        solution, heads = self._solutions[name], self.grid.num_heads
+        assert solution.choice.raw is not None
+        begin, end = (
+            self.grid.pages_per_block * share // solve.num_shares
+            for share in (solve.shares.start, solve.shares.stop)
+        )
+        kept = solution.choice.raw[begin:end] >= 0
+        num_kept = kept.sum(1).tolist()
+        for layer in range(begin // heads, -(-end // heads)):
+            some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
+            rows = slice(layer * heads + some.start - begin, layer * heads + some.stop - begin)
+            part = self._candidates(task, slice(layer, layer + 1))
+            seen = self._observe(task.policy, task, part, everything=True)
+            columns, present = _padded(kept[rows], max(num_kept[rows]))
+            fit = task.policy.fit(seen, some, columns, present)
+            solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept[rows], strict=True))
+            solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept[rows], strict=True))
 
     def run(self, works: Sequence[Work]) -> list[RequestTable]:
         """Compact requests, each at most once, as if one after the other.
@@ -221,7 +273,12 @@ class Compactor:
         old = held.pages[:, :0] if held.records is None else held.records
         old_parts = old if held.parts is None else held.parts
         num_raw = len(job.source) * self.grid.block_size
-        choice = self._choose(task, held, format, num_raw)
+        solution = self._solutions.pop(job.request_id) if job.config.matches else None
+        choice = (
+            self._choose(task, held, format, num_raw, len(job.destination))
+            if solution is None
+            else solution.choice
+        )
         part = torch.arange(len(format.parts), device=device)[:, None, None]
         keep_old = choice.old & (old_parts == part)  # `[P, X, E]`
         num_old = keep_old.sum(2)
@@ -266,7 +323,7 @@ class Compactor:
             of_raw, columns = None if choice.raw is None else choice.raw == number, []
             new_target = target[~is_old].split(num_new[number].tolist())
             for first_head, end in self._head_slices(len(old), num_raw):
-                content, kept = self._encoded(held, first_head, end, num_raw, of_raw, own)
+                content, kept = self._encoded(held, first_head, end, num_raw, of_raw, own, solution)
                 columns.append(kept)
                 staged.append((torch.cat(new_target[first_head:end]), content, own))
                 if not overlaps:
@@ -299,8 +356,10 @@ class Compactor:
             self._carry(task, new, columns - held.num_scored)
         return new
 
-    def _choose(self, task: _Task, held: _Candidates, format: Format, num_raw: int) -> _Choice:
-        """What stays, and the pages of each head.
+    def _choose(
+        self, task: _Task, held: _Candidates, format: Format, num_raw: int, num_blocks: int
+    ) -> _Choice:
+        """What stays in so many blocks, and the pages of each head.
 
         A record stays or goes as a whole: each of its tokens counts as their mean. Raw tokens come in
         thirty-twos, the best first.
@@ -315,7 +374,7 @@ class Compactor:
         shape = self.grid.num_layers, self.grid.num_heads
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1)
-        most = len(job.destination) * self.grid.pages_per_block
+        most = num_blocks * self.grid.pages_per_block
         per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
         capacity = (present + per_page - 1) // per_page
         if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
@@ -351,6 +410,7 @@ class Compactor:
         num_raw: int,
         keep_raw: Tensor | None,
         format: RecordFormat,
+        solution: _Solution | None,
     ) -> tuple[Tensor, Tensor]:
         """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
         pages = held.pages[begin:end, : num_raw // self.grid.block_size]
@@ -363,6 +423,11 @@ class Compactor:
             kept = keep_raw[begin:end].flatten().nonzero()[:, 0]
             keys, values, columns = keys[kept], values[kept], columns[kept]
         tokens = (-1, RECORD, self.cache.head_size)
+        if solution is not None:
+            assert isinstance(format, Matched)
+            values = torch.cat(solution.values[begin:end])
+            biases = torch.cat(solution.biases[begin:end]).view(-1, RECORD)
+            return format.encode(keys.view(tokens), values.view(tokens), biases), columns.view(-1, RECORD)
         return format.encode(keys.view(tokens), values.view(tokens)), columns.view(-1, RECORD)
 
     def _head_slices(self, num_heads: int, num_tokens: int) -> Iterator[tuple[int, int]]:
@@ -487,21 +552,25 @@ class Compactor:
         scores.nan_to_num_(nan=least, neginf=least, posinf=torch.inf)
         protect(scores, together.padding, tasks[0].work.job.config.sink_tokens)
 
-    def _observe(self, policy: Policy, task: _Task, part: _Candidates) -> LayerObservation:
+    def _observe(
+        self, policy: Policy, task: _Task, part: _Candidates, everything: bool = False
+    ) -> LayerObservation:
+        """What a policy sees of some layers: what it reads, or keys and values whatever it reads."""
         job, observed = task.work.job, task.work.observed
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
         raw = width - (0 if part.records is None else part.records.shape[1] * RECORD)
-        if policy.reads_keys:
+        reads_keys, reads_values = policy.reads_keys or everything, policy.reads_values or everything
+        if reads_keys:
             keys = self.cache.read_keys(part.pages)[:, :raw]
-        if policy.reads_values:
+        if reads_values:
             values = self.cache.read_values(part.pages)[:, :raw]
-        if part.records is not None and (policy.reads_keys or policy.reads_values):
+        if part.records is not None and (reads_keys or reads_values):
             assert task.work.table is not None and task.work.table.format is not None
             encoded = self._decoded(part, task.work.table.format)
             before = (each.flatten(1, 2).to(keys.dtype) for each in encoded)
-            read = policy.reads_keys, policy.reads_values
+            read = reads_keys, reads_values
             keys, values = (
                 torch.cat([own, after], 1) if wanted else after
                 for own, after, wanted in zip(before, (keys, values), read, strict=True)
@@ -568,6 +637,12 @@ class Compactor:
             after = policy.carry(policy.stack(states[some]), kept)
             for layer, own in zip(range(some.start, some.stop), after.split(heads), strict=True):
                 states[layer] = own[:, -(_longest(new, slice(layer, layer + 1)) + num_raw) :]
+
+
+def _padded(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The columns `[X, width]` int64 that `[X, T]` bool says are kept, ascending, and which are any."""
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    return order, kept.gather(1, order)
 
 
 def _of_records(scores: Tensor, width: int) -> Tensor:

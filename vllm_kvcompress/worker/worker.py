@@ -1,5 +1,6 @@
 """vLLM's workers, extended: they compact before they compute."""
 
+import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.layers import probe_layers
@@ -49,6 +50,7 @@ class CompressionWorker(Worker):
     lacks: dict[str, str]
     _serving = False
     _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
+    _solving_seconds: float | None = None  # of a share of this step's solves
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -138,13 +140,15 @@ class CompressionWorker(Worker):
         return self._reported(super().sample_tokens(grammar_output))
 
     def _reported(self, output):
-        """The step's output, with the word of what its thresholds keep."""
-        if not self._counting or not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+        """The step's output, with the word of what its thresholds keep and how long it solved."""
+        nothing = not self._counting and self._solving_seconds is None
+        if nothing or not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
             return output
         tables, self._counting = self._counting, MappingProxyType({})
+        seconds, self._solving_seconds = self._solving_seconds, None
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportedLater(output, tables)
-        return _with_report(output, tables)
+            return _ReportedLater(output, tables, seconds)
+        return _with_report(output, tables, seconds)
 
     def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
@@ -165,6 +169,9 @@ class CompressionWorker(Worker):
         state = self.compression
         for request_id in (*step.released, *finished):
             state.forget(request_id)
+            self.compactor.forget(request_id)
+        if step.solves:
+            self._solve(step.solves)
         if step.jobs:
             self._run_jobs(step.jobs)
         for request_id in step.late:
@@ -174,6 +181,12 @@ class CompressionWorker(Worker):
             state.observer.watch(observation.request_id, observation.config.build_policy())
         for repetition in step.repetitions:
             state.observer.watch_repetition(repetition)
+
+    def _solve(self, solves: Sequence[Solve]) -> None:
+        begin = time.perf_counter()
+        for solve in solves:
+            self.compactor.solve(solve, self.compression.observer.of(solve.job.request_id))
+        self._solving_seconds = (time.perf_counter() - begin) / sum(len(solve.shares) for solve in solves)
 
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
         state, works = self.compression, []
@@ -195,16 +208,19 @@ class CompressionWorker(Worker):
 class _ReportedLater(AsyncModelRunnerOutput):
     """An output that is on its way, and what goes with it."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, tables: Mapping[str, RequestTable]) -> None:
-        self._output, self._tables = output, tables
+    def __init__(self, output: AsyncModelRunnerOutput, *report: Any) -> None:
+        self._output, self._report = output, report
 
     def get_output(self) -> ModelRunnerOutput:
-        return _with_report(self._output.get_output(), self._tables)
+        return _with_report(self._output.get_output(), *self._report)
 
 
-def _with_report(output: ModelRunnerOutput, tables: Mapping[str, RequestTable]) -> ModelRunnerOutput:
+def _with_report(
+    output: ModelRunnerOutput, tables: Mapping[str, RequestTable], solving_seconds: float | None
+) -> ModelRunnerOutput:
     output = copy(output)  # an empty one is everybody's
-    output.kv_compression = CompressionReport({name: table.num_blocks for name, table in tables.items()})
+    kept = {name: table.num_blocks for name, table in tables.items()}
+    output.kv_compression = CompressionReport(kept, solving_seconds)
     return output
 
 

@@ -1,0 +1,151 @@
+"""Attention Matching in the engine: solved for beside others' steps, and attended to as solved."""
+
+import pytest
+from harness import first_difference, same_kept, sampling, tokens
+from vllm.v1.request import RequestStatus
+
+OPTIONS = "attention_matching:budget=0.05,chunk=600,references=256,waits="
+RAW, WAITS = OPTIONS + "false", OPTIONS + "true"
+
+
+@pytest.fixture(autouse=True)
+def nothing_solved_is_left(engine):
+    yield
+    engine.check_nothing_left()
+    assert not engine.worker.compactor._solutions
+    assert not engine.scheduler._solving._solves
+
+
+def solutions(engine):
+    return engine.worker.compactor._solutions
+
+
+def step_until_solving(engine) -> None:
+    while not solutions(engine):
+        engine.step()
+        assert engine.scheduler.requests, "it was solved within a step"
+
+
+@pytest.fixture
+def on_time(engine, long_ids):
+    """The compaction and the answer of a request that waited for it."""
+    output = engine.run_fresh(long_ids(640, seed=3), sampling(40, WAITS))
+    (compaction,) = engine.compactions
+    engine.compactions.clear()
+    engine.forget_prefixes()
+    return compaction, output
+
+
+def test_a_request_decodes_on_its_raw_cache_until_it_is_solved(engine, stock, long_ids, on_time):
+    prompt = long_ids(640, seed=3)
+    plain = stock.run(prompt, sampling(80))
+    name = engine.add(prompt, sampling(80, RAW))
+    engine.step_until_due(name)
+    late = engine.step_until_compacted(name)
+    engine.finish()
+    raw = late.num_computed - 640 + 1
+    assert raw > 12, "a share a step at most, of twelve heads"
+    assert same_kept(late, on_time[0]) and late.job.num_tokens == 640
+    answer = tokens(engine.outputs.pop(name))
+    assert answer[:raw] == tokens(plain)[:raw]
+    assert answer != tokens(plain)
+
+
+def test_a_request_that_waits_answers_the_same_beside_others(engine, long_ids, on_time):
+    requests = [(long_ids(640, seed=3), sampling(40, WAITS)), (long_ids(300, seed=4), sampling(40, "off"))]
+    requests += [(long_ids(500, seed=5), sampling(40, WAITS))]
+    together = engine.run_all(requests)
+    assert first_difference(together[0], on_time[1]) is None
+    first = next(c for c in engine.compactions if c.job.num_tokens == 640)
+    assert same_kept(first, on_time[0]) and first.num_computed == 640
+    assert len(engine.compactions) == 2
+
+
+@pytest.mark.parametrize("ends", ["aborted", "all at once"])
+def test_who_ends_in_the_middle_leaves_nothing(engine, long_ids, ends):
+    free = engine.free
+    name = engine.add(long_ids(640, seed=3), sampling(40, RAW))
+    step_until_solving(engine)
+    if ends == "all at once":
+        engine.scheduler.finish_requests(None, RequestStatus.FINISHED_ABORTED)
+    engine.llm.llm_engine.abort_request([name])
+    engine.finish()
+    engine.step()
+    assert engine.free == free and not engine.compactions
+
+
+@pytest.mark.parametrize("options", [RAW, WAITS])
+def test_a_preemption_in_the_middle_changes_nothing(engine, long_ids, on_time, options):
+    if options == WAITS:  # else all is solved in one step
+        engine.step_until_due(engine.add(long_ids(40, seed=9), sampling(300, "off")))
+    name = engine.add(long_ids(640, seed=3), sampling(60, options))
+    step_until_solving(engine)
+    request = engine.live(name)
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    late = engine.step_until_compacted(name)
+    engine.finish()
+    assert same_kept(late, on_time[0])
+    if options == WAITS:
+        assert tokens(engine.outputs.pop(name))[:40] == tokens(on_time[1])
+    engine.outputs.clear()
+
+
+def test_a_preempted_repetition_counts_no_query_twice(engine, long_ids, on_time):
+    name = engine.add(long_ids(640, seed=3), sampling(40, WAITS))
+    engine.step_until_due(name)
+    observed = engine.worker.compression.observer.of(engine.live(name).request_id)
+    while not observed.repeated:  # a step computes 512 tokens, so that the first part takes two
+        engine.step()
+    (request,) = [r for r in engine.scheduler.running if ":repeat-" in r.request_id]
+    engine.scheduler.running.remove(request)
+    engine.scheduler._preempt_request(request, 0.0)
+    engine.finish()
+    assert same_kept(engine.compactions[-1], on_time[0])
+    assert tokens(engine.outputs.pop(name)) == tokens(on_time[1])
+
+
+def test_in_a_full_pool_a_request_goes_on_raw(engine, stock, long_ids):
+    plain = stock.run(long_ids(640, seed=3), sampling(30))
+    name = engine.add(long_ids(640, seed=3), sampling(30, RAW))
+    engine.step_until_due(name)
+    with engine.squeezed(2):
+        engine.finish()
+    assert not engine.compactions
+    assert first_difference(engine.outputs.pop(name), plain) is None
+
+
+def test_a_cached_prefix_is_read_and_what_is_matched_never_enters_it(engine, stock, long_ids, on_time):
+    plain = stock.run(long_ids(640, seed=3), sampling(20))
+    engine.run_fresh(long_ids(640, seed=3), sampling(40, WAITS))
+    hit = engine.run(long_ids(640, seed=3), sampling(40, WAITS))
+    assert hit.num_cached_tokens == 608, "repetitions need none of the prompt's own queries"
+    assert tokens(hit) == tokens(on_time[1])
+    assert first_difference(engine.run(long_ids(640, seed=3), sampling(20, "off")), plain) is None
+
+
+def test_the_prompts_own_queries_need_no_repetition(engine, long_ids):
+    options = RAW.replace("chunk=600", "queries=prompt")
+    name = engine.add(long_ids(640, seed=6), sampling(60, options))
+    while engine.compaction_of(name) is None:
+        engine.step()
+        assert not any(":repeat-" in other for other in engine.scheduler.requests)
+    engine.finish()
+    engine.outputs.clear()
+
+
+def test_matching_differs_from_keeping_the_same_tokens(engine, long_ids, on_time):
+    plain = engine.run_fresh(long_ids(640, seed=3), sampling(40, WAITS + ",bias=false,values=false"))
+    assert same_kept(engine.compactions[-1], on_time[0])
+    assert tokens(plain) != tokens(on_time[1])
+
+
+@pytest.mark.parametrize("format", ["kivi4", "turbo3", "k8v4"])
+def test_any_quantizing_format_may_hold_what_is_matched(engine, long_ids, format):
+    options = WAITS.replace("matching", f"matching+{format}")
+    name = engine.add(long_ids(640, seed=3), sampling(8, options))
+    engine.step_until_compacted(name)
+    table = engine.worker.compression.tables[engine.live(name).request_id]
+    assert table.format.name == f"matched {format}"
+    engine.finish()
+    engine.outputs.clear()

@@ -1,0 +1,159 @@
+"""Solves are spread over steps, by the time that their shares take and others' steps do."""
+
+from types import SimpleNamespace
+
+import pytest
+from simulation import Simulation, prompt_of
+
+from vllm_kvcompress.paging import repetition, solving
+
+MODES = [pytest.param({}, id="sync"), pytest.param(dict(asynchronous=True), id="async")]
+OPTIONS = "attention_matching:budget=0.25,waits={}"
+SHARES = 4  # two layers of two heads
+
+
+class Clock:
+    """Steps that take as long as a test says."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def words(monkeypatch):
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [1] * 10)
+    monkeypatch.setattr(repetition, "cached_tokenizer_from_config", lambda config: tokenizer)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(solving, "time", clock)
+    return clock
+
+
+def shares(output) -> list[tuple[str, int]]:
+    return [(solve.job.request_id, len(solve.shares)) for solve in output.kv_compression.solves]
+
+
+def simulate(**mode) -> Simulation:
+    return Simulation("attention_matching", max_num_batched_tokens=256, num_blocks=400, **mode)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_beside_a_decoding_client_solves_have_a_tenth_of_the_time(clock, mode, waits):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.05
+    client = sim.add(prompt_of(60), "off", 300)
+    sim.step()
+    names = [sim.add(prompt_of(500, seed), OPTIONS.format(waits), 250) for seed in (31, 32)]
+    sent: list[tuple[float, str, int]] = []
+    while not all(sim.jobs_of(name) for name in names):
+        clock.now += 0.1
+        output = sim.step()
+        assert client in output.num_scheduled_tokens
+        sent += [(clock.now, *each) for each in shares(output)]
+    assert all(count == 1 for _, _, count in sent) and len(sent) == 2 * SHARES
+    # The first one only tells how long they take; each of the others has ten times that before it.
+    times = [time for time, _, _ in sent[1:]]
+    assert all(later - earlier >= 0.5 - 1e-9 for earlier, later in zip(times, times[1:], strict=False))
+    assert times[-1] - times[0] < 1.0 * len(times), "and not much more"
+    assert sim.worker.late == (set() if waits else set(names))
+    assert [name for _, name, _ in sent] == [names[0]] * SHARES + [names[1]] * SHARES
+    sim.finish()
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_decodes_on_its_raw_cache_until_it_is_solved(clock, mode):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.1
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 60)
+    while not sim.answers[name]:
+        sim.step()
+    steps = 0
+    while not sim.jobs_of(name):
+        clock.now += 0.05  # so a share every two steps
+        before = len(sim.answers[name])
+        output = sim.step()
+        steps += 1
+        assert name in output.num_scheduled_tokens or mode and len(sim.answers[name]) >= before
+        assert len(shares(output)) <= 1
+    assert name in sim.worker.late and 2 * SHARES <= steps
+    (job,) = sim.jobs_of(name)
+    assert job.num_tokens == 500 and job.boundary <= 500, "it keeps what it would have kept at its point"
+    sim.finish()
+    assert len(sim.answers[name]) == 60
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_request_that_waits_has_computed_nothing_behind_its_point_before_it_is_compacted(clock, mode):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.1
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(True), 20)
+    while not sim.jobs_of(name):
+        clock.now += 0.05
+        sim.step()
+        if not sim.jobs_of(name):
+            assert len(sim.answers[name]) <= 1
+    assert name not in sim.worker.late
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_when_nobody_decodes_a_step_has_as_many_shares_as_a_quarter_of_a_second(clock):
+    sim = simulate()
+    sim.worker.share_seconds = 0.1
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(True), 4)
+    given = []
+    while not sim.jobs_of(name):
+        clock.now += 0.01
+        given += [count for _, count in shares(sim.step())]
+    assert given == [1, 2, 1]
+    sim.finish()
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ends", ["aborted", "preempted"])
+def test_who_ends_or_is_preempted_in_the_middle_is_solved_for_anew_or_never(clock, mode, ends):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.1
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 60)
+    while len(sim.worker.solved.get(name, ())) < 2:
+        clock.now += 0.05
+        sim.step()
+    if ends == "aborted":
+        sim.abort(name)
+    else:
+        request = sim.scheduler.requests[name]
+        sim.scheduler.running.remove(request)
+        sim.scheduler._preempt_request(request, 0.0)
+        while not sim.jobs_of(name):
+            clock.now += 0.05
+            sim.step()
+    sim.finish()
+    assert len(sim.jobs_of(name)) == (ends == "preempted")
+    sim.check_nothing_left()
+
+
+def test_what_is_solved_stays_until_there_is_room(clock):
+    sim = simulate()
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 100)
+    pool = sim.scheduler.kv_cache_manager.block_pool
+    while not sim.worker.solved.get(name):
+        sim.step()
+    manager = sim.scheduler.compacting_manager
+    compact, refused = manager.compact, []
+    manager.compact = lambda *args: refused.append(args) if len(refused) < 5 else compact(*args)
+    while not sim.jobs_of(name):
+        clock.now += 0.2
+        sim.step()
+    assert len(refused) == 5 and pool.get_num_free_blocks() > 0
+    sim.finish()
+    sim.check_nothing_left()

@@ -1,0 +1,70 @@
+"""When the shares of solves are done, so that nobody who decodes is stalled by them (Attention Matching)."""
+
+import time
+
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+
+from vllm_kvcompress.paging.job import Solve
+
+# Of the time of others' steps that solves may take beside them, and of their own requests' steps.
+BESIDE_OTHERS, ALONE = 0.1, 1.0
+LONGEST_STEP = 0.25  # seconds of solves in a step in which nobody decodes
+LONGEST_PAUSE = 1.0  # seconds between two steps that count, at most
+
+
+class Solving:
+    """Spreads solves over steps by what their shares have taken so far.
+
+    Beside requests that decode solves have a tenth of the time: a share is sent once that much has passed
+    since the last one, never more than one in a step. If only those decode that are solved for, half of the
+    time. A share is a head's part on a CPU, where it takes as long as a step or longer, and a layer's on
+    others. All ranks of a step do the same shares, as the scheduler says.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
+        heads = model.get_num_kv_heads(parallel) if current_platform.is_cpu() else 1
+        self.num_shares = layers * heads
+        self._solves: list[Solve] = []
+        self._seconds = 0.0  # of a share, as the last one took
+        self._credit = 0.0  # seconds
+        self._left = 0  # shares of this step
+        self._last = time.monotonic()
+
+    def begin_step(self, others: int, solved_for: int) -> None:
+        """Count the shares that this step may have.
+
+        Args:
+            others: requests that decode and are not solved for.
+            solved_for: those that are, and decode on their raw cache.
+        """
+        now = time.monotonic()
+        passed, self._last = min(now - self._last, LONGEST_PAUSE), now
+        if not others and not solved_for:
+            self._left = max(1, int(LONGEST_STEP / self._seconds)) if self._seconds else 1
+            return
+        self._credit = min(self._credit + (BESIDE_OTHERS if others else ALONE) * passed, self._seconds)
+        self._left = int(self._credit >= self._seconds)
+
+    def take_shares(self) -> int:
+        """The shares that one request may have in this step; no other one has any."""
+        left, self._left = self._left, 0
+        if left:
+            self._credit = 0.0
+        return left
+
+    def add(self, solve: Solve) -> None:
+        """Have it done in this step."""
+        self._solves.append(solve)
+
+    def take(self) -> list[Solve]:
+        """What is to be done in this step."""
+        solves, self._solves = self._solves, []
+        return solves
+
+    def took(self, seconds: float | None) -> None:
+        """Note how long a share has taken on a worker; None if there was none."""
+        if seconds is not None:
+            self._seconds = seconds
