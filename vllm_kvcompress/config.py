@@ -394,7 +394,7 @@ class KVCompressionConfig:
 
     @functools.cached_property
     def waits(self) -> bool:
-        """Whether a request waits for its repetition and its solution, rather than decode on its raw cache."""
+        """Whether a request waits for its repetition and its solution, rather than decode meanwhile."""
         return self.build_policy().waits
 
     @property

@@ -19,7 +19,7 @@ def policy(**options):
 
 
 def repetition(num_context, sinks, asked, part, heads=2, group=3, seed=0, softcap=0.0) -> LayerObservation:
-    """Sinks, a part of a context, and a repetition of `asked + part` tokens, whose queries are all observed."""
+    """Sinks, a part of a context, and a repetition of `asked + part` tokens, all of them observed."""
     width = sinks + 2 * part + asked
     drawn = observe(width, asked + part, heads, group, softcap=softcap, seed=seed)
     return replace(drawn, num_tokens=num_context + asked + part, num_scored=width)

@@ -6,10 +6,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, Problem, attend, fit
+from vllm_kvcompress.matching import Fit, Problem, fit_by_parts
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.watching import attention_parts
 
+PART = 4096  # columns that are solved for at once
 OF_COLUMNS = "squares", "most", "by", "at"  # of `Attended`
 
 
@@ -142,21 +143,21 @@ class AttentionMatching(Policy):
         state, scored = observation.state, observation.num_scored
         own = state.by[heads].gather(1, columns[..., None].expand(-1, -1, state.by.shape[2]))
         sample = state.sample[:, heads].permute(1, 2, 0, 3)  # `[h, G, m, D]`
-        limits = None
+        limits = own_limits = None
         if self.accumulates:  # its queries are causal; those of a repetition come after all columns
             sampled = state.positions.repeat(sample.shape[1]).expand(len(columns), -1)
-            limits = (torch.cat([sampled, state.at[heads].gather(1, columns)], 1) + 1).clamp(max=scored)
+            limits = (sampled + 1).clamp(max=scored)
+            own_limits = (state.at[heads].gather(1, columns) + 1).clamp(max=scored)
         problem = Problem(
             keys=observation.keys[heads, :scored],
             values=observation.values[heads, :scored],
-            queries=torch.cat([sample.flatten(1, 2), own], 1),
+            queries=sample.flatten(1, 2),
             scale=observation.scale,
             logits_soft_cap=observation.logits_soft_cap,
             limits=limits,
         )
-        reference = attend(problem)
-        wanted = {"bias": self.bias, "values": self.values}
-        return fit(problem, reference, columns, present, **wanted, value_ridge=self.ridge)
+        wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
+        return fit_by_parts(problem, own, own_limits, columns, present, PART, **wanted)
 
 
 def _nothing(observation: LayerObservation, width: int) -> Attended:

@@ -102,11 +102,13 @@ class _Solution:
 
     Attributes:
         choice: what stays of it.
+        num_kept: raw tokens of each head.
         biases: of head after head, float32 of each kept raw token, in the columns' order.
         values: `[kept, D]` float32, likewise.
     """
 
     choice: _Choice
+    num_kept: list[int]
     biases: list[Tensor]
     values: list[Tensor]
 
@@ -160,15 +162,15 @@ class Compactor:
         if solve.shares.start == 0:
             held = self._candidates(task, slice(0, self.grid.num_layers))
             choice = self._choose(task, held, format, num_raw, solve.num_blocks)
-            self._solutions[name] = _Solution(choice, [], [])
+            assert choice.raw is not None
+            self._solutions[name] = _Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
         solution, heads = self._solutions[name], self.grid.num_heads
         assert solution.choice.raw is not None
         begin, end = (
             self.grid.pages_per_block * share // solve.num_shares
             for share in (solve.shares.start, solve.shares.stop)
         )
-        kept = solution.choice.raw[begin:end] >= 0
-        num_kept = kept.sum(1).tolist()
+        kept, num_kept = solution.choice.raw[begin:end] >= 0, solution.num_kept[begin:end]
         for layer in range(begin // heads, -(-end // heads)):
             some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
             rows = slice(layer * heads + some.start - begin, layer * heads + some.stop - begin)

@@ -1,0 +1,170 @@
+"""Heads that are matched part by part answer as if they were matched at once, or nearly."""
+
+import pytest
+import torch
+
+from vllm_kvcompress.matching import Problem, attend, fit, fit_by_parts
+
+SIZE, SCALE = 16, 0.25
+
+
+def draw(tokens=240, queries=150, heads=2, seed=0, **fields) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    shape = heads, tokens, SIZE
+    keys, values = (torch.randn(shape, generator=generator) for _ in "kv")
+    return Problem(keys, values, torch.randn(heads, queries, SIZE, generator=generator) * 2, SCALE, **fields)
+
+
+def chosen(problem: Problem, counts: list[int]):
+    """The best columns of each head, ascending, one query for each, and which are there."""
+    scores = attend(problem).scores
+    most = max(counts)
+    columns = scores.argsort(1, descending=True)[:, :most]
+    present = torch.arange(most) < torch.tensor(counts)[:, None]
+    columns, order = columns.masked_fill(~present, 10**6).sort(1)
+    present = present.gather(1, order)
+    columns = columns.where(present, torch.zeros_like(columns))
+    generator = torch.Generator().manual_seed(9)
+    own = torch.randn(len(counts), most, SIZE, generator=generator) * 2
+    return columns, present, own
+
+
+def dense(queries, keys, values, bias):
+    logits = queries.double() @ keys.double().mT * SCALE + bias[:, None].double()
+    return logits.softmax(-1) @ values.double(), logits.logsumexp(-1)
+
+
+def errors(problem: Problem, queries, columns, present, bias, values) -> tuple[float, float]:
+    """Of outputs and of masses, on queries that nothing was fitted to."""
+    wanted, mass = dense(queries, problem.keys, problem.values, torch.zeros(problem.keys.shape[:2]))
+    keys = problem.keys.gather(1, columns[..., None].expand(-1, -1, SIZE))
+    got, own = dense(queries, keys, values, bias.masked_fill(~present, -torch.inf))
+    return float((got - wanted).square().mean()), float((own - mass).square().mean())
+
+
+def test_a_head_of_one_part_is_matched_at_once():
+    problem = draw()
+    columns, present, own = chosen(problem, [40, 25])
+    for head in range(2):
+        rows, there = slice(head, head + 1), present[head]
+        queries = torch.cat([problem.queries[rows], own[rows, there]], 1)
+        alone = Problem(problem.keys[rows], problem.values[rows], queries, SCALE)
+        wanted = fit(alone, attend(alone), columns[rows, there], present[rows, there])
+        got = fit_by_parts(problem, own, None, columns, present, 240)
+        torch.testing.assert_close(got.bias[rows, there], wanted.bias, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(got.values[rows, there], wanted.values, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("most", [120, 100])
+def test_parts_answer_nearly_as_well_as_the_whole(most):
+    problem = draw(queries=600)
+    columns, present, own = chosen(problem, [60, 45])
+    held_out = draw(seed=5).queries
+    at_once = fit_by_parts(problem, own, None, columns, present, 240)
+    by_parts = fit_by_parts(problem, own, None, columns, present, most)
+    plain = problem.values.gather(1, columns[..., None].expand(-1, -1, SIZE))
+    whole = errors(problem, held_out, columns, present, at_once.bias, at_once.values)
+    parts = errors(problem, held_out, columns, present, by_parts.bias, by_parts.values)
+    pruned = errors(problem, held_out, columns, present, torch.zeros_like(at_once.bias), plain)
+    for one, other, without in zip(whole, parts, pruned, strict=True):
+        assert other < 2 * one and other < without / 2
+
+
+def test_where_each_part_can_be_matched_exactly_the_whole_is():
+    # Each part has ten different keys, eight times each, whose values differ.
+    generator = torch.Generator().manual_seed(1)
+    distinct = torch.randn(2, 20, SIZE, generator=generator)
+    keys = distinct.repeat_interleave(8, 1)  # the first eighty columns are of the first ten keys
+    values = torch.randn(2, 160, SIZE, generator=generator)
+    problem = Problem(keys, values, torch.randn(2, 300, SIZE, generator=generator) * 2, SCALE)
+    columns = torch.arange(0, 160, 8).expand(2, -1).contiguous()
+    present = torch.ones_like(columns, dtype=torch.bool)
+    own = torch.randn(2, 20, SIZE, generator=generator)
+    solved = fit_by_parts(problem, own, None, columns, present, 80, bias_ridge=1e-9, value_ridge=1e-7)
+    torch.testing.assert_close(solved.bias, torch.full_like(solved.bias, 8.0).log(), atol=2e-2, rtol=0)
+    means = values.unflatten(1, (20, 8)).mean(2)
+    torch.testing.assert_close(solved.values, means, atol=2e-2, rtol=0)
+
+
+def test_heads_of_different_counts_are_matched_as_they_are_alone():
+    problem = draw(heads=3)
+    counts = [50, 7, 33]
+    columns, present, own = chosen(problem, counts)
+    together = fit_by_parts(problem, own, None, columns, present, 70)
+    assert not together.values[~present].any() and not together.bias[~present].any()
+    for head, count in enumerate(counts):
+        rows = slice(head, head + 1)
+        alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
+        there = present[head]
+        assert int(there.sum()) == count
+        single = fit_by_parts(alone, own[rows, there], None, columns[rows, there], there[None, there], 70)
+        torch.testing.assert_close(together.bias[rows, there], single.bias, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(together.values[rows, there], single.values, atol=2e-3, rtol=2e-3)
+
+
+def test_a_part_without_a_kept_column_is_left_out():
+    problem = draw()
+    columns = torch.tensor([[1, 2, 3], [1, 2, 200]])
+    present = torch.ones_like(columns, dtype=torch.bool)
+    own = draw(seed=3).queries[:, :3]
+    solved = fit_by_parts(problem, own, None, columns, present, 80)
+    assert bool(torch.isfinite(solved.bias).all() and torch.isfinite(solved.values).all())
+
+
+def test_queries_see_the_columns_of_a_part_below_their_limits():
+    limits = torch.randint(1, 241, (2, 150), generator=torch.Generator().manual_seed(2))
+    problem = draw(limits=limits)
+    columns, present, own = chosen(problem, [40, 25])
+    own_limits = columns + 1
+    one = fit_by_parts(problem, own, own_limits, columns, present, 120)
+    # Whatever lies beyond every limit counts for nothing: here all of the second part.
+    below = limits.clamp(max=120)
+    values = problem.values.clone()
+    cut = Problem(problem.keys, values, problem.queries, SCALE, limits=below)
+    first = fit_by_parts(cut, own, own_limits.clamp(max=120), columns, present, 120)
+    values[:, 120:] = 99.0
+    again = fit_by_parts(cut, own, own_limits.clamp(max=120), columns, present, 120)
+    in_first = present & (columns < 120)
+    assert torch.equal(first.values[in_first], again.values[in_first])
+    assert not torch.allclose(one.values[in_first], first.values[in_first])
+
+
+def test_sinks_are_refused():
+    problem = draw(sinks=torch.zeros(2, 150))
+    columns, present, own = chosen(draw(), [4, 4])
+    with pytest.raises(ValueError, match="sinks"):
+        fit_by_parts(problem, own, None, columns, present, 80)
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited):
+    drawn = draw(heads=1)
+    generator = torch.Generator().manual_seed(2)
+    limits = torch.randint(30, 241, (1, 150), generator=generator) if limited else None
+    problem = Problem(drawn.keys, drawn.values, drawn.queries, SCALE, limits=limits)
+    columns, present, own = chosen(drawn, [40])
+    own_limits = torch.randint(30, 241, (1, 40), generator=generator) if limited else None
+    got = fit_by_parts(problem, own, own_limits, columns, present, 120)
+    for begin, end in ((0, 120), (120, 240)):
+        inside = (columns[0] >= begin) & (columns[0] < end)
+        assert 0 < int(inside.sum()) < 40
+        queries = torch.cat([drawn.queries, own[:, inside]], 1)
+        logits = queries[0].double() @ drawn.keys[0].double().T * SCALE
+        of_part = None
+        if limited:
+            seen = torch.cat([limits, own_limits[:, inside]], 1)
+            logits.masked_fill_(torch.arange(240) >= seen[0, :, None], -torch.inf)
+            of_part = (seen - begin).clamp(min=0)
+        beside = torch.cat([logits[:, :begin], logits[:, end:]], 1).logsumexp(1)
+        rows = slice(begin, end)
+        alone = Problem(
+            drawn.keys[:, rows],
+            drawn.values[:, rows],
+            queries,
+            SCALE,
+            sinks=beside[None].float(),
+            limits=of_part,
+        )
+        wanted = fit(alone, attend(alone), columns[:, inside] - begin, present[:, inside])
+        torch.testing.assert_close(got.bias[:, inside], wanted.bias, atol=5e-3, rtol=5e-3)
+        torch.testing.assert_close(got.values[:, inside], wanted.values, atol=5e-3, rtol=5e-3)
