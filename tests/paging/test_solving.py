@@ -157,3 +157,41 @@ def test_what_is_solved_stays_until_there_is_room(clock):
     assert len(refused) == 5 and pool.get_num_free_blocks() > 0
     sim.finish()
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_context_is_repeated_and_solved_for_at_a_time(clock, mode, waits):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.05
+    names = [sim.add(prompt_of(300 + 50 * seed, seed), OPTIONS.format(waits), 150) for seed in range(3)]
+    busy: list[str] = []
+    while not all(sim.jobs_of(name) for name in names):
+        clock.now += 0.1
+        output = sim.step()
+        repeated = {sim.scheduler._repetitions.of(r.request_id) for r in sim.scheduler.running} - {None}
+        owners = {each.owner_id for each in repeated} | {name for name, _ in shares(output)}
+        owners -= {job.request_id for job in output.kv_compression.jobs}  # of whom nothing is kept any more
+        assert len(owners) <= 1
+        busy += [name for name in owners if busy[-1:] != [name]]
+    assert sorted(busy) == sorted(names), "each has one turn"
+    assert sim.worker.late == (set() if waits else set(names))
+    sim.finish()
+    assert sim.scheduler._solving.turn is None
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_nobody_waits_for_one_whose_repetition_has_no_room(clock, waits):
+    # The larger prompt has 188 blocks, and its repetition would take the 61 that it leaves, or more.
+    sim = Simulation("attention_matching", max_num_batched_tokens=4096, num_blocks=250)
+    names = [sim.add(prompt_of(length, length), OPTIONS.format(waits), 40) for length in (3000, 300)]
+    while not all(sim.answers[name] for name in names):
+        sim.step()
+    for _ in range(39):
+        clock.now += 0.1
+        output = sim.step()
+        assert names[0] in output.num_scheduled_tokens and names[1] in output.num_scheduled_tokens
+    assert all(len(sim.answers[name]) == 40 for name in names) and not sim.jobs_of(names[0])
+    sim.finish()
+    sim.check_nothing_left()

@@ -264,6 +264,7 @@ class _Compression:
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
             tracked.solved = 0
+            self._solving.release(request.request_id)
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
             # before the next one.
@@ -307,6 +308,7 @@ class _Compression:
         self.compacting_manager.peak_blocks.pop(request.request_id, None)
         self.compacting_manager.borrowers.discard(request.request_id)
         self._repetitions.ended(request.request_id)
+        self._solving.release(request.request_id)
 
     # ------------------------------------------------------------------ compaction
 
@@ -337,6 +339,7 @@ class _Compression:
             awaits_answer = tracked.uncounted is not None
             if tracked.config.waits:
                 awaits_answer |= self._is_being_repeated(request) or self._is_being_solved(request)
+                awaits_answer |= self._waits_for_turn(request)
             if tracked.late or awaits_answer or request in waiting:
                 continue
             tracked.late = True
@@ -380,7 +383,26 @@ class _Compression:
         """Whether a due request, all of whose context is repeated, waits for the rest of its solution."""
         tracked = self._tracked[request.request_id]
         repeated = self._repetitions.repeating(request.request_id) is None
-        return tracked.config.matches and repeated and tracked.solved < self._solving.num_shares
+        own = self._solving.turn == request.request_id
+        return own and repeated and tracked.solved < self._solving.num_shares
+
+    def _has_turn(self, request: Request) -> bool:
+        """Whether it is this request's turn to be repeated and solved for; it is if it is nobody's.
+
+        What is noted of a context for that takes memory like its keys: so of one context at a time.
+        """
+        owner = self.requests.get(self._solving.turn or "")
+        if owner is None or not self._due(owner):
+            self._solving.turn = request.request_id
+        return self._solving.turn == request.request_id
+
+    def _waits_for_turn(self, request: Request) -> bool:
+        """Whether a due request waits for another one that is repeated or solved for, and gets on."""
+        turn = self._solving.turn
+        if not self._tracked[request.request_id].config.matches or turn in (None, request.request_id):
+            return False
+        owner = self.requests[turn]
+        return self._is_being_repeated(owner) or self._is_being_solved(owner)
 
     def _can_start(self, repeating: Request) -> bool:
         """Whether vLLM would admit a repetition now."""
@@ -404,6 +426,8 @@ class _Compression:
             self._pass_point(request, tracked)
             return None
         if tracked.uncounted is not None:  # the answer is on its way
+            return None
+        if config.matches and not self._has_turn(request):
             return None
         if config.repeats and not self._repeated(request, config):
             return None
@@ -438,6 +462,7 @@ class _Compression:
             return None
         previous, _, destination = swapped
         job = replace(job, previous=previous, destination=destination)
+        self._solving.release(request.request_id)
         self._read += reads
         self._repetitions.abandon(request.request_id)  # all is repeated
         tracked.held = plan

@@ -20,7 +20,13 @@ class Solving:
     since the last one, never more than one in a step. If only those decode that are solved for, half of the
     time. A share is a head's part on a CPU, where it takes as long as a step or longer, and a layer's on
     others. All ranks of a step do the same shares, as the scheduler says.
+
+    Attributes:
+        num_shares: of a request's solves.
+        turn: the request whose context is repeated and solved for; None for nobody's.
     """
+
+    turn: str | None = None
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -54,6 +60,11 @@ class Solving:
         if left:
             self._credit = 0.0
         return left
+
+    def release(self, request_id: str) -> None:
+        """Have it be nobody's turn, if it is this request's."""
+        if self.turn == request_id:
+            self.turn = None
 
     def add(self, solve: Solve) -> None:
         """Have it done in this step."""
