@@ -134,6 +134,30 @@ def test_the_prompts_own_queries_need_no_repetition(engine, long_ids):
     engine.outputs.clear()
 
 
+def test_a_self_study_is_observed_as_it_is_written(engine, long_ids):
+    options = WAITS.replace("chunk=600", "queries=self-study,answer_tokens=12")
+    name = engine.add(long_ids(400, seed=6), sampling(20, options))
+    engine.step_until_due(name)
+    observed = engine.worker.compression.observer.of(engine.live(name).request_id)
+    noted: list[tuple[str, int]] = []
+    while engine.compaction_of(name) is None:
+        if observed.repeated and observed.repeated[0] not in noted:
+            noted.append(observed.repeated[0])
+            assert len(set(observed.repeated.values())) == 1, "every layer's queries are"
+            assert observed.states[0].squares.shape[1] == 400
+        engine.step()
+    assert len({name for name, _ in noted}) == 4
+    # Each answer is observed token by token, all but its last, which is sampled and not computed.
+    for study in sorted({name for name, _ in noted}):
+        own = [position for name, position in noted if name == study]
+        assert own == list(range(own[0], own[0] + 12)) and own[0] > 405
+    assert observed.states[0].seen == sum(
+        max(p for n, p in noted if n == s) - 400 for s in {n for n, _ in noted}
+    )
+    engine.finish()
+    engine.outputs.clear()
+
+
 def test_matching_differs_from_keeping_the_same_tokens(engine, long_ids, on_time):
     plain = engine.run_fresh(long_ids(640, seed=3), sampling(40, WAITS + ",bias=false,values=false"))
     assert same_kept(engine.compactions[-1], on_time[0])

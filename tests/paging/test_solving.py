@@ -195,3 +195,23 @@ def test_nobody_waits_for_one_whose_repetition_has_no_room(clock, waits):
     assert all(len(sim.answers[name]) == 40 for name in names) and not sim.jobs_of(names[0])
     sim.finish()
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", [*MODES, pytest.param(dict(num_drafts=3), id="drafts")])
+def test_a_self_study_is_four_answers_of_their_own_length(clock, mode):
+    sim = simulate(**mode)
+    name = sim.add(prompt_of(300, 5), OPTIONS.format(False) + ",queries=self-study,answer_tokens=9", 150)
+    answers: dict[str, int] = {}
+    while not sim.jobs_of(name):
+        clock.now += 0.1
+        sim.step()
+        for request in sim.scheduler.running:
+            if sim.scheduler._repetitions.of(request.request_id) is not None:
+                answers[request.request_id] = max(
+                    request.num_output_tokens, answers.get(request.request_id, 0)
+                )
+                assert request.num_prompt_tokens == 310 and request.max_tokens == 9
+    assert len(answers) == len(repetition.STUDIES) == 4 and min(answers.values()) >= 5
+    assert name in sim.worker.late
+    sim.finish()
+    sim.check_nothing_left()

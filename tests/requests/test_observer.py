@@ -336,6 +336,31 @@ def test_a_repetition_whose_owner_is_gone_is_passed_over(observer):
     assert observer.spans(*rows) == []
 
 
+def test_queries_of_a_repetition_are_noted_once_and_those_of_drafts_never(observer):
+    @dataclasses.dataclass(frozen=True)
+    class Noting(Diary):
+        def repeat(self, observation, part):
+            assert (part.columns, part.num_context) == (slice(0, 4), 8)
+            end = observation.num_tokens
+            return [*(observation.state or ()), *range(end - len(observation.queries), end)]
+
+    observer.watch("r", Noting(3))
+    observer.watch_repetition(Repetition("one", "r", 0, 4, 8))
+    observer.watch_repetition(Repetition("two", "r", 0, 4, 8))
+
+    def step(name: str, first: int, count: int, drafts: int = 0) -> None:
+        observer.num_drafts = {name: drafts}
+        rows = [name], torch.tensor([0, count]), torch.tensor([first + count]), torch.ones(1, 9)
+        (span,) = observer.spans(*rows)
+        span.record(0, torch.ones(count, HEADS * GROUP, SIZE))
+
+    step("one", 6, 5)  # the context's last tokens again
+    step("one", 11, 3, drafts=2)
+    step("one", 6, 7)  # it was preempted, and goes on from where it was
+    step("two", 8, 2)
+    assert observer.of("r").states[0] == [8, 9, 10, 11, 12, 8, 9]
+
+
 def test_a_ring_has_the_queries_dtype(observer):
     half = dataclasses.replace(observer, dtype=torch.float16)
     half.watch("h", Window(2))

@@ -1,4 +1,4 @@
-"""Requests that repeat another request's context, so that the attention they pay scores it (KVzip)."""
+"""Requests that repeat another request's context, or write about it: the attention they pay scores it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +14,13 @@ from vllm_kvcompress.paging.job import Repetition
 # The authors' words.
 FIRST = "\n\nRepeat the previous context exactly."
 NEXT = "\n\nRepeat the part of the previous context exactly, starting with"
+# Ours: what the model is asked while it studies a context (Attention Matching).
+STUDIES = (
+    "\n\nSummarise the text above.",
+    "\n\nWrite questions about details of the text above, each followed by its answer.",
+    "\n\nList the names, numbers, dates and codes in the text above, and what each of them stands for.",
+    "\n\nWrite what the text above states as JSON.",
+)
 OVERLAP = 8  # last tokens of the part before, which name where the next one starts
 # Beside others' decoding repetitions have one part in so many of a step's tokens: they should cost a decoding
 # client less than a neighbour's prompt does, which may have all, and they come to an end all the same.
@@ -46,11 +53,13 @@ class _Progress:
     """How far the repetition of a context has come.
 
     Attributes:
-        done: context tokens that have been repeated.
+        total: context tokens that are to be repeated, or questions that are to be studied.
+        done: how many have been.
         repeating: the request that repeats the next part, while there is one.
-        end: the end of that part.
+        end: `done` after that part.
     """
 
+    total: int
     done: int = 0
     repeating: Request | None = None
     end: int = 0
@@ -71,21 +80,30 @@ class Repetitions:
 
     def next_part(self, owner: Request, config: KVCompressionConfig) -> Request | None:
         """The request that repeats the next part; None while one does or when all is repeated."""
-        progress = self._progress.setdefault(owner.request_id, _Progress())
-        context = owner.prompt_token_ids
+        policy, context = config.build_policy(), owner.prompt_token_ids
         assert context is not None
-        if progress.repeating is not None or progress.done == len(context):
+        total = len(STUDIES) if policy.study_tokens else len(context)
+        progress = self._progress.setdefault(owner.request_id, _Progress(total))
+        if progress.repeating is not None or progress.done == total:
             return None
-        begin = progress.done
-        ask = self._encode(NEXT if begin else FIRST) + context[max(0, begin - OVERLAP) : begin]
-        num_blocks = self._config.cache_config.num_gpu_blocks or 0
-        room = longest_repetition(self._config, len(context), num_blocks) - len(ask) - 1
-        progress.end = min(len(context), begin + max(1, min(config.build_policy().chunk, room)))
+        begin, num_blocks = progress.done, self._config.cache_config.num_gpu_blocks or 0
+        room = longest_repetition(self._config, len(context), num_blocks) - 1
+        if policy.study_tokens:
+            ask, part = self._encode(STUDIES[begin])[:room], range(len(context))
+            repeated, max_tokens = [], max(1, min(policy.study_tokens, room + 1 - len(ask)))
+            progress.end = begin + 1
+        else:
+            ask = self._encode(NEXT if begin else FIRST) + context[max(0, begin - OVERLAP) : begin]
+            end = min(len(context), begin + max(1, min(policy.chunk, room - len(ask))))
+            repeated, part, max_tokens = context[begin:end], range(begin, end), 1
+            progress.end = end
         repeating = Request(
             request_id=f"{owner.request_id}:repeat-{begin}",
-            prompt_token_ids=context + ask + context[begin : progress.end],
+            prompt_token_ids=context + ask + repeated,
             # (Reading the prefix cache is skipped for vLLM's statistics: it reads its owner's blocks.)
-            sampling_params=SamplingParams(temperature=0, max_tokens=1, skip_reading_prefix_cache=True),
+            sampling_params=SamplingParams(
+                temperature=0, max_tokens=max_tokens, skip_reading_prefix_cache=True
+            ),
             pooling_params=None,
             client_index=owner.client_index,
             arrival_time=owner.arrival_time,
@@ -94,7 +112,7 @@ class Repetitions:
         )
         progress.repeating = repeating
         self._announced[repeating.request_id] = Repetition(
-            repeating.request_id, owner.request_id, begin, progress.end, len(context)
+            repeating.request_id, owner.request_id, part.start, part.stop, len(context)
         )
         return repeating
 

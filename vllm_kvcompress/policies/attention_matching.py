@@ -49,8 +49,8 @@ class AttentionMatching(Policy):
 
     e_qi = exp(scale·q·k_i) and o_q, the output of attention, are over all tokens, j over those kept. The
     reference queries q are a sample of those with which the model repeats its context, as `kvzip` has it do,
-    or of the prompt's own; and for each kept token the one query that paid it most. Mass is matched as well
-    as output since what follows is attended to beside what is kept.
+    or writes about it, or of the prompt's own; and for each kept token the one query that paid it most. Mass
+    is matched as well as output since what follows is attended to beside what is kept.
 
     Source: Zweiger et al., "Fast KV Compaction via Attention Matching", arXiv 2602.16284. Deviations: tokens
     are chosen by all queries of the pass, not by the sampled ones (by whom what only one query needs is
@@ -59,7 +59,8 @@ class AttentionMatching(Policy):
     sampled queries alone.
 
     Attributes:
-        queries: "repeat": of the context's repetition; "prompt": the prompt's own, causal.
+        queries: "repeat": of the context's repetition; "self-study": of summaries, questions, answers and
+            lists that the model makes of the context; "prompt": the prompt's own, causal.
         references: sampled queries of each KV head, at most; half of that at least if there are as many.
         bias: whether biases are solved for.
         values: whether values are.
@@ -68,6 +69,7 @@ class AttentionMatching(Policy):
             that its output does not depend on how long that takes.
         chunk: context tokens that are repeated at a time.
         sinks: first tokens of the context that every part's attention includes.
+        answer_tokens: of each of the four answers of a self-study, at most.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -77,7 +79,7 @@ class AttentionMatching(Policy):
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     matches: ClassVar[bool] = True
-    queries: Literal["repeat", "prompt"] = "repeat"
+    queries: Literal["repeat", "self-study", "prompt"] = "repeat"
     references: int = 2048
     bias: bool = True
     values: bool = True
@@ -85,9 +87,10 @@ class AttentionMatching(Policy):
     waits: bool = False  # type: ignore[misc]
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
+    answer_tokens: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("references", "chunk"):
+        for name in ("references", "chunk", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("ridge", "sinks"):
@@ -96,7 +99,11 @@ class AttentionMatching(Policy):
 
     @property
     def repeats(self) -> bool:  # type: ignore[override]
-        return self.queries == "repeat"
+        return self.queries != "prompt"
+
+    @property
+    def study_tokens(self) -> int:  # type: ignore[override]
+        return self.answer_tokens if self.queries == "self-study" else 0
 
     @property
     def accumulates(self) -> bool:  # type: ignore[override]

@@ -118,6 +118,8 @@ class Policy(ABC):
         matches: True if it has biases and values of its own for what is kept, see `fit`.
         waits: True if a request whose context is repeated, or that is fitted, waits for its compaction.
         chunk: context tokens that are repeated at a time.
+        study_tokens: where the model answers questions about the context instead of repeating it, the longest
+            answer; else 0.
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         needs_output_projection: True if it cannot do without the projection behind the layer.
@@ -142,6 +144,7 @@ class Policy(ABC):
     needs_output_projection: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
+    study_tokens: ClassVar[int] = 0
     sinks: ClassVar[int] = 4
 
     @property

@@ -76,6 +76,10 @@ class CriticalKV(Policy):
         return self.base.chunk
 
     @property
+    def study_tokens(self) -> int:  # type: ignore[override]
+        return self.base.study_tokens
+
+    @property
     def sinks(self) -> int:  # type: ignore[override]
         return self.base.sinks
 

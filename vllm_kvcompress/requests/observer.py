@@ -49,8 +49,8 @@ class Observed:
         drafts: per layer, the first position of the last step's drafts, and their queries `[n, Hq, D]`; the
             next step tells how many of them were accepted.
         paused: whether the request's queries go by unnoted: it is past its compaction point.
-        repeated: per layer, the first token of the part of the context that is being repeated, and the
-            position below which its queries are noted: a repetition may be preempted and begin again.
+        repeated: per layer, the request that repeats the context, and the position below which its queries
+            are noted: it may be preempted and begin again.
     """
 
     policy: Policy
@@ -58,7 +58,7 @@ class Observed:
     states: list[Any]
     drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     paused: bool = False
-    repeated: dict[int, tuple[int, int]] = field(default_factory=dict)
+    repeated: dict[int, tuple[str, int]] = field(default_factory=dict)
 
     def window(self, layers: slice, num_tokens: int) -> Tensor:
         """Some layers' queries `[w, l, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -195,9 +195,10 @@ class DecodingSpan:
 
 @dataclass(frozen=True)
 class RepeatedSpan:
-    """One row of a batch that repeats a part of the context of `observed`'s request.
+    """One row of a batch that repeats a part of the context of `observed`'s request, or writes about it.
 
     As the authors of KVzip do, the attention is over the attention sinks, the part and the repetition alone.
+    Of drafts, the last `num_drafts` tokens, no query is noted.
     """
 
     observed: Observed
@@ -205,16 +206,18 @@ class RepeatedSpan:
     first: int
     context: "RowContext"
     part: Repetition
+    num_drafts: int = 0
 
     def record(self, layer: int, query: Tensor) -> None:
-        part, noted = self.observed.repeated.get(layer, (-1, 0))
+        name, noted = self.observed.repeated.get(layer, ("", 0))
         # The context's last, incomplete block is computed again.
-        begin = max(self.part.num_context, noted if part == self.part.begin else 0)
-        own = query[self.tokens][max(begin - self.first, 0) :]
+        begin = max(self.part.num_context, noted if name == self.part.request_id else 0)
+        certain = slice(max(begin - self.first, 0), self.tokens.stop - self.tokens.start - self.num_drafts)
+        own = query[self.tokens][certain]
         if not len(own):
             return
         end = max(begin, self.first) + len(own)
-        self.observed.repeated[layer] = self.part.begin, end
+        self.observed.repeated[layer] = self.part.request_id, end
         policy, states = self.observed.policy, self.observed.states
         sinks, length = min(policy.sinks, self.part.begin), self.part.end - self.part.begin
         ranges = range(sinks), range(self.part.begin, self.part.end), range(self.part.num_context, end)
@@ -421,10 +424,10 @@ class Observer:
             blocks = block_table[row, boundary // block_size : -(-seq_len // block_size)].long()
             context = RowContext(self.cache, self.layers, table, blocks)
             row_span = (observed, slice(begin, end), seq_len - (end - begin), context)
+            num_drafts = self.num_drafts.get(request_id, 0)
             if repetition:
-                spans.append(RepeatedSpan(*row_span, repetition))
+                spans.append(RepeatedSpan(*row_span, repetition, num_drafts))
             else:
-                num_drafts = self.num_drafts.get(request_id, 0)
                 span = QuerySpan(*row_span, not self.kernel_writes_rings, num_drafts)
                 if not span.decodes:
                     spans.append(span)
