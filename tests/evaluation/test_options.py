@@ -168,3 +168,15 @@ def test_the_least_long_prompt_is_enough(smollm2):
 
     seen = {"long_prompt": 2592, "long_output": 24, "block_size": 32, "compression": "snapkv:budget=0.25"}
     held.check_pool(type("Arguments", (), seen))
+
+
+@pytest.mark.parametrize("given", ["", "before", "inside,before", "inside;after"])
+def test_modes_that_there_are_not_are_refused(refused, given):
+    assert refused("eval", f"--modes={given}").endswith(f"must be of inside, after, got {given!r}")
+
+
+@pytest.mark.parametrize(
+    ("given", "modes"), [((), ["inside", "after"]), (("--modes=after,after",), ["after"])]
+)
+def test_questions_are_asked_in_the_modes_that_are_given(monkeypatch, given, modes):
+    assert parsed(monkeypatch, "eval", *given)["modes"] == modes

@@ -1,7 +1,7 @@
 """Values of the commands' options, each checked before anything is loaded, with one line on what is wrong."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,18 @@ def fractions(given: str) -> list[float]:
     if not all(0 < number <= 1 for number in numbers):
         raise argparse.ArgumentTypeError(f"must be fractions, above 0 and at most 1, got {given}")
     return numbers
+
+
+def among(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Comma-separated names of these; as a list without repetitions, in the order given."""
+
+    def read(given: str) -> list[str]:
+        names = list(dict.fromkeys(given.split(",")))
+        if not set(names) <= set(known):
+            raise argparse.ArgumentTypeError(f"must be of {', '.join(known)}, got {given!r}")
+        return names
+
+    return read
 
 
 def text_file(given: str) -> Path:

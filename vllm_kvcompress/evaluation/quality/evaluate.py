@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetitions", type=positive, default=2, help="documents of each length")
     parser.add_argument("--kl-tokens", type=positive, default=64, help="tokens of each true continuation")
     parser.add_argument(
+        "--modes",
+        type=options.among(MODES),
+        default=",".join(MODES),
+        help="where questions are asked: inside the prompt, or after its compression",
+    )
+    parser.add_argument(
         "--text", type=options.text_file, help="prose to build documents of; Jane Austen's Persuasion"
     )
     parser.add_argument(
@@ -106,6 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         "model": str(model),
         "variants": [variant.spec for variant in rows],
         "tasks": arguments.tasks,
+        "modes": arguments.modes,
         "lengths": lengths,
         "repetitions": arguments.repetitions,
         "kl_tokens": arguments.kl_tokens,
@@ -219,7 +226,7 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
         for document in [*(document.text for document in work.documents), None]:
             for sample in work.samples:
                 if sample.document == document or (document is None and sample.document not in own):
-                    for mode in MODES:
+                    for mode in arguments.modes:
                         yield f"{sample.id} {mode}", partial(_ask, engine, sample, mode, rows, store)
             for text in work.texts:
                 if text["text"] == document:
@@ -271,7 +278,7 @@ def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, fo
     from vllm_kvcompress.evaluation.quality import kvpress_baseline as kvpress
 
     pairs = [("full", 1.0), *((method, budget) for method in methods for budget in budgets)]
-    asked = [kvpress.Variant(mode, *pair) for pair in pairs for mode in MODES]
+    asked = [kvpress.Variant(mode, *pair) for pair in pairs for mode in arguments.modes]
     compared = kvpress.compare(model, samples, asked, arguments.block_size, engine_dtype())
     (folder / "kvpress.json").write_text(json.dumps(compared, indent=1))
     specs = dict(zip(pairs, (row.spec for row in _kvpress_variants(methods, budgets)), strict=True))
