@@ -22,7 +22,7 @@ MOST_WINDOW = 1024
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 ENCODING_INTERVAL = 128  # KIVI's residual
-MATCHED_FORMAT = "k4v4"  # of methods that match, which need a place for biases
+MATCHED_FORMAT = "k4v3"  # of methods that match, which need a place for biases
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
 AUTO = "auto"
@@ -127,7 +127,7 @@ class KVCompressionConfig:
             blocks as hold every page with a better token. For methods whose scores mean the same in every
             prompt. None for all that the budget allows.
         format: how kept tokens are written in their pages; None for the method's own, or as vLLM has them
-            (k4v4 with biases where the method solves for these).
+            (k4v3 with biases where the method solves for these).
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 

@@ -59,6 +59,10 @@ def moments(layer: LayerObservation) -> LayerObservation:
     return dataclasses.replace(layer, state=QueryStatistics(70, mean, scatter @ scatter.transpose(2, 3)))
 
 
+def unseen(layer: LayerObservation) -> LayerObservation:
+    return dataclasses.replace(layer, state=None)
+
+
 def stacked(policy: Policy, layers: list[LayerObservation], window: int) -> LayerObservation:
     def together(name: str, dim: int = 0):
         parts = [getattr(layer, name) for layer in layers]
@@ -85,6 +89,8 @@ def test_each_layer_is_scored_as_if_it_were_alone(name, layers, scorer):
     policy = cls(**{name: value for name, value in options.items() if name in names})
     if name == "expected_attention":
         layers = [moments(layer) for layer in layers]
+    if name == "attention_matching":
+        layers = [dataclasses.replace(layer, state=policy.observe(unseen(layer))) for layer in layers]
     held = [torch.ones(HEADS, SCORED, dtype=torch.bool)] * LAYERS
     if layers[0].padding is not None:
         held = [torch.arange(SCORED) >= layer.padding[:, None] for layer in layers]
