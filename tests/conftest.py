@@ -137,6 +137,47 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Random models some of whose layers slide a window over 128 tokens, with SmolLM2's tokenizer."""
+    import torch
+    from drawn import draw_scorer
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        sliding_window=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    gemma3 = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **common,
+            num_hidden_layers=6,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=32,
+            initializer_range=0.15,
+        )
+    )
+    for layer, sharpness in zip(gemma3.model.layers[2::3], (1.0, 2.0), strict=True):
+        layer.self_attn.k_norm.weight.data.fill_(sharpness - 1)
+    made = {}
+    for name, model in {"gemma3": gemma3}.items():
+        made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+        draw_scorer(made[name], model.config, model.config.num_hidden_layers, 2, 32)
+    return made
+
+
+@pytest.fixture(scope="session")
 def long_ids(tokenizer) -> Callable[..., list[int]]:
     """`long_ids(num_tokens, seed=0)`: exactly that many token ids of real prose.
 

@@ -6,6 +6,7 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.plan import page_tokens
@@ -67,6 +68,11 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} does not work with auxiliary outputs; "
             "remove --enable-return-routed-experts or use another method"
         )
+    if config.repeats and slides_windows(model):
+        raise KVCompressionError(
+            f"kv-compression method {config.method} repeats the prompt on top of its cache, of which layers "
+            "that slide a window keep the end alone; use another method"
+        )
     if config.repeats and model.skip_tokenizer_init:
         raise KVCompressionError(
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
@@ -76,10 +82,14 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
-    try:
-        config.build_allocation().check_model(
-            model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    allocation = config.build_allocation()
+    if isinstance(allocation, Profile) and slides_windows(model):
+        raise KVCompressionError(
+            "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
+            "one slide a window; use another allocation"
         )
+    try:
+        allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
 
@@ -192,10 +202,16 @@ def _refusals(config: VllmConfig):
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
     yield model.use_mla, "multi-head latent attention (MLA)", other_model
     yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
+    slides = slides_windows(model)
     yield (
-        window is not None and window < model.max_model_len,
-        f"sliding-window attention over fewer tokens ({window}) than --max-model-len",
+        slides and not _has_full_attention(text),
+        f"sliding-window attention over fewer tokens ({window}) than --max-model-len in every layer",
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
+    )
+    yield (
+        slides and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+        "windows in one cache group with full attention",
+        "remove --disable-hybrid-kv-cache-manager",
     )
     other_types = layer_types - {"full_attention", "sliding_attention"}
     yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
@@ -261,6 +277,18 @@ def _refusals(config: VllmConfig):
         "speculative decoding with a draft model",
         "use ngram speculation or none",
     )
+
+
+def slides_windows(model: ModelConfig) -> bool:
+    """Whether layers of a model slide a window, which the longest request outgrows."""
+    window = model.get_sliding_window()
+    return window is not None and window < model.max_model_len
+
+
+def _has_full_attention(text) -> bool:
+    """Whether some layers of a model that slides windows attend to all tokens, as its configuration says."""
+    types = getattr(text, "layer_types", None) or ()
+    return "full_attention" in types or 0 in (getattr(text, "hybrid_layer_pattern", None) or ())
 
 
 def _most_at_once(config: VllmConfig) -> tuple[int, int | None]:

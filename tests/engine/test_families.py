@@ -33,6 +33,7 @@ NONE = (0, NEOX, 0)  # a layer without position embedding
 NO_ROTARY = dict.fromkeys(
     ("expected_attention", "foresight"), "do not follow a one-dimensional rotary embedding"
 )
+OF_WINDOWS = {"kvzip": "of which layers that slide a window keep the end alone; use another method"}
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
@@ -49,7 +50,8 @@ class Family:
 
     Attributes:
         config: of Hugging Face, on top of `COMMON`.
-        rotary: of every layer: rotated channels, pairing, first rotated channel; () if not by a rotation.
+        rotary: of every layer that is compacted: rotated channels, pairing, first rotated channel; () if not
+            by a rotation.
         refused: what is said to a request for a method; the others are served.
         options: of the engine.
     """
@@ -123,6 +125,63 @@ SERVED = {
         query_pre_attn_scalar=32,
         head_dim=32,
         layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3: windows": family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        FULL[:1],
+        OF_WINDOWS,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma2: windows, soft cap": family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        FULL[:1],
+        OF_WINDOWS,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cohere2: windows, and full attention without position embedding": family(
+        "Cohere2ForCausalLM",
+        "cohere2",
+        (NONE,) * 2,
+        OF_WINDOWS,
+        num_hidden_layers=8,
+        sliding_window=64,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    ),
+    "olmo3: windows": family(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        FULL,
+        OF_WINDOWS,
+        num_hidden_layers=8,
+        sliding_window=64,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    ),
+    "exaone4: windows, and full attention without position embedding": family(
+        "Exaone4ForCausalLM",
+        "exaone4",
+        (NONE,),
+        OF_WINDOWS,
+        num_hidden_layers=4,
+        sliding_window=64,
+        sliding_window_pattern=4,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    ),
+    "ministral: windows": family(
+        "MistralForCausalLM",
+        "mistral",
+        FULL[:1],
+        OF_WINDOWS,
+        num_hidden_layers=4,
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
     ),
     "gpt-neox: partial rotary": family(
         "GPTNeoXForCausalLM", "gpt_neox", ((8, NEOX, 0),) * 2, rotary_pct=0.25
@@ -219,7 +278,18 @@ REFUSED = {
         family("MistralForCausalLM", "mistral", sliding_window=LONGEST - 1),
         rf"sliding-window attention over fewer tokens \({LONGEST - 1}\).*; use --max-model-len {LONGEST - 1}",
     ),
-    "windows of some layers": (
+    "windows of all layers, by their types": (
+        family(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            sliding_window=128,
+            query_pre_attn_scalar=32,
+            head_dim=32,
+            layer_types=["sliding_attention"] * 2,
+        ),
+        r"sliding-window attention over fewer tokens \(128\) than --max-model-len in every layer",
+    ),
+    "windows without vLLM's hybrid manager": (
         family(
             "Gemma3ForCausalLM",
             "gemma3_text",
@@ -227,8 +297,9 @@ REFUSED = {
             query_pre_attn_scalar=32,
             head_dim=32,
             layer_types=["sliding_attention", "full_attention"],
+            options=dict(disable_hybrid_kv_cache_manager=True),
         ),
-        r"sliding-window attention over fewer tokens \(128\)",
+        "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
     ),
     "bloom": (
         family("BloomForCausalLM", "bloom", n_layer=2, n_head=4),

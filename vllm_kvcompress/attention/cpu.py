@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.formats import Format
 from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
 from vllm_kvcompress.paging.spec import CompactableSpec
@@ -77,6 +77,8 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
 
 class CompressedCPUAttentionBackend(CPUAttentionBackend):
     """CPU attention whose blocks may be compacted."""
+
+    stock = CPUAttentionBackend
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -225,16 +227,16 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
+class CompressedCPUAttentionImpl(OwnLayer, CPUAttentionBackendImpl):
     """Runs vLLM's kernel once for rows without compaction and once for the heads of compacted rows."""
 
+    stock = CPUAttentionBackendImpl
     layer_index: int  # both set by the worker once the cache exists
     pages: Tensor  # `[L·B·H, 1, 2N, D]`, every page of every layer
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        window = None if self.sliding_window == -1 else self.sliding_window
-        refuse_layer(self, window, reads=FLOAT8)
+        refuse_layer(self, reads=FLOAT8)
         self.sliding_window = -1  # no request outgrows it
 
     def forward(

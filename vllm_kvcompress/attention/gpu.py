@@ -8,7 +8,7 @@ in place.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
@@ -242,7 +242,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         )
 
 
-class CompressedAttentionImpl(AttentionImpl):
+class CompressedAttentionImpl(OwnLayer, AttentionImpl):
     """Put before a stock implementation: replaces its output for compacted rows."""
 
     layer_index: int  # all four set by the worker once the cache exists
@@ -252,8 +252,7 @@ class CompressedAttentionImpl(AttentionImpl):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        window = None if self.sliding_window == (-1, -1) else self.sliding_window[0] + 1
-        refuse_layer(self, window, reads=ON_GPU)
+        refuse_layer(self, reads=ON_GPU)
         self.sliding_window = (-1, -1)  # no request outgrows it
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -286,7 +285,13 @@ class CompressedAttentionImpl(AttentionImpl):
 
 
 class CompressedBackend(AttentionBackend):
-    """Put before a stock backend whose cache holds keys and values in token order."""
+    """Put before a stock backend whose cache holds keys and values in token order.
+
+    Attributes:
+        stock: that backend.
+    """
+
+    stock: ClassVar[type[AttentionBackend]]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -302,11 +307,13 @@ class _TritonBuilder(CompressedMetadataBuilder, TritonAttentionBackend.get_build
 
 
 class _TritonImpl(CompressedAttentionImpl, TritonAttentionBackend.get_impl_cls()):
-    pass
+    stock = TritonAttentionBackend.get_impl_cls()
 
 
 class CompressedTritonAttentionBackend(CompressedBackend, TritonAttentionBackend):
     """vLLM's Triton backend whose blocks may be compacted."""
+
+    stock = TritonAttentionBackend
 
     @staticmethod
     def get_impl_cls() -> type[_TritonImpl]:

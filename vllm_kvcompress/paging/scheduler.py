@@ -1,11 +1,12 @@
 """vLLM's schedulers, extended by the decision when a request is compacted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -18,6 +19,7 @@ from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, 
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
+from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.plan import (
     STAGED_BYTES,
     Plan,
@@ -82,8 +84,12 @@ class _Compression:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.compression = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        (self.compacting_manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        index, coordinator = compactable_group(self.kv_cache_config), self.kv_cache_manager.coordinator
+        self.compacting_manager = coordinator.single_type_managers[index]
         assert isinstance(self.compacting_manager, CompactingManager)
+        self._is_hybrid = len(coordinator.single_type_managers) > 1
+        if self._is_hybrid:
+            coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
@@ -94,12 +100,23 @@ class _Compression:
         # Blocks that due requests will be compacted into, whose turn has not come or that wait for free ones.
         self._deferred: dict[str, int] = {}
         self._watermark_blocks = self.kv_cache_manager.watermark_blocks
-        (group,) = self.kv_cache_config.kv_cache_groups
+        group = self.kv_cache_config.kv_cache_groups[index]
         self._spec = group.kv_cache_spec
         self._block_bytes = self._spec.page_size_bytes * len(group.layer_names)
         self._ring_tokens = 0
         self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
+
+    def _unless_compacted(self, cache_blocks: Callable[[Request, int], None]) -> Callable[..., None]:
+        """What offers blocks of all groups to the prefix cache: those of windows, too, may have been computed
+        on top of compacted context."""
+        manager = self.compacting_manager
+
+        def cached(request: Request, num_computed_tokens: int) -> None:
+            if manager.may_be_cached(request.request_id):
+                cache_blocks(request, num_computed_tokens)
+
+        return cached
 
     def _memory_for_rings(self) -> float:
         """Queries for which the workers have set memory aside; host memory is not counted."""
@@ -243,11 +260,23 @@ class _Compression:
             limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
             if tracked.config.observes_all:
                 limit = 0
+            if limit and self._is_hybrid:
+                # Of windows vLLM caches the blocks before the end of a prompt and before this boundary
+                # alone. Where the observation window begins the same prompt will go on.
+                shared_prefix_boundary = min(shared_prefix_boundary or limit, limit)
             if num_hit > limit:
-                num_hit = limit
-                kept = blocks.blocks[0][: num_hit // manager.block_size]
-                blocks = self.kv_cache_manager.create_kv_cache_blocks((list(kept),))
+                blocks, num_hit = self._shorter_hit(request, blocks, limit)
         return blocks, num_hit, shared_prefix_boundary, diverged
+
+    def _shorter_hit(self, request: Request, blocks: KVCacheBlocks, limit: int) -> tuple[KVCacheBlocks, int]:
+        """The cached prefix of no more than `limit` tokens, a multiple of the block size, in a longer one."""
+        found: Sequence[list[KVCacheBlock]] = (
+            list(blocks.blocks[0][: limit // self.compacting_manager.block_size]),
+        )
+        if self._is_hybrid:  # a shorter one has other blocks of windows, which may not be cached
+            coordinator = self.kv_cache_manager.coordinator
+            found, limit, _ = coordinator.find_longest_cache_hit(request.block_hashes, limit)
+        return self.kv_cache_manager.create_kv_cache_blocks(found), limit
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         # vLLM admits holders of blocks before anybody else, because nobody behind whom they waited might ever

@@ -24,6 +24,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.layers import probe_layers
 from vllm_kvcompress.requests.observer import Observer
@@ -56,20 +57,23 @@ class CompressionWorker(Worker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with backend_overrides(self.backends):
             super().load_model(load_dummy_weights=load_dummy_weights)
-        for layer in self.compilation_config.static_forward_context.values():
-            if isinstance(layer, Attention):  # of the windows only those are left that no request outgrows
-                layer.sliding_window = None
+        for layer in self._attention_layers():
+            if isinstance(layer.impl, layer.attn_backend.get_impl_cls()):
+                layer.sliding_window = None  # which no request outgrows
+            else:  # it slides a window, and all of it is stock's
+                layer.attn_backend = layer.attn_backend.stock
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         # Reads its files.
         config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        (group,) = self.model_runner.kv_cache_config.kv_cache_groups
+        index = compactable_group(kv_cache_config)
+        group = self.model_runner.kv_cache_config.kv_cache_groups[index]
         context = self.compilation_config.static_forward_context
         layers: list[Attention] = sorted(
             (context[name] for name in group.layer_names), key=lambda layer: layer.kv_cache.data_ptr()
         )
-        groups = [group for groups in self.model_runner.attn_groups for group in groups]
+        groups = self.model_runner.attn_groups[index]
         first = layers[0].kv_cache
         num_blocks, num_heads, block_size, _ = first.shape
         if len(groups) != 1 or num_blocks != kv_cache_config.num_blocks:
@@ -87,7 +91,9 @@ class CompressionWorker(Worker):
                 f"--block-size {block_size}; use a larger one"
             )
         model, impl = self.model_runner.get_model(), layers[0].impl
-        probed = probe_layers(model, layers, self.vllm_config, self._without_adapters)
+        probed = probe_layers(
+            model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
+        )
         self.lacks = probed.lacks
         said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
         if said != (num_heads, cache.head_size):
@@ -103,6 +109,11 @@ class CompressionWorker(Worker):
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
+
+    def _attention_layers(self) -> list[Attention]:
+        """All of this rank's, also those that are not compacted."""
+        context = self.compilation_config.static_forward_context
+        return [layer for layer in context.values() if isinstance(layer, Attention)]
 
     def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
         """Prepare the model for a batch of so many tokens of one request that uses no adapter."""
