@@ -85,16 +85,9 @@ REFUSED = {
     },
     "ALiBi": {"model_config__uses_alibi": True},
     "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
-    "cross-layer KV sharing": {
-        "model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)
-    },
-    "attention sinks;": {
-        "model_config__hf_text_config": SimpleNamespace(model_type="granite", layer_types=["full_attention"])
-    },
     "the quantized cache that the checkpoint asks for": {
         "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8})
     },
-    "attention sinks": {"model_config__hf_text_config__model_type": "gpt_oss"},
     "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
     "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
@@ -141,6 +134,8 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
             "model_config__hf_text_config__layer_types": ["sliding_attention", "full_attention"],
         },
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},  # a model without windows
+        {"model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)},
+        {"model_config__hf_text_config__model_type": "gpt_oss"},  # sinks
         {
             "cache_config__cache_dtype": "float16",
             "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8}),

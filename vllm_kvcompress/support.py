@@ -18,6 +18,7 @@ from vllm_kvcompress.touch_points import check_touch_points
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 256  # of our GPU kernels
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
+GROUP = "kv_compression_group"  # likewise: of the cache group that is compacted, where it is one of several
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -119,7 +120,18 @@ def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> in
     """Tokens that a page of this engine's cache holds once they are encoded; None without a format."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = model.dtype if cache.cache_dtype == "auto" else getattr(torch, cache.cache_dtype, torch.uint8)
-    return page_tokens(config, cache.block_size, model.get_head_size(), dtype.itemsize)
+    return page_tokens(config, block_size(vllm_config), model.get_head_size(), dtype.itemsize)
+
+
+def block_size(vllm_config: VllmConfig) -> int:
+    """Tokens of a block that is compacted; vLLM's own number is that of the group that has fewest."""
+    group = (vllm_config.additional_config or {}).get(GROUP, {})
+    return group.get("block_size", vllm_config.cache_config.block_size)
+
+
+def blocks_beside(vllm_config: VllmConfig) -> int:
+    """Blocks that a request holds at most of groups that are not compacted, which have the same pool."""
+    return (vllm_config.additional_config or {}).get(GROUP, {}).get("beside", 0)
 
 
 def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str | None:
@@ -216,8 +228,6 @@ def _refusals(config: VllmConfig):
     other_types = layer_types - {"full_attention", "sliding_attention"}
     yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
     yield model.uses_alibi or "Step1ForCausalLM" in model.architectures, "ALiBi", other_model
-    yield _has_sinks(text), "attention sinks", other_model
-    yield bool(getattr(text, "num_kv_shared_layers", 0)), "cross-layer KV sharing", other_model
     yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
     yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
     yield (
@@ -294,14 +304,3 @@ def _has_full_attention(text) -> bool:
 def _most_at_once(config: VllmConfig) -> tuple[int, int | None]:
     """Bounds on the requests that run at a time: how many have a place, how many are admitted to one."""
     return config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_active_seqs
-
-
-def _has_sinks(text) -> bool:
-    if text.model_type == "gpt_oss":
-        return True
-    if text.model_type.startswith("granite"):  # unless it says otherwise, sinks come with layer types
-        return bool(getattr(text, "attention_sinks", getattr(text, "layer_types", None) is not None))
-    return bool(
-        getattr(text, "add_full_attention_sink_bias", False)
-        or getattr(text, "add_swa_attention_sink_bias", False)
-    )

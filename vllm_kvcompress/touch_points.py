@@ -371,7 +371,9 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.model_executor.layers.attention:Attention": Touched(
-        reads="attn_backend impl kv_cache layer_name query_quant sliding_window",
+        reads=(
+            "attn_backend impl kv_cache kv_sharing_target_layer_name layer_name query_quant sliding_window"
+        ),
     ),
     "vllm.model_executor.layers.linear:RowParallelLinear": Touched(
         reads="params_dtype quant_method",

@@ -183,6 +183,41 @@ SERVED = {
         sliding_window=64,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
     ),
+    "granite: sinks": family("GraniteForCausalLM", "granite", FULL, layer_types=["full_attention"] * 2),
+    "gpt-oss: windows, sinks": family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        FULL[:1],
+        OF_WINDOWS,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "gemma4: windows, wider heads of full attention in larger blocks, shared caches": family(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        ((64, NEOX, 0),),
+        {
+            **OF_WINDOWS,
+            **dict.fromkeys(
+                ("foresight", "kivi", "turboquant"),
+                "its layers have 2 KV heads of 64 channels, and its configuration says .* of",
+            ),
+        },
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=32,
+        global_head_dim=64,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=0,
+        sliding_window=64,
+    ),
     "gpt-neox: partial rotary": family(
         "GPTNeoXForCausalLM", "gpt_neox", ((8, NEOX, 0),) * 2, rotary_pct=0.25
     ),
@@ -306,25 +341,6 @@ REFUSED = {
         "ALiBi; serve this model without --kv-compression",
     ),
     "falcon with alibi": (family("FalconForCausalLM", "falcon", alibi=True), "ALiBi; serve"),
-    "granite with sinks": (
-        family("GraniteForCausalLM", "granite", layer_types=["full_attention"] * 2),
-        "attention sinks; serve",
-    ),
-    "gpt-oss": (
-        family(
-            "GptOssForCausalLM",
-            "gpt_oss",
-            layer_types=["full_attention"] * 2,
-            sliding_window=None,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        ),
-        "attention sinks; serve",
-    ),
-    "gemma3n: layers that share a cache": (
-        family("Gemma3nForCausalLM", "gemma3n_text", sliding_window=LONGEST, num_kv_shared_layers=1),
-        "cross-layer KV sharing; serve",
-    ),
 }
 
 PROMPT = [(7 * i * i + 3 * i) % (VOCABULARY - 8) + 4 for i in range(LONGEST // 2)]

@@ -21,7 +21,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm_kvcompress.paging.manager import CompactingManager
 
 SLIDING = 128  # tokens of a window
-HYBRIDS = ["gemma3"]
+HYBRIDS = ["gemma3", "gpt-oss"]
 POOL = 110  # blocks; a prompt of 700 tokens needs 22 of full attention and, at most, 42 of windows
 
 

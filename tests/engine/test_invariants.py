@@ -145,16 +145,6 @@ LLAMA = dict(
     max_position_embeddings=512,
 )
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
-GPT_OSS = {
-    **LLAMA,
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "head_dim": 32,
-    "sliding_window": 128,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
 DEEPSEEK = {
     **LLAMA,
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -207,7 +197,6 @@ REFUSED = {
         "scheduler",
     ),
     "sliding window": (MISTRAL, {}, CONFIG, "sliding"),
-    "attention sinks": (GPT_OSS, {}, CONFIG, "attention"),
     "latent attention": (DEEPSEEK, {}, CONFIG, "MLA"),
     "state space": (MAMBA, {}, CONFIG, "state-space"),
     "encoder-decoder": (WHISPER, {}, CONFIG, "encoder-decoder"),

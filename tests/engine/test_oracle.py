@@ -77,7 +77,7 @@ OF_HYBRIDS = [
     "criticalkv, global",
     "foresight",
 ]
-HYBRIDS = ["gemma3"]
+HYBRIDS = ["gemma3", "gpt-oss"]
 
 
 # ---------------------------------------------------------------------- the model, with per-head masks
@@ -93,6 +93,7 @@ class Attention:
         keys: per layer `[H, tokens, D]`, likewise, with those of earlier passes.
         values: per layer `[H, tokens, D]`, likewise.
         sinks: per layer `[Hq]`, the logits of its sinks, if it has any.
+        scale: of the softmax.
         hidden: per layer `[H, tokens]`, True where a KV head dropped a token; None for full attention.
     """
 
@@ -100,6 +101,7 @@ class Attention:
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
     sinks: dict[int, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
     hidden: Tensor | None = None
 
 
@@ -107,8 +109,10 @@ ATTENTION = Attention({}, {}, {})
 
 
 def full_layers(config) -> list[int]:
-    """Numbers of the layers that attend to all tokens; the others slide a window."""
+    """Numbers of the layers that attend to all tokens and have a cache: others slide a window, or read the
+    cache of the last one."""
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    types = types[: config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]
     return [number for number, kind in enumerate(types) if kind == "full_attention"]
 
 
@@ -126,10 +130,13 @@ def eager_attention(module, query, key, value, attention_mask, scaling, sliding_
         gone = torch.ones(num_queries, num_keys).tril(num_keys - num_queries - sliding_window)
         mask.masked_fill_(gone.bool(), -torch.inf)
     else:
-        layer = full_layers(module.config).index(module.layer_idx)
-        ATTENTION.queries[layer], ATTENTION.keys[layer], ATTENTION.values[layer] = query[0], key[0], value[0]
-        if s_aux is not None:
-            ATTENTION.sinks[layer] = s_aux.detach()
+        full = full_layers(module.config)
+        layer = full.index(module.layer_idx) if module.layer_idx in full else len(full) - 1
+        if module.layer_idx in full:
+            ATTENTION.queries[layer], ATTENTION.keys[layer] = query[0], key[0]
+            ATTENTION.values[layer], ATTENTION.scale = value[0], scaling
+            if s_aux is not None:
+                ATTENTION.sinks[layer] = s_aux.detach()
         if ATTENTION.hidden is not None:
             hidden = ATTENTION.hidden[layer].repeat_interleave(group, 0)
             mask[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], -torch.inf)
@@ -150,10 +157,6 @@ def attention(prompt: "Prompt", layer: int, query_head: int, logits: Tensor) -> 
     return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
 
 
-def is_hybrid(reference: PreTrainedModel) -> bool:
-    return len(full_layers(reference.config)) < reference.config.num_hidden_layers
-
-
 def by_token(out: Tensor) -> Tensor:
     """What leaves a projection, or a norm behind it, `[tokens, H·D]`."""
     return out[0] if out.ndim == 3 else out[0].transpose(0, 1).flatten(1)
@@ -168,6 +171,7 @@ class Prompt:
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
     sinks: dict[int, Tensor]
+    scale: float
     cache: DynamicCache
     first_logits: Tensor
 
@@ -183,7 +187,9 @@ class Model:
     @torch.inference_mode()
     def prompt(self, ids: list[int]) -> Prompt:
         if len(ids) not in self.prompts:
-            ATTENTION.hidden, ATTENTION.sinks = None, {}
+            ATTENTION.hidden = None
+            for of_another_model in (ATTENTION.queries, ATTENTION.keys, ATTENTION.values, ATTENTION.sinks):
+                of_another_model.clear()
             out = self.reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
             self.prompts[len(ids)] = Prompt(
                 ids,
@@ -191,6 +197,7 @@ class Model:
                 dict(ATTENTION.keys),
                 dict(ATTENTION.values),
                 dict(ATTENTION.sinks),
+                ATTENTION.scale,
                 out.past_key_values,
                 out.logits[0, -1],
             )
@@ -232,12 +239,12 @@ def attention_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
     layers = []
     for layer, keys in prompt.keys.items():
         queries = prompt.queries[layer]
-        heads, size = keys.shape[0], keys.shape[2]
+        heads = keys.shape[0]
         group = queries.shape[0] // heads
         total = torch.zeros(heads, boundary, dtype=torch.float64)
         for query_head in range(heads * group):
             window = queries[query_head, num_prompt - WINDOW :].double()
-            logits = window @ keys[query_head // group].double().T / math.sqrt(size)
+            logits = window @ keys[query_head // group].double().T * prompt.scale
             for i in range(WINDOW):
                 logits[i, num_prompt - WINDOW + i + 1 :] = -torch.inf
             weights = attention(prompt, layer, query_head, logits)[:, : num_prompt - WINDOW]
@@ -253,11 +260,11 @@ def last_query_scores(prompt: Prompt, boundary: int) -> Tensor:
     """TOVA `[L, H, T]`: what the last token attends to, the same for all heads of a layer."""
     layers = []
     for layer, keys in prompt.keys.items():
-        heads, size = keys.shape[0], keys.shape[2]
+        heads = keys.shape[0]
         last = prompt.queries[layer][:, len(prompt.ids) - 1].double()
         paid = []
         for query_head, query in enumerate(last):
-            logits = keys[query_head * heads // len(last)].double() @ query / math.sqrt(size)
+            logits = keys[query_head * heads // len(last)].double() @ query * prompt.scale
             paid.append(attention(prompt, layer, query_head, logits))
         layers.append((sum(paid) / len(paid))[:boundary].expand(heads, -1))
     return torch.stack(layers).clone()
@@ -288,7 +295,7 @@ def all_queries_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
         total = torch.zeros(heads, num_prompt, dtype=torch.float64)
         for query_head, query in enumerate(queries):
             head = query_head * heads // len(queries)
-            logits = query.double() @ keys[head].double().T / math.sqrt(keys.shape[2])
+            logits = query.double() @ keys[head].double().T * prompt.scale
             weights = attention(prompt, layer, query_head, logits.masked_fill(future, -torch.inf))
             total[head] += (weights**2 if squared else weights).sum(0)
         layers.append(total[:, :boundary])
@@ -309,8 +316,10 @@ def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
         hook.remove()
     num_prompt, (heads, _, size) = len(prompt.ids), prompt.keys[0].shape
     positions = torch.arange(num_prompt, num_prompt + 512)[None]
-    rotary = torch.zeros(1, 1, size), positions, *(["full_attention"] if is_hybrid(reference) else [])
-    cos, sin = (t[0].double() for t in reference.model.rotary_emb(*rotary))
+    rotary = reference.model.rotary_emb
+    of_type = ["full_attention"] if hasattr(rotary, "full_attention_inv_freq") else []
+    cos, sin = (t[0].double() for t in rotary(torch.zeros(1, 1, size), positions, *of_type))
+    cos, sin = (torch.cat([t] * (size // t.shape[1]), 1) for t in (cos, sin))  # some have every angle once
     half = size // 2
     turn = torch.zeros(size, size, dtype=torch.float64)
     turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
@@ -325,9 +334,13 @@ def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
             mean = own.mean(1)
             covariance = torch.stack([torch.cov(q.T, correction=0) for q in own])
             mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
-            logits = (keys @ mean[..., None])[..., 0] / math.sqrt(size)
-            logits += torch.einsum("hwi,hij,hwj->hw", keys, covariance, keys) / size / 2
-            total = total + logits[:, 4:].softmax(-1) / group
+            logits = (keys @ mean[..., None])[..., 0] * prompt.scale
+            logits += torch.einsum("hwi,hij,hwj->hw", keys, covariance, keys) * prompt.scale**2 / 2
+            weights = [
+                attention(prompt, layer, head * group + member, of_head[4:])
+                for head, of_head in enumerate(logits)
+            ]
+            total = total + torch.stack(weights) / group
         scores = total * prompt.values[layer][:, 4:num_prompt].double().norm(dim=-1)
         layers.append(torch.nn.functional.pad(scores, (4, 0), value=torch.inf)[:, :boundary])
     return torch.stack(layers)
@@ -383,7 +396,7 @@ def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor
             own = len(repetition)
             for query_head, query in enumerate(queries):
                 head = query_head * heads // len(queries)
-                logits = query @ seen[head].T / math.sqrt(keys.shape[2])
+                logits = query @ seen[head].T * prompt.scale
                 logits[:, -own:] += torch.full((own, own), -torch.inf).triu(1)
                 part = attention(prompt, layer, query_head, logits)[
                     :, len(sinks) : len(sinks) + end - begin
@@ -563,6 +576,7 @@ class Case:
         *(("random", name) for name in CASES),
         *(("smollm2", name) for name in REAL),
         *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
+        *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
     ],
     ids="-".join,
     scope="module",
@@ -681,7 +695,8 @@ ENCODED = [
     [
         *(("random", form) for form in ENCODED),
         ("smollm2", ENCODED[3]),
-        *((hybrid, form) for hybrid in HYBRIDS for form in (ENCODED[0], ENCODED[3], ENCODED[6])),
+        ("gemma3", ENCODED[0]),
+        *((hybrid, form) for hybrid in HYBRIDS for form in (ENCODED[3], ENCODED[6])),
     ],
 )
 def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written(

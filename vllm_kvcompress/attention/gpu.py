@@ -104,12 +104,12 @@ class CompressedBatch:
     ) -> None:
         """Note a layer's queries, and replace the output of compacted rows."""
         index, rows = layer.layer_index, self.rows
-        if self.largest_ring:
+        if self.largest_ring and layer.is_observed:
             ring, capacity = self.arrays.ring, self.arrays.capacity
             bounds = rows.max_query_len, self.largest_ring
             own = rows.seq_lens, rows.query_start_loc, *bounds, output.dtype, scales
             write_rings(ring, capacity, index, query, *own)
-        if self.spans:
+        if self.spans and layer.is_observed:
             seen = query if scales is None else scales.read_queries(query, output.dtype)
             for span in self.spans:
                 span.record(index, seen)
@@ -122,12 +122,28 @@ class CompressedBatch:
         cache = layer.keys, layer.values
         if self.attends:
             attend(
-                query, *cache, *batch, *constants, num_splits, out=output, compacted_only=True, scales=scales
+                query,
+                *cache,
+                *batch,
+                *constants,
+                num_splits,
+                out=output,
+                compacted_only=True,
+                scales=scales,
+                sinks=layer.sinks,
             )
         for format in self.formats:
             read = format, number_of(format)
             attend_records(
-                query, layer.content, *cache, *batch, *read, *constants, num_splits=num_splits, out=output
+                query,
+                layer.content,
+                *cache,
+                *batch,
+                *read,
+                *constants,
+                num_splits=num_splits,
+                out=output,
+                sinks=layer.sinks,
             )
 
 
@@ -194,11 +210,12 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 cache = layer.keys, layer.values
                 own = *constants, num_splits
-                attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, scales=scales)
+                alike = dict(scales=scales, sinks=layer.sinks)
+                attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, **alike)
                 if self.format is not None:
                     layer_and_format = 0, self.format, number_of(self.format)
                     own = *layer_and_format, *constants[1:], num_splits
-                    attend_records(query, layer.content, *cache, runs, rows, *own)
+                    attend_records(query, layer.content, *cache, runs, rows, *own, sinks=layer.sinks)
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
 
@@ -245,7 +262,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
 class CompressedAttentionImpl(OwnLayer, AttentionImpl):
     """Put before a stock implementation: replaces its output for compacted rows."""
 
-    layer_index: int  # all four set by the worker once the cache exists
+    PLACE = "layer_index", "content", "keys", "values"
+    # All set by the worker once the cache exists.
     content: Tensor  # `[L·B·H, page_bytes]` uint8, the whole cache
     keys: Tensor  # `[L, B, H, N, D]`, a view of the whole cache
     values: Tensor  # `[L, B, H, N, D]`, likewise

@@ -10,12 +10,12 @@ from vllm.v1.kv_cache_interface import KVQuantMode, get_kv_quant_mode
 from vllm_kvcompress.config import KVCompressionError
 
 
-def slides(window: int | None) -> bool:
-    """Whether a layer that attends over so many tokens slides a window: no longer one is full attention.
+def slides(window: int | None, longest: int) -> bool:
+    """Whether a layer that attends over so many tokens, if it is bounded, slides a window.
 
-    While a configuration is current, as it is while layers are made.
+    One no shorter than the longest request is full attention.
     """
-    return window is not None and window < get_current_vllm_config().model_config.max_model_len
+    return window is not None and window < longest
 
 
 class OwnLayer:
@@ -23,15 +23,28 @@ class OwnLayer:
 
     Attributes:
         stock: what these are made as.
+        PLACE: the attributes that say where a layer's pages are.
+        layer_index: of the grid's layers, the one whose cache it reads; set once the cache exists.
+        is_observed: whether its queries are noted: not those of a layer that reads another one's cache.
     """
 
     stock: ClassVar[type[AttentionImpl]]
+    PLACE: ClassVar[tuple[str, ...]]
+    layer_index: int
+    is_observed = True
 
     def __new__(
         cls, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args, **kwargs
     ):
         given = num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, *args
-        return cls.stock(*given, **kwargs) if slides(sliding_window) else super().__new__(cls)
+        longest = get_current_vllm_config().model_config.max_model_len
+        return cls.stock(*given, **kwargs) if slides(sliding_window, longest) else super().__new__(cls)
+
+    def share(self, owner: "OwnLayer") -> None:
+        """Read the cache of another layer, which is written by that one."""
+        for name in self.PLACE:
+            setattr(self, name, getattr(owner, name))
+        self.is_observed = False
 
 
 def refuse_layer(impl: AttentionImpl, reads: Collection[str] = ()) -> None:
@@ -45,12 +58,10 @@ def refuse_layer(impl: AttentionImpl, reads: Collection[str] = ()) -> None:
         KVCompressionError: one line that names the feature and what to do.
     """
     unsupported = {
-        "attention sinks": impl.sinks is not None,
         "ALiBi": impl.alibi_slopes is not None,
         f"the quantized cache {impl.kv_cache_dtype}": get_kv_quant_mode(impl.kv_cache_dtype)
         != KVQuantMode.NONE
         and impl.kv_cache_dtype not in reads,
-        "cross-layer KV sharing": impl.kv_sharing_target_layer_name is not None,
         f"{impl.attn_type} attention": impl.attn_type != AttentionType.DECODER,
     }
     for feature, present in unsupported.items():

@@ -93,6 +93,7 @@ def probe_layers(
         LayerAttention(
             scale=layer.impl.scale,
             logits_soft_cap=layer.impl.logits_soft_cap,
+            sinks=_sinks(layer),
             rotary=rotary,
             output_projection=None if projection is None else functools.partial(_columns, projection, layer),
             index=extract_layer_index(layer.layer_name),
@@ -101,6 +102,12 @@ def probe_layers(
         for layer, rotary, projection in zip(layers, rotaries, projections, strict=True)
     ]
     return ProbedLayers(found, lacks)
+
+
+def _sinks(layer: Attention) -> Tensor | None:
+    """A layer's sinks `[H, G]`, this rank's, if it has any."""
+    sinks = layer.impl.sinks
+    return None if sinks is None else sinks.detach().float().view(layer.impl.num_kv_heads, -1)
 
 
 def _first_head(total: int) -> int:

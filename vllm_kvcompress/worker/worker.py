@@ -20,6 +20,8 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress import attention
+from vllm_kvcompress.attention.unsupported import OwnLayer, slides
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
@@ -58,9 +60,9 @@ class CompressionWorker(Worker):
         with backend_overrides(self.backends):
             super().load_model(load_dummy_weights=load_dummy_weights)
         for layer in self._attention_layers():
-            if isinstance(layer.impl, layer.attn_backend.get_impl_cls()):
-                layer.sliding_window = None  # which no request outgrows
-            else:  # it slides a window, and all of it is stock's
+            if not slides(layer.sliding_window, self.model_config.max_model_len):
+                layer.sliding_window = None
+            elif layer.attn_backend.__module__.startswith(attention.__name__):  # of which the rest is stock's
                 layer.attn_backend = layer.attn_backend.stock
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -70,9 +72,17 @@ class CompressionWorker(Worker):
         index = compactable_group(kv_cache_config)
         group = self.model_runner.kv_cache_config.kv_cache_groups[index]
         context = self.compilation_config.static_forward_context
-        layers: list[Attention] = sorted(
-            (context[name] for name in group.layer_names), key=lambda layer: layer.kv_cache.data_ptr()
+        all_layers: list[Attention] = [context[name] for name in group.layer_names]
+        # Others read what these write.
+        layers = sorted(
+            (layer for layer in all_layers if layer.kv_sharing_target_layer_name is None),
+            key=lambda layer: layer.kv_cache.data_ptr(),
         )
+        if not layers:
+            raise KVCompressionError(
+                "kv-compression needs layers of full attention on every pipeline rank; "
+                "use fewer, or run this model without --kv-compression"
+            )
         groups = self.model_runner.attn_groups[index]
         first = layers[0].kv_cache
         num_blocks, num_heads, block_size, _ = first.shape
@@ -84,6 +94,9 @@ class CompressionWorker(Worker):
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
+        for layer in all_layers:
+            if layer.kv_sharing_target_layer_name is not None:
+                layer.impl.share(context[layer.kv_sharing_target_layer_name].impl)
         format = config.record_format
         if format is not None and cache.tokens_per_page(format) <= block_size:
             raise KVCompressionError(
@@ -114,6 +127,11 @@ class CompressionWorker(Worker):
         """All of this rank's, also those that are not compacted."""
         context = self.compilation_config.static_forward_context
         return [layer for layer in context.values() if isinstance(layer, Attention)]
+
+    def compacted_layers(self) -> list[Attention]:
+        """Those that are compacted, and have a cache of their own."""
+        own = (layer for layer in self._attention_layers() if isinstance(layer.impl, OwnLayer))
+        return [layer for layer in own if layer.kv_sharing_target_layer_name is None]
 
     def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
         """Prepare the model for a batch of so many tokens of one request that uses no adapter."""
