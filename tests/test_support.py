@@ -168,15 +168,24 @@ def on_gpu(monkeypatch):
     return platform
 
 
-def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkeypatch):
+def test_a_gpu_takes_small_blocks_and_heads_of_up_to_512_channels(on_gpu, monkeypatch):
     check_supported(engine_config(cache_config__block_size=16))
     check_supported(engine_config(cache_config__cache_dtype="float16"))
     with pytest.raises(
         KVCompressionError, match="dtype bfloat16 with a model in torch.float16 on a GPU; use"
     ):
         check_supported(engine_config(cache_config__cache_dtype="bfloat16"))
-    with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
-        check_supported(engine_config(model_config__get_head_size=lambda: 512))
+    wide = {"model_config__get_head_size": lambda: 512}
+    check_supported(engine_config(**wide))
+    for changes in ({"model_config__dtype": torch.float32}, {"model_config__get_head_size": lambda: 576}):
+        with pytest.raises(KVCompressionError, match="attention heads of 5.. channels of .* on a GPU; serve"):
+            check_supported(engine_config(**{**wide, **changes}))
+    served = engine_config(**wide)
+    served.additional_config = {}
+    served.model_config.uses_mrope = False
+    served.model_config.get_sliding_window = lambda: None
+    with pytest.raises(KVCompressionError, match="turbo4 rotates heads of up to 256 channels on a GPU, and"):
+        check_method(KVCompressionConfig.parse("snapkv+turbo4:budget=0.1"), served)
     monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)
     with pytest.raises(KVCompressionError, match="does not support cuda devices; use vLLM on"):
         check_supported(engine_config())
@@ -276,11 +285,6 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
     check_method(KVCompressionConfig.parse("snapkv"), engine(True))
     with pytest.raises(KVCompressionError, match="kvzip does not work with auxiliary outputs; remove"):
         check_method(KVCompressionConfig.parse("kvzip"), engine(True))
-    check_method(KVCompressionConfig.parse("snapkv"), engine(window=128))
-    with pytest.raises(
-        KVCompressionError, match="kvzip repeats .*slide a window keep the end alone; use another"
-    ):
-        check_method(KVCompressionConfig.parse("kvzip"), engine(window=128))
     for places in ({"most": 1}, {"active": 1}):
         check_method(KVCompressionConfig.parse("snapkv"), engine(**places))
         with pytest.raises(

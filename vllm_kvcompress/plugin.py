@@ -26,13 +26,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
 from vllm_kvcompress.support import (
-    GROUP,
     LACKS,
-    block_size,
-    blocks_beside,
     check_method,
     check_supported,
     check_watched,

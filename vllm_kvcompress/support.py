@@ -9,6 +9,9 @@ from vllm.platforms import current_platform
 from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
+from vllm_kvcompress.formats.hybrid import Hybrid
+from vllm_kvcompress.formats.turboquant import TurboQuant
+from vllm_kvcompress.paging.groups import block_size
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -16,9 +19,9 @@ from vllm_kvcompress.requests.float8 import FLOAT8, ON_GPU
 from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
-MAX_HEAD_SIZE = 256  # of our GPU kernels
+MAX_HEAD_SIZE = 512  # of our GPU kernels, which hold some keys and values in shared memory
+MAX_WIDE = 256  # likewise of numbers of 4 bytes, and of formats that rotate
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
-GROUP = "kv_compression_group"  # likewise: of the cache group that is compacted, where it is one of several
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -69,11 +72,6 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} does not work with auxiliary outputs; "
             "remove --enable-return-routed-experts or use another method"
         )
-    if config.repeats and slides_windows(model):
-        raise KVCompressionError(
-            f"kv-compression method {config.method} repeats the prompt on top of its cache, of which layers "
-            "that slide a window keep the end alone; use another method"
-        )
     if config.repeats and model.skip_tokenizer_init:
         raise KVCompressionError(
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
@@ -123,17 +121,6 @@ def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> in
     return page_tokens(config, block_size(vllm_config), model.get_head_size(), dtype.itemsize)
 
 
-def block_size(vllm_config: VllmConfig) -> int:
-    """Tokens of a block that is compacted; vLLM's own number is that of the group that has fewest."""
-    group = (vllm_config.additional_config or {}).get(GROUP, {})
-    return group.get("block_size", vllm_config.cache_config.block_size)
-
-
-def blocks_beside(vllm_config: VllmConfig) -> int:
-    """Blocks that a request holds at most of groups that are not compacted, which have the same pool."""
-    return (vllm_config.additional_config or {}).get(GROUP, {}).get("beside", 0)
-
-
 def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str | None:
     """Why a format cannot serve this engine; None if it can, or there is none."""
     format = config.record_format
@@ -149,6 +136,12 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
         return (
             f"formats need a multiple of {CHANNELS} channels, and the model has {head_size}; "
             f"use {config.method} without {format.name}"
+        )
+    rotates = any(isinstance(part.plain, TurboQuant | Hybrid) for part in format.parts)
+    if rotates and head_size > MAX_WIDE and not current_platform.is_cpu():
+        return (
+            f"{format.name} rotates heads of up to {MAX_WIDE} channels on a GPU, and the model has "
+            f"{head_size}; use a kivi format"
         )
     if not cache.block_size:  # it is chosen later
         return None
@@ -206,8 +199,8 @@ def _refusals(config: VllmConfig):
     )
     yield parallel.use_ubatching, "dual batch overlap", "remove --enable-dbo and --ubatch-size"
     yield (
-        not on_cpu and model.get_head_size() > MAX_HEAD_SIZE,
-        f"attention heads of {model.get_head_size()} channels on a GPU",
+        not on_cpu and model.get_head_size() > (MAX_WIDE if model.dtype == torch.float32 else MAX_HEAD_SIZE),
+        f"attention heads of {model.get_head_size()} channels of {own_dtype} on a GPU",
         other_model,
     )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model

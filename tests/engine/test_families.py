@@ -33,7 +33,7 @@ NONE = (0, NEOX, 0)  # a layer without position embedding
 NO_ROTARY = dict.fromkeys(
     ("expected_attention", "foresight"), "do not follow a one-dimensional rotary embedding"
 )
-OF_WINDOWS = {"kvzip": "of which layers that slide a window keep the end alone; use another method"}
+OF_SINKS = {"attention_matching": "cannot serve this model: its attention has sinks; use another method"}
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
@@ -130,7 +130,6 @@ SERVED = {
         "Gemma3ForCausalLM",
         "gemma3_text",
         FULL[:1],
-        OF_WINDOWS,
         sliding_window=64,
         query_pre_attn_scalar=32,
         head_dim=32,
@@ -140,7 +139,6 @@ SERVED = {
         "Gemma2ForCausalLM",
         "gemma2",
         FULL[:1],
-        OF_WINDOWS,
         sliding_window=64,
         query_pre_attn_scalar=32,
         head_dim=32,
@@ -150,7 +148,6 @@ SERVED = {
         "Cohere2ForCausalLM",
         "cohere2",
         (NONE,) * 2,
-        OF_WINDOWS,
         num_hidden_layers=8,
         sliding_window=64,
         layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
@@ -159,7 +156,6 @@ SERVED = {
         "Olmo3ForCausalLM",
         "olmo3",
         FULL,
-        OF_WINDOWS,
         num_hidden_layers=8,
         sliding_window=64,
         layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
@@ -168,7 +164,6 @@ SERVED = {
         "Exaone4ForCausalLM",
         "exaone4",
         (NONE,),
-        OF_WINDOWS,
         num_hidden_layers=4,
         sliding_window=64,
         sliding_window_pattern=4,
@@ -178,17 +173,18 @@ SERVED = {
         "MistralForCausalLM",
         "mistral",
         FULL[:1],
-        OF_WINDOWS,
         num_hidden_layers=4,
         sliding_window=64,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
     ),
-    "granite: sinks": family("GraniteForCausalLM", "granite", FULL, layer_types=["full_attention"] * 2),
+    "granite: sinks": family(
+        "GraniteForCausalLM", "granite", FULL, OF_SINKS, layer_types=["full_attention"] * 2
+    ),
     "gpt-oss: windows, sinks": family(
         "GptOssForCausalLM",
         "gpt_oss",
         FULL[:1],
-        OF_WINDOWS,
+        OF_SINKS,
         head_dim=32,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=64,
@@ -199,13 +195,7 @@ SERVED = {
         "Gemma4ForCausalLM",
         "gemma4_text",
         ((64, NEOX, 0),),
-        {
-            **OF_WINDOWS,
-            **dict.fromkeys(
-                ("foresight", "kivi", "turboquant"),
-                "its layers have 2 KV heads of 64 channels, and its configuration says .* of",
-            ),
-        },
+        {"foresight": "its layers have 2 KV heads of 64 channels, and its configuration says 8 of 64"},
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=8,

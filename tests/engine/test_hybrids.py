@@ -246,6 +246,7 @@ OPTIONS = [
     "h2o:budget=0.4,recompact_every=8",
     "kv_compress:budget=0.25,when=streaming,recompact_every=96",
     "kivi:recompact_every=8",
+    "kvzip:budget=0.3,chunk=128",
     "off",
 ]
 

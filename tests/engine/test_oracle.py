@@ -76,6 +76,7 @@ OF_HYBRIDS = [
     "expected_attention",
     "criticalkv, global",
     "foresight",
+    "kvzip",
 ]
 HYBRIDS = ["gemma3", "gpt-oss"]
 

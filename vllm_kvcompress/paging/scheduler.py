@@ -15,7 +15,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Solve
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Repetition, Solve
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
@@ -241,11 +241,7 @@ class _Compression:
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         manager = self.compacting_manager
         if (repetition := self._repetitions.of(request.request_id)) is not None:
-            shared = manager.req_to_blocks[repetition.owner_id][
-                : repetition.num_context // manager.block_size
-            ]
-            blocks = self.kv_cache_manager.create_kv_cache_blocks((list(shared),))
-            return blocks, len(shared) * manager.block_size, 0, False
+            return *self._shared_with(repetition), 0, False
         blocks, num_hit, shared_prefix_boundary, diverged = super()._get_local_prefix_cache_hit(
             request, *args, **kwargs
         )
@@ -267,6 +263,26 @@ class _Compression:
             if num_hit > limit:
                 blocks, num_hit = self._shorter_hit(request, blocks, limit)
         return blocks, num_hit, shared_prefix_boundary, diverged
+
+    def _shared_with(self, repetition: Repetition) -> tuple[KVCacheBlocks, int]:
+        """The blocks of its context that a repetition reads, of every group, and their tokens.
+
+        An owner that went on raw has given back what its windows would have to hold for it; the context is
+        then computed again.
+        """
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        rows = [manager.req_to_blocks.get(repetition.owner_id, []) for manager in managers]
+        sizes = [manager.block_size for manager in managers]
+        held = (len(row) * size for row, size in zip(rows, sizes, strict=True))
+        alignment = math.lcm(*sizes)
+        num_tokens = min(repetition.num_context, *held) // alignment * alignment
+        shared = tuple(row[: num_tokens // size] for row, size in zip(rows, sizes, strict=True))
+        for manager, row in zip(managers, shared, strict=True):
+            seen = row[manager.get_num_skipped_tokens(num_tokens) // manager.block_size :]
+            # Windows take blocks over from the prefix cache alone.
+            if any(block.is_null for block in seen) or (self._is_hybrid and not manager.enable_caching):
+                return self.kv_cache_manager.empty_kv_cache_blocks, 0
+        return self.kv_cache_manager.create_kv_cache_blocks(shared), num_tokens
 
     def _shorter_hit(self, request: Request, blocks: KVCacheBlocks, limit: int) -> tuple[KVCacheBlocks, int]:
         """The cached prefix of no more than `limit` tokens, a multiple of the block size, in a longer one."""
@@ -415,8 +431,17 @@ class _Compression:
         """Whether vLLM would admit a repetition now."""
         repetition = self._repetitions.of(repeating.request_id)
         assert repetition is not None
-        block_size = self.compacting_manager.block_size
-        needed = -(-repeating.num_tokens // block_size) - repetition.num_context // block_size
+        blocks, num_shared = self._shared_with(repetition)
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            repeating.request_id,
+            repeating.num_tokens,
+            blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=num_shared,
+            num_local_computed_tokens=num_shared,
+            num_tokens_main_model=repeating.num_tokens,
+            apply_admission_cap=True,
+        )
         needed += self.kv_cache_manager.watermark_blocks
         num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
