@@ -137,6 +137,86 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Random models some of whose layers slide a window over 128 tokens, with SmolLM2's tokenizer.
+
+    Those like gpt-oss have sinks.
+    """
+    import torch
+    from drawn import draw_scorer
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        GptOssConfig,
+        GptOssForCausalLM,
+    )
+
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=8192,
+        sliding_window=128,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    gemma3 = Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **common,
+            num_hidden_layers=6,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=32,
+            initializer_range=0.15,
+        )
+    )
+    for layer, sharpness in zip(gemma3.model.layers[2::3], (1.0, 2.0), strict=True):
+        layer.self_attn.k_norm.weight.data.fill_(sharpness - 1)
+    gpt_oss = GptOssForCausalLM(
+        GptOssConfig(
+            **common,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            initializer_range=0.15,
+        )
+    )
+    for layer in gpt_oss.model.layers:  # of another strength in every query head
+        layer.self_attn.sinks.data = 2.0 + 3 * torch.rand(4)
+    # Heads of full attention are twice as wide, so windows have twice the tokens in a block. Two layers
+    # read the caches of others.
+    gemma4 = Gemma4ForCausalLM(
+        Gemma4TextConfig(
+            **common,
+            global_head_dim=64,
+            num_hidden_layers=8,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2
+            + ["sliding_attention", "full_attention"],
+            num_kv_shared_layers=2,
+            hidden_size_per_layer_input=0,
+            initializer_range=0.15,
+        )
+    )
+    for layer, sharpness in zip(gemma4.model.layers[2::3], (0.3, 0.6), strict=False):
+        layer.self_attn.k_norm.weight.data.fill_(sharpness)
+    made = {}
+    for name, model in {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss}.items():
+        made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+        if name != "gemma4":  # a scorer's heads are alike
+            draw_scorer(made[name], model.config, model.config.num_hidden_layers, 2, 32)
+    return made
+
+
+@pytest.fixture(scope="session")
 def long_ids(tokenizer) -> Callable[..., list[int]]:
     """`long_ids(num_tokens, seed=0)`: exactly that many token ids of real prose.
 

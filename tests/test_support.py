@@ -44,6 +44,7 @@ def engine_config(**changes):
             block_size=32,
             user_specified_block_size=True,
         ),
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
         ec_transfer_config=None,
         speculative_config=None,
@@ -67,24 +68,26 @@ REFUSED = {
     "multi-head latent attention": {"model_config__use_mla": True},
     "state-space": {"model_config__is_hybrid": True},
     "linear layers": {"model_config__is_attention_free": True},
-    "sliding-window attention over fewer tokens (4095) than": {
-        "model_config__get_sliding_window": lambda: 4095
+    "sliding-window attention over fewer tokens (4095) than --max-model-len in every layer": {
+        "model_config__get_sliding_window": lambda: 4095,
+        "model_config__hf_text_config__layer_types": None,
+    },
+    "(4095) than --max-model-len in every layer": {
+        "model_config__get_sliding_window": lambda: 4095,
+        "model_config__hf_text_config__layer_types": ["sliding_attention"] * 2,
+    },
+    "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager": {
+        "model_config__get_sliding_window": lambda: 4095,
+        "scheduler_config__disable_hybrid_kv_cache_manager": True,
     },
     "(chunked_attention)": {
         "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"]
     },
     "ALiBi": {"model_config__uses_alibi": True},
     "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
-    "cross-layer KV sharing": {
-        "model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)
-    },
-    "attention sinks;": {
-        "model_config__hf_text_config": SimpleNamespace(model_type="granite", layer_types=["full_attention"])
-    },
     "the quantized cache that the checkpoint asks for": {
         "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8})
     },
-    "attention sinks": {"model_config__hf_text_config__model_type": "gpt_oss"},
     "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
     "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
@@ -127,6 +130,13 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
         {"cache_config__cache_dtype": "fp8_e5m2"},
         {"model_config__get_sliding_window": lambda: 4096},  # nobody outgrows it
         {
+            "model_config__get_sliding_window": lambda: 128,
+            "model_config__hf_text_config__layer_types": ["sliding_attention", "full_attention"],
+        },
+        {"scheduler_config__disable_hybrid_kv_cache_manager": True},  # a model without windows
+        {"model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)},
+        {"model_config__hf_text_config__model_type": "gpt_oss"},  # sinks
+        {
             "cache_config__cache_dtype": "float16",
             "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8}),
         },
@@ -158,15 +168,24 @@ def on_gpu(monkeypatch):
     return platform
 
 
-def test_a_gpu_takes_small_blocks_and_heads_of_up_to_256_channels(on_gpu, monkeypatch):
+def test_a_gpu_takes_small_blocks_and_heads_of_up_to_512_channels(on_gpu, monkeypatch):
     check_supported(engine_config(cache_config__block_size=16))
     check_supported(engine_config(cache_config__cache_dtype="float16"))
     with pytest.raises(
         KVCompressionError, match="dtype bfloat16 with a model in torch.float16 on a GPU; use"
     ):
         check_supported(engine_config(cache_config__cache_dtype="bfloat16"))
-    with pytest.raises(KVCompressionError, match="attention heads of 512 channels on a GPU; serve"):
-        check_supported(engine_config(model_config__get_head_size=lambda: 512))
+    wide = {"model_config__get_head_size": lambda: 512}
+    check_supported(engine_config(**wide))
+    for changes in ({"model_config__dtype": torch.float32}, {"model_config__get_head_size": lambda: 576}):
+        with pytest.raises(KVCompressionError, match="attention heads of 5.. channels of .* on a GPU; serve"):
+            check_supported(engine_config(**{**wide, **changes}))
+    served = engine_config(**wide)
+    served.additional_config = {}
+    served.model_config.uses_mrope = False
+    served.model_config.get_sliding_window = lambda: None
+    with pytest.raises(KVCompressionError, match="turbo4 rotates heads of up to 256 channels on a GPU, and"):
+        check_method(KVCompressionConfig.parse("snapkv+turbo4:budget=0.1"), served)
     monkeypatch.setattr(on_gpu, "is_cuda_alike", lambda: False)
     with pytest.raises(KVCompressionError, match="does not support cuda devices; use vLLM on"):
         check_supported(engine_config())
@@ -226,23 +245,33 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
     path.write_text(json.dumps({**content, "budgets": [0.25], "shares": [[[1], [2]]]}))
     compression = KVCompressionConfig.parse(f"snapkv:allocation=profile:{path}")
 
-    def engine(layers, heads):
-        model = SimpleNamespace(get_num_layers=lambda _: layers, get_num_kv_heads=lambda _: heads)
+    def engine(layers, heads, window=None):
+        model = SimpleNamespace(
+            get_num_layers=lambda _: layers,
+            get_num_kv_heads=lambda _: heads,
+            get_sliding_window=lambda: window,
+            max_model_len=4096,
+        )
         return SimpleNamespace(model_config=model, parallel_config=None, additional_config={})
 
     check_method(compression, engine(2, 1))
     with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 30 of 3; use"):
         check_method(compression, engine(30, 3))
+    check_method(compression, engine(2, 1, 4096))
+    with pytest.raises(KVCompressionError, match="some of this one slide a window; use another allocation"):
+        check_method(compression, engine(2, 1, 128))
 
 
 def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
-    def engine(enabled=False, most=8, active=None):
+    def engine(enabled=False, most=8, active=None, window=None):
         model = SimpleNamespace(
             uses_mrope=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
             skip_tokenizer_init=False,
+            get_sliding_window=lambda: window,
+            max_model_len=4096,
         )
         return SimpleNamespace(
             model_config=model,

@@ -22,9 +22,11 @@ from vllm.v1.engine import EngineCoreReadyResponse, EngineCoreRequest
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
 from vllm_kvcompress.support import (
@@ -182,10 +184,12 @@ class _ReadyResponse(EngineCoreReadyResponse):
     """vLLM's, whose own readers pass over this field."""
 
     kv_compression_lacks: dict[str, str] = field(default_factory=dict)
+    kv_compression_group: dict[str, int] = field(default_factory=dict)
 
 
 class _Lacks(msgspec.Struct):
     kv_compression_lacks: dict[str, str] = {}
+    kv_compression_group: dict[str, int] = {}
 
 
 def _with_lacks(initialize_kv_caches):
@@ -195,6 +199,7 @@ def _with_lacks(initialize_kv_caches):
         if _compresses(vllm_config):
             for lacks in self.collective_rpc("kv_compression_lacks"):
                 _note_lacks(vllm_config, lacks)
+            vllm_config.additional_config[GROUP] = _group(kv_cache_config, vllm_config)
             if not isinstance(self, EngineCoreProc):  # else the front end says so
                 check_method(KVCompressionConfig.parse(_requested(vllm_config)), vllm_config)
         return kv_cache_config
@@ -208,8 +213,11 @@ def _with_lacks_sent(make_ready_response):
         response = make_ready_response(self)
         if not _compresses(self.vllm_config):
             return response
+        additional = self.vllm_config.additional_config
         return _ReadyResponse(
-            **vars(response), kv_compression_lacks=self.vllm_config.additional_config[LACKS]
+            **vars(response),
+            kv_compression_lacks=additional[LACKS],
+            kv_compression_group=additional[GROUP],
         )
 
     return wrapped
@@ -220,11 +228,29 @@ def _with_lacks_received(apply_ready_response):
     def wrapped(self, payload):
         apply_ready_response(self, payload)
         if payload and _compresses(self.vllm_config):
-            lacks = msgspec.msgpack.decode(payload, type=_Lacks).kv_compression_lacks
-            _note_lacks(self.vllm_config, lacks)
+            found = msgspec.msgpack.decode(payload, type=_Lacks)
+            _note_lacks(self.vllm_config, found.kv_compression_lacks)
+            self.vllm_config.additional_config[GROUP] = found.kv_compression_group
             check_method(KVCompressionConfig.parse(_requested(self.vllm_config)), self.vllm_config)
 
     return wrapped
+
+
+def _group(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, int]:
+    """What a front end must know of the compacted group, where there are others; see `block_size` and
+    `blocks_beside`."""
+    from vllm_kvcompress.paging.spec import compactable_group  # registers a spec where it is imported
+
+    index = compactable_group(kv_cache_config)
+    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    if len(specs) == 1:
+        return {}
+    beside = sum(
+        -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+        for spec in specs
+        if spec is not specs[index]
+    )
+    return {"block_size": specs[index].block_size, "beside": beside}
 
 
 def _note_lacks(vllm_config: VllmConfig, lacks: dict[str, str]) -> None:
@@ -334,11 +360,11 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         )
     elif engine.when == "streaming":
         # The pool may be smaller than a request that keeps everything.
-        cache = vllm_config.cache_config
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
         beside = not current_platform.is_cpu()
         in_page = tokens_of_a_page(config, vllm_config)
-        needed = peak_blocks(config, num_prompt, num_tokens, cache.block_size, beside, in_page)
+        needed = peak_blocks(config, num_prompt, num_tokens, block_size(vllm_config), beside, in_page)
+        needed += blocks_beside(vllm_config)
         usable = num_blocks - 1
         if needed > usable > 0:
             problem = (
@@ -358,8 +384,7 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
     length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     # With one token of output only its prompt may be compacted, while it is computed.
     in_page = tokens_of_a_page(config, vllm_config)
-    block_size = vllm_config.cache_config.block_size
-    compacted = is_ever_compacted(config, length, length + 1, block_size, in_page)
+    compacted = is_ever_compacted(config, length, length + 1, block_size(vllm_config), in_page)
     if config.enabled and (compacted or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"
         raise VLLMValidationError(

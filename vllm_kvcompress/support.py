@@ -6,8 +6,12 @@ from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 
+from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
+from vllm_kvcompress.formats.hybrid import Hybrid
+from vllm_kvcompress.formats.turboquant import TurboQuant
+from vllm_kvcompress.paging.groups import block_size
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -15,7 +19,8 @@ from vllm_kvcompress.requests.float8 import FLOAT8, ON_GPU
 from vllm_kvcompress.touch_points import check_touch_points
 
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
-MAX_HEAD_SIZE = 256  # of our GPU kernels
+MAX_HEAD_SIZE = 512  # of our GPU kernels, which hold some keys and values in shared memory
+MAX_WIDE = 256  # likewise of numbers of 4 bytes, and of formats that rotate
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -76,10 +81,14 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
-    try:
-        config.build_allocation().check_model(
-            model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
+    allocation = config.build_allocation()
+    if isinstance(allocation, Profile) and slides_windows(model):
+        raise KVCompressionError(
+            "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
+            "one slide a window; use another allocation"
         )
+    try:
+        allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
 
@@ -109,7 +118,7 @@ def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> in
     """Tokens that a page of this engine's cache holds once they are encoded; None without a format."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = model.dtype if cache.cache_dtype == "auto" else getattr(torch, cache.cache_dtype, torch.uint8)
-    return page_tokens(config, cache.block_size, model.get_head_size(), dtype.itemsize)
+    return page_tokens(config, block_size(vllm_config), model.get_head_size(), dtype.itemsize)
 
 
 def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str | None:
@@ -127,6 +136,12 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
         return (
             f"formats need a multiple of {CHANNELS} channels, and the model has {head_size}; "
             f"use {config.method} without {format.name}"
+        )
+    rotates = any(isinstance(part.plain, TurboQuant | Hybrid) for part in format.parts)
+    if rotates and head_size > MAX_WIDE and not current_platform.is_cpu():
+        return (
+            f"{format.name} rotates heads of up to {MAX_WIDE} channels on a GPU, and the model has "
+            f"{head_size}; use a kivi format"
         )
     if not cache.block_size:  # it is chosen later
         return None
@@ -184,24 +199,28 @@ def _refusals(config: VllmConfig):
     )
     yield parallel.use_ubatching, "dual batch overlap", "remove --enable-dbo and --ubatch-size"
     yield (
-        not on_cpu and model.get_head_size() > MAX_HEAD_SIZE,
-        f"attention heads of {model.get_head_size()} channels on a GPU",
+        not on_cpu and model.get_head_size() > (MAX_WIDE if model.dtype == torch.float32 else MAX_HEAD_SIZE),
+        f"attention heads of {model.get_head_size()} channels of {own_dtype} on a GPU",
         other_model,
     )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
     yield model.use_mla, "multi-head latent attention (MLA)", other_model
     yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
+    slides = slides_windows(model)
     yield (
-        window is not None and window < model.max_model_len,
-        f"sliding-window attention over fewer tokens ({window}) than --max-model-len",
+        slides and not _has_full_attention(text),
+        f"sliding-window attention over fewer tokens ({window}) than --max-model-len in every layer",
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
+    )
+    yield (
+        slides and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+        "windows in one cache group with full attention",
+        "remove --disable-hybrid-kv-cache-manager",
     )
     other_types = layer_types - {"full_attention", "sliding_attention"}
     yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
     yield model.uses_alibi or "Step1ForCausalLM" in model.architectures, "ALiBi", other_model
-    yield _has_sinks(text), "attention sinks", other_model
-    yield bool(getattr(text, "num_kv_shared_layers", 0)), "cross-layer KV sharing", other_model
     yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
     yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
     yield (
@@ -263,17 +282,18 @@ def _refusals(config: VllmConfig):
     )
 
 
+def slides_windows(model: ModelConfig) -> bool:
+    """Whether layers of a model slide a window, which the longest request outgrows."""
+    window = model.get_sliding_window()
+    return window is not None and window < model.max_model_len
+
+
+def _has_full_attention(text) -> bool:
+    """Whether some layers of a model that slides windows attend to all tokens, as its configuration says."""
+    types = getattr(text, "layer_types", None) or ()
+    return "full_attention" in types or 0 in (getattr(text, "hybrid_layer_pattern", None) or ())
+
+
 def _most_at_once(config: VllmConfig) -> tuple[int, int | None]:
     """Bounds on the requests that run at a time: how many have a place, how many are admitted to one."""
     return config.scheduler_config.max_num_seqs, config.scheduler_config.max_num_active_seqs
-
-
-def _has_sinks(text) -> bool:
-    if text.model_type == "gpt_oss":
-        return True
-    if text.model_type.startswith("granite"):  # unless it says otherwise, sinks come with layer types
-        return bool(getattr(text, "attention_sinks", getattr(text, "layer_types", None) is not None))
-    return bool(
-        getattr(text, "add_full_attention_sink_bias", False)
-        or getattr(text, "add_swa_attention_sink_bias", False)
-    )

@@ -168,7 +168,10 @@ TABLE: dict[str, Touched] = {
         ),
     ),
     "vllm.config:SchedulerConfig": Touched(
-        reads="async_scheduling max_num_batched_tokens max_num_seqs scheduler_cls watermark",
+        reads=(
+            "async_scheduling disable_hybrid_kv_cache_manager max_num_batched_tokens max_num_seqs "
+            "scheduler_cls watermark"
+        ),
     ),
     "vllm.config:SpeculativeConfig": Touched(
         reads="method",
@@ -227,6 +230,12 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator": Touched(
         reads="single_type_managers",
+        calls={
+            "find_longest_cache_hit": "(self, block_hashes, max_cache_hit_length)",
+        },
+        overrides={
+            "cache_blocks": "(self, request, num_computed_tokens)",
+        },
     ),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": Touched(
         reads="block_id is_null ref_cnt",
@@ -258,9 +267,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.request:Request": Touched(
         reads=(
-            "arrival_time client_index is_prefill_chunk lora_request max_tokens num_computed_tokens "
-            "num_output_placeholders num_prompt_tokens num_tokens priority prompt_token_ids request_id "
-            "resumable sampling_params status"
+            "arrival_time block_hashes client_index is_prefill_chunk lora_request max_tokens "
+            "num_computed_tokens num_output_placeholders num_prompt_tokens num_tokens priority "
+            "prompt_token_ids request_id resumable sampling_params status"
         ),
         calls={
             "__init__": (
@@ -362,7 +371,9 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.model_executor.layers.attention:Attention": Touched(
-        reads="impl kv_cache layer_name query_quant",
+        reads=(
+            "attn_backend impl kv_cache kv_sharing_target_layer_name layer_name query_quant sliding_window"
+        ),
     ),
     "vllm.model_executor.layers.linear:RowParallelLinear": Touched(
         reads="params_dtype quant_method",
@@ -389,6 +400,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.attention.backend:AttentionCGSupport": Touched(
         reads="NEVER",
+    ),
+    "vllm.v1.attention.backend:AttentionImplBase": Touched(
+        reads="__new__",
     ),
     "vllm.v1.attention.backend:AttentionImpl": Touched(
         reads="__init__ head_size kv_cache_dtype num_heads scale",

@@ -36,6 +36,10 @@ def engines(nothing_compiled, models_looked_at_here) -> Callable:
     started: dict[str, Engine] = {}
 
     def get(model: Path, compression: str | None = None, **options) -> Engine:
+        from vllm.distributed import parallel_state
+
+        if parallel_state._EP is None:  # an engine before had no experts, for which ranks are grouped too
+            parallel_state._EP = parallel_state._TP
         key = repr((model, compression, sorted(options.items())))
         if key not in started:
             ours = {} if compression is None else {"additional_config": {"kv_compression": compression}}

@@ -109,6 +109,7 @@ class Engine:
         self.scheduler = core.scheduler
         self.worker = core.model_executor.driver_worker.worker
         self.manager = getattr(self.scheduler, "compacting_manager", None)
+        self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.outputs: dict[str, RequestOutput] = {}
         self.sent: list = []
@@ -231,12 +232,17 @@ class Engine:
         for id in job.destination:
             block = self.pool.blocks[id]
             assert block.ref_cnt == 1 and block.block_hash is None
-            assert not any(block is other for row in self.manager.req_to_blocks.values() for other in row)
+            assert not any(block is other for row in self.rows() for other in row)
+
+    def rows(self) -> Iterator[list]:
+        """Every request's blocks by position, of every cache group."""
+        for manager in self.managers:
+            yield from manager.req_to_blocks.values()
 
     def check_accounts(self) -> None:
         """Every block is free or held, compacted ones by one request alone; references are counted right."""
         references: dict[int, int] = {}
-        for row in self.manager.req_to_blocks.values():
+        for row in self.rows():
             for block in row:
                 if not block.is_null:
                     references[block.block_id] = references.get(block.block_id, 0) + 1
@@ -246,17 +252,21 @@ class Engine:
                 references[block.block_id] = 1
         for id, count in references.items():
             assert self.pool.blocks[id].ref_cnt == count
+        assert self.pool.get_num_free_blocks() == sum(
+            block.ref_cnt == 0 and not block.is_null for block in self.pool.blocks
+        )
 
     def check_nothing_left(self) -> None:
         """No trace of any request, once a further request has told the worker of those that ended."""
         self.run([1, 2, 3], sampling(1, "off"))
         self.step()  # lets the worker hear of that one too
         assert not self.scheduler.requests and not self.scheduler.running and not self.scheduler.waiting
+        assert not list(self.rows())
         if self.manager is not None:
             assert not self.scheduler._tracked
             assert not self.scheduler._repetitions._progress and not self.scheduler._repetitions._announced
             assert not self.manager.peak_blocks and not self.manager.borrowers
-            assert not self.manager.compacted and not self.manager.req_to_blocks
+            assert not self.manager.compacted
             state = self.worker.compression
             assert not state.tables and len(state.observer) == 0
 

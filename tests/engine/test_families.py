@@ -33,6 +33,7 @@ NONE = (0, NEOX, 0)  # a layer without position embedding
 NO_ROTARY = dict.fromkeys(
     ("expected_attention", "foresight"), "do not follow a one-dimensional rotary embedding"
 )
+OF_SINKS = {"attention_matching": "cannot serve this model: its attention has sinks; use another method"}
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
@@ -49,7 +50,8 @@ class Family:
 
     Attributes:
         config: of Hugging Face, on top of `COMMON`.
-        rotary: of every layer: rotated channels, pairing, first rotated channel; () if not by a rotation.
+        rotary: of every layer that is compacted: rotated channels, pairing, first rotated channel; () if not
+            by a rotation.
         refused: what is said to a request for a method; the others are served.
         options: of the engine.
     """
@@ -123,6 +125,88 @@ SERVED = {
         query_pre_attn_scalar=32,
         head_dim=32,
         layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma3: windows": family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        FULL[:1],
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gemma2: windows, soft cap": family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        FULL[:1],
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cohere2: windows, and full attention without position embedding": family(
+        "Cohere2ForCausalLM",
+        "cohere2",
+        (NONE,) * 2,
+        num_hidden_layers=8,
+        sliding_window=64,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    ),
+    "olmo3: windows": family(
+        "Olmo3ForCausalLM",
+        "olmo3",
+        FULL,
+        num_hidden_layers=8,
+        sliding_window=64,
+        layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 2,
+    ),
+    "exaone4: windows, and full attention without position embedding": family(
+        "Exaone4ForCausalLM",
+        "exaone4",
+        (NONE,),
+        num_hidden_layers=4,
+        sliding_window=64,
+        sliding_window_pattern=4,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    ),
+    "ministral: windows": family(
+        "MistralForCausalLM",
+        "mistral",
+        FULL[:1],
+        num_hidden_layers=4,
+        sliding_window=64,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"],
+    ),
+    "granite: sinks": family(
+        "GraniteForCausalLM", "granite", FULL, OF_SINKS, layer_types=["full_attention"] * 2
+    ),
+    "gpt-oss: windows, sinks": family(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        FULL[:1],
+        OF_SINKS,
+        head_dim=32,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    ),
+    "gemma4: windows, wider heads of full attention in larger blocks, shared caches": family(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        ((64, NEOX, 0),),
+        {"foresight": "its layers have 2 KV heads of 64 channels, and its configuration says 8 of 64"},
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=32,
+        global_head_dim=64,
+        num_global_key_value_heads=2,
+        attention_k_eq_v=True,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        hidden_size_per_layer_input=0,
+        sliding_window=64,
     ),
     "gpt-neox: partial rotary": family(
         "GPTNeoXForCausalLM", "gpt_neox", ((8, NEOX, 0),) * 2, rotary_pct=0.25
@@ -219,7 +303,18 @@ REFUSED = {
         family("MistralForCausalLM", "mistral", sliding_window=LONGEST - 1),
         rf"sliding-window attention over fewer tokens \({LONGEST - 1}\).*; use --max-model-len {LONGEST - 1}",
     ),
-    "windows of some layers": (
+    "windows of all layers, by their types": (
+        family(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            sliding_window=128,
+            query_pre_attn_scalar=32,
+            head_dim=32,
+            layer_types=["sliding_attention"] * 2,
+        ),
+        r"sliding-window attention over fewer tokens \(128\) than --max-model-len in every layer",
+    ),
+    "windows without vLLM's hybrid manager": (
         family(
             "Gemma3ForCausalLM",
             "gemma3_text",
@@ -227,33 +322,15 @@ REFUSED = {
             query_pre_attn_scalar=32,
             head_dim=32,
             layer_types=["sliding_attention", "full_attention"],
+            options=dict(disable_hybrid_kv_cache_manager=True),
         ),
-        r"sliding-window attention over fewer tokens \(128\)",
+        "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
     ),
     "bloom": (
         family("BloomForCausalLM", "bloom", n_layer=2, n_head=4),
         "ALiBi; serve this model without --kv-compression",
     ),
     "falcon with alibi": (family("FalconForCausalLM", "falcon", alibi=True), "ALiBi; serve"),
-    "granite with sinks": (
-        family("GraniteForCausalLM", "granite", layer_types=["full_attention"] * 2),
-        "attention sinks; serve",
-    ),
-    "gpt-oss": (
-        family(
-            "GptOssForCausalLM",
-            "gpt_oss",
-            layer_types=["full_attention"] * 2,
-            sliding_window=None,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-        ),
-        "attention sinks; serve",
-    ),
-    "gemma3n: layers that share a cache": (
-        family("Gemma3nForCausalLM", "gemma3n_text", sliding_window=LONGEST, num_kv_shared_layers=1),
-        "cross-layer KV sharing; serve",
-    ),
 }
 
 PROMPT = [(7 * i * i + 3 * i) % (VOCABULARY - 8) + 4 for i in range(LONGEST // 2)]

@@ -145,25 +145,6 @@ LLAMA = dict(
     max_position_embeddings=512,
 )
 MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
-QWEN = {
-    **LLAMA,
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "use_sliding_window": True,
-    "sliding_window": 128,
-    "max_window_layers": 1,
-    "layer_types": ["full_attention", "sliding_attention"],
-}
-GPT_OSS = {
-    **LLAMA,
-    "architectures": ["GptOssForCausalLM"],
-    "model_type": "gpt_oss",
-    "head_dim": 32,
-    "sliding_window": 128,
-    "num_local_experts": 2,
-    "num_experts_per_tok": 1,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
 DEEPSEEK = {
     **LLAMA,
     "architectures": ["DeepseekV2ForCausalLM"],
@@ -216,8 +197,6 @@ REFUSED = {
         "scheduler",
     ),
     "sliding window": (MISTRAL, {}, CONFIG, "sliding"),
-    "mixed layers": (QWEN, {}, CONFIG, "sliding"),
-    "attention sinks": (GPT_OSS, {}, CONFIG, "attention"),
     "latent attention": (DEEPSEEK, {}, CONFIG, "MLA"),
     "state space": (MAMBA, {}, CONFIG, "state-space"),
     "encoder-decoder": (WHISPER, {}, CONFIG, "encoder-decoder"),

@@ -62,6 +62,23 @@ CASES = {
 }
 
 REAL = ["kv_compress", "criticalkv, global"]  # with SmolLM2 too, where all are run with random weights
+# With random models some of whose layers slide a window.
+OF_HYBRIDS = [
+    "snapkv",
+    "adakv",
+    "kv_compress",
+    "kv_compress, block edge",
+    "streaming_llm",
+    "pyramidkv",
+    "tova",
+    "keydiff",
+    "h2o, adaptive",
+    "expected_attention",
+    "criticalkv, global",
+    "foresight",
+    "kvzip",
+]
+HYBRIDS = ["gemma3", "gpt-oss"]
 
 
 # ---------------------------------------------------------------------- the model, with per-head masks
@@ -72,34 +89,78 @@ class Attention:
     """What the attention function below reads and leaves behind.
 
     Attributes:
-        queries: per layer `[Hq, tokens, D]` of the last pass, after RoPE.
+        queries: per layer that attends to all tokens, in order, `[Hq, tokens, D]` of the last pass, after
+            RoPE.
         keys: per layer `[H, tokens, D]`, likewise, with those of earlier passes.
         values: per layer `[H, tokens, D]`, likewise.
+        sinks: per layer `[Hq]`, the logits of its sinks, if it has any.
+        scale: of the softmax.
         hidden: per layer `[H, tokens]`, True where a KV head dropped a token; None for full attention.
     """
 
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
+    sinks: dict[int, Tensor] = field(default_factory=dict)
+    scale: float = 1.0
     hidden: Tensor | None = None
 
 
 ATTENTION = Attention({}, {}, {})
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, **_):
-    """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]` that leaves out what each KV head dropped."""
-    layer, group = module.layer_idx, module.num_key_value_groups
-    ATTENTION.queries[layer], ATTENTION.keys[layer], ATTENTION.values[layer] = query[0], key[0], value[0]
-    num_queries, num_keys = query.shape[2], key.shape[2]
+def full_layers(config) -> list[int]:
+    """Numbers of the layers that attend to all tokens and have a cache: others slide a window, or read the
+    cache of the last one."""
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    types = types[: config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]
+    return [number for number, kind in enumerate(types) if kind == "full_attention"]
+
+
+def eager_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, s_aux=None, **_):
+    """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]` that leaves out what each KV head dropped.
+
+    Args:
+        sliding_window: tokens that a query sees, itself included; None for all.
+        s_aux: `[Hq]`, one more logit of each head, to which no value belongs.
+    """
+    group, num_queries, num_keys = module.num_key_value_groups, query.shape[2], key.shape[2]
     mask = torch.zeros(query.shape[1], num_queries, num_keys)
     mask.masked_fill_(torch.ones(num_queries, num_keys).triu(num_keys - num_queries + 1).bool(), -torch.inf)
-    if ATTENTION.hidden is not None:
-        hidden = ATTENTION.hidden[layer].repeat_interleave(group, 0)
-        mask[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], -torch.inf)
-    weights = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling + mask
-    output = weights.softmax(-1) @ value.repeat_interleave(group, 1)
+    if sliding_window is not None:
+        gone = torch.ones(num_queries, num_keys).tril(num_keys - num_queries - sliding_window)
+        mask.masked_fill_(gone.bool(), -torch.inf)
+    else:
+        full = full_layers(module.config)
+        layer = full.index(module.layer_idx) if module.layer_idx in full else len(full) - 1
+        if module.layer_idx in full:
+            ATTENTION.queries[layer], ATTENTION.keys[layer] = query[0], key[0]
+            ATTENTION.values[layer], ATTENTION.scale = value[0], scaling
+            if s_aux is not None:
+                ATTENTION.sinks[layer] = s_aux.detach()
+        if ATTENTION.hidden is not None:
+            hidden = ATTENTION.hidden[layer].repeat_interleave(group, 0)
+            mask[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], -torch.inf)
+    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling + mask
+    if s_aux is not None:
+        logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(1, -1, num_queries, 1)], -1)
+    weights = logits.softmax(-1)[..., :num_keys]
+    output = weights @ value.repeat_interleave(group, 1)
     return output.transpose(1, 2), None
+
+
+def attention(prompt: "Prompt", layer: int, query_head: int, logits: Tensor) -> Tensor:
+    """The softmax of a query head's logits `[q, k]`, its sink's among them."""
+    sinks = prompt.sinks.get(layer)
+    if sinks is None:
+        return logits.softmax(-1)
+    sink = sinks[query_head].double().expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], -1).softmax(-1)[..., :-1]
+
+
+def by_token(out: Tensor) -> Tensor:
+    """What leaves a projection, or a norm behind it, `[tokens, H·D]`."""
+    return out[0] if out.ndim == 3 else out[0].transpose(0, 1).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -110,6 +171,8 @@ class Prompt:
     queries: dict[int, Tensor]
     keys: dict[int, Tensor]
     values: dict[int, Tensor]
+    sinks: dict[int, Tensor]
+    scale: float
     cache: DynamicCache
     first_logits: Tensor
 
@@ -126,12 +189,16 @@ class Model:
     def prompt(self, ids: list[int]) -> Prompt:
         if len(ids) not in self.prompts:
             ATTENTION.hidden = None
+            for of_another_model in (ATTENTION.queries, ATTENTION.keys, ATTENTION.values, ATTENTION.sinks):
+                of_another_model.clear()
             out = self.reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
             self.prompts[len(ids)] = Prompt(
                 ids,
                 dict(ATTENTION.queries),
                 dict(ATTENTION.keys),
                 dict(ATTENTION.values),
+                dict(ATTENTION.sinks),
+                ATTENTION.scale,
                 out.past_key_values,
                 out.logits[0, -1],
             )
@@ -139,12 +206,12 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def models(random_model, smollm2) -> dict[str, Model]:
+def models(random_model, smollm2, hybrids) -> dict[str, Model]:
     AttentionInterface.register("oracle", eager_attention)
     options = dict(dtype=torch.float32, attn_implementation="oracle")
     return {
         name: Model(path, AutoModelForCausalLM.from_pretrained(path, **options).eval())
-        for name, path in {"random": random_model, "smollm2": smollm2}.items()
+        for name, path in {"random": random_model, "smollm2": smollm2, **hybrids}.items()
     }
 
 
@@ -173,15 +240,15 @@ def attention_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
     layers = []
     for layer, keys in prompt.keys.items():
         queries = prompt.queries[layer]
-        heads, size = keys.shape[0], keys.shape[2]
+        heads = keys.shape[0]
         group = queries.shape[0] // heads
         total = torch.zeros(heads, boundary, dtype=torch.float64)
         for query_head in range(heads * group):
             window = queries[query_head, num_prompt - WINDOW :].double()
-            logits = window @ keys[query_head // group].double().T / math.sqrt(size)
+            logits = window @ keys[query_head // group].double().T * prompt.scale
             for i in range(WINDOW):
                 logits[i, num_prompt - WINDOW + i + 1 :] = -torch.inf
-            weights = logits.softmax(-1)[:, : num_prompt - WINDOW]
+            weights = attention(prompt, layer, query_head, logits)[:, : num_prompt - WINDOW]
             paid = (weights**2 if squared else weights).sum(0)
             # The best of each token and its three neighbours on either side; none lie beyond the edges.
             around = torch.nn.functional.pad(paid, (3, 3), value=-1.0).unfold(0, 7, 1)
@@ -194,12 +261,12 @@ def last_query_scores(prompt: Prompt, boundary: int) -> Tensor:
     """TOVA `[L, H, T]`: what the last token attends to, the same for all heads of a layer."""
     layers = []
     for layer, keys in prompt.keys.items():
-        heads, size = keys.shape[0], keys.shape[2]
+        heads = keys.shape[0]
         last = prompt.queries[layer][:, len(prompt.ids) - 1].double()
-        paid = [
-            (keys[query_head * heads // len(last)].double() @ query / math.sqrt(size)).softmax(-1)
-            for query_head, query in enumerate(last)
-        ]
+        paid = []
+        for query_head, query in enumerate(last):
+            logits = keys[query_head * heads // len(last)].double() @ query * prompt.scale
+            paid.append(attention(prompt, layer, query_head, logits))
         layers.append((sum(paid) / len(paid))[:boundary].expand(heads, -1))
     return torch.stack(layers).clone()
 
@@ -229,8 +296,8 @@ def all_queries_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
         total = torch.zeros(heads, num_prompt, dtype=torch.float64)
         for query_head, query in enumerate(queries):
             head = query_head * heads // len(queries)
-            logits = query.double() @ keys[head].double().T / math.sqrt(keys.shape[2])
-            weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+            logits = query.double() @ keys[head].double().T * prompt.scale
+            weights = attention(prompt, layer, query_head, logits.masked_fill(future, -torch.inf))
             total[head] += (weights**2 if squared else weights).sum(0)
         layers.append(total[:, :boundary])
     return torch.stack(layers)
@@ -240,15 +307,20 @@ def all_queries_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
 def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
     """Expected Attention `[L, H, T]`, from the queries that leave the projection before RoPE."""
     before, hooks = {}, []
-    for index, layer in enumerate(reference.model.layers):
-        hook = lambda module, given, out, index=index: before.__setitem__(index, out[0])  # noqa: E731
-        hooks.append(layer.self_attn.q_proj.register_forward_hook(hook))
+    for index, number in enumerate(full_layers(reference.config)):
+        layer = reference.model.layers[number]
+        hook = lambda module, given, out, index=index: before.__setitem__(index, by_token(out))  # noqa: E731
+        own = getattr(layer.self_attn, "q_norm", layer.self_attn.q_proj)
+        hooks.append(own.register_forward_hook(hook))
     reference(torch.tensor([prompt.ids]))
     for hook in hooks:
         hook.remove()
     num_prompt, (heads, _, size) = len(prompt.ids), prompt.keys[0].shape
     positions = torch.arange(num_prompt, num_prompt + 512)[None]
-    cos, sin = (t[0].double() for t in reference.model.rotary_emb(torch.zeros(1, 1, size), positions))
+    rotary = reference.model.rotary_emb
+    of_type = ["full_attention"] if hasattr(rotary, "full_attention_inv_freq") else []
+    cos, sin = (t[0].double() for t in rotary(torch.zeros(1, 1, size), positions, *of_type))
+    cos, sin = (torch.cat([t] * (size // t.shape[1]), 1) for t in (cos, sin))  # some have every angle once
     half = size // 2
     turn = torch.zeros(size, size, dtype=torch.float64)
     turn[:half, half:], turn[half:, :half] = -torch.eye(half), torch.eye(half)
@@ -263,9 +335,13 @@ def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
             mean = own.mean(1)
             covariance = torch.stack([torch.cov(q.T, correction=0) for q in own])
             mean, covariance = mean @ rotation.T, rotation @ covariance @ rotation.T
-            logits = (keys @ mean[..., None])[..., 0] / math.sqrt(size)
-            logits += torch.einsum("hwi,hij,hwj->hw", keys, covariance, keys) / size / 2
-            total = total + logits[:, 4:].softmax(-1) / group
+            logits = (keys @ mean[..., None])[..., 0] * prompt.scale
+            logits += torch.einsum("hwi,hij,hwj->hw", keys, covariance, keys) * prompt.scale**2 / 2
+            weights = [
+                attention(prompt, layer, head * group + member, of_head[4:])
+                for head, of_head in enumerate(logits)
+            ]
+            total = total + torch.stack(weights) / group
         scores = total * prompt.values[layer][:, 4:num_prompt].double().norm(dim=-1)
         layers.append(torch.nn.functional.pad(scores, (4, 0), value=torch.inf)[:, :boundary])
     return torch.stack(layers)
@@ -275,9 +351,11 @@ def expected_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
 def predicted_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
     """Foresight `[L, H, T]`: the networks beside the model, from keys as they leave the projection."""
     before, hooks = {}, []
-    for index, layer in enumerate(reference.model.layers):
-        hook = lambda module, given, out, index=index: before.__setitem__(index, out[0])  # noqa: E731
-        hooks.append(layer.self_attn.k_proj.register_forward_hook(hook))
+    for index, number in enumerate(full_layers(reference.config)):
+        layer = reference.model.layers[number]
+        hook = lambda module, given, out, index=index: before.__setitem__(index, by_token(out))  # noqa: E731
+        own = getattr(layer.self_attn, "k_norm", layer.self_attn.k_proj)
+        hooks.append(own.register_forward_hook(hook))
     reference(torch.tensor([prompt.ids]))
     for hook in hooks:
         hook.remove()
@@ -289,9 +367,10 @@ def predicted_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
         for head in range(len(values)):
             size = values.shape[2]
             own = torch.cat([before[layer][:, head * size : (head + 1) * size], values[head]], 1).double()
-            hidden = own @ network["up"][layer, head] + network["up_bias"][layer, head]
+            of_head = full_layers(reference.config)[layer], head
+            hidden = own @ network["up"][of_head] + network["up_bias"][of_head]
             hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
-            out = hidden @ network["down"][layer, head] + network["down_bias"][layer, head]
+            out = hidden @ network["down"][of_head] + network["down_bias"][of_head]
             layers[-1].append(out.exp()[:boundary])
         layers[-1] = torch.stack(layers[-1])
     return torch.stack(layers)
@@ -318,9 +397,11 @@ def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor
             own = len(repetition)
             for query_head, query in enumerate(queries):
                 head = query_head * heads // len(queries)
-                logits = query @ seen[head].T / math.sqrt(keys.shape[2])
+                logits = query @ seen[head].T * prompt.scale
                 logits[:, -own:] += torch.full((own, own), -torch.inf).triu(1)
-                part = logits.softmax(-1)[:, len(sinks) : len(sinks) + end - begin].amax(0)
+                part = attention(prompt, layer, query_head, logits)[
+                    :, len(sinks) : len(sinks) + end - begin
+                ].amax(0)
                 most[layer, head, begin:end] = torch.maximum(most[layer, head, begin:end], part)
     return most[..., :boundary]
 
@@ -337,7 +418,8 @@ def selecting_scores(method: str, options, reference, prompt: Prompt, scores: Te
                 recent = kept // 4 if "recent=0.25" in options else kept // 2
                 chosen[layer, head, scores.shape[2] - recent :] = torch.inf
                 continue
-            weight = reference.model.layers[layer].self_attn.o_proj.weight.detach()
+            number = full_layers(reference.config)[layer]
+            weight = reference.model.layers[number].self_attn.o_proj.weight.detach()
             size = prompt.values[layer].shape[2]
             group = weight.shape[1] // size // scores.shape[1]
             length = 0
@@ -491,7 +573,12 @@ class Case:
 
 
 @pytest.fixture(
-    params=[*(("random", name) for name in CASES), *(("smollm2", name) for name in REAL)],
+    params=[
+        *(("random", name) for name in CASES),
+        *(("smollm2", name) for name in REAL),
+        *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
+        *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
+    ],
     ids="-".join,
     scope="module",
 )
@@ -605,7 +692,13 @@ ENCODED = [
 
 
 @pytest.mark.parametrize(
-    ("model", "options"), [*(("random", form) for form in ENCODED), ("smollm2", ENCODED[3])]
+    ("model", "options"),
+    [
+        *(("random", form) for form in ENCODED),
+        ("smollm2", ENCODED[3]),
+        ("gemma3", ENCODED[0]),
+        *((hybrid, form) for hybrid in HYBRIDS for form in (ENCODED[3], ENCODED[6])),
+    ],
 )
 def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written(
     engines, models, long_ids, model, options
@@ -637,7 +730,8 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
                 plain = prompt.keys[layer][head, kept], prompt.values[layer][head, kept]
                 size = plain[0].shape[1]
                 read = written.decode(written.encode(*plain), size)
-                cache.layers[layer].keys[0, head, kept], cache.layers[layer].values[0, head, kept] = read
+                of_layer = cache.layers[full_layers(model.reference.config)[layer]]
+                of_layer.keys[0, head, kept], of_layer.values[0, head, kept] = read
     answer = tokens(output)
     expected = continue_on_kept(model.reference, replace(prompt, cache=cache), answer, hidden)
     exact = continue_on_kept(model.reference, prompt, answer, hidden)

@@ -139,8 +139,9 @@ def test_selection_fits_registers_and_shared_memory(compiled):
     compiled.assert_in_registers()
 
 
-def test_float32_of_wide_heads_fits_shared_memory(compiled):
-    step = Step(1, 1, 2, 48, 256, torch.float32)
+@pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.float32), (512, torch.bfloat16)])
+def test_wide_heads_fit_shared_memory(compiled, head_size, dtype):
+    step = Step(1, 1, 2, 48, head_size, dtype)
     step.score()
     step.move(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 48, dtype=torch.int64), overlaps=True)
     compiled.assert_fit("_window_kernel", "_log_sum_kernel", "_pool_kernel", "_copy_kernel")

@@ -34,12 +34,12 @@ class Case:
     group: int
     held: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]
 
-    def out(self, scale: float, soft_cap: float) -> Tensor:
+    def out(self, scale: float, soft_cap: float, sinks: Tensor | None = None) -> Tensor:
         out = torch.full_like(self.query, torch.nan, dtype=torch.float32)
-        self.attention.attend(self.query, self.rows, scale, soft_cap, out)
+        self.attention.attend(self.query, self.rows, scale, soft_cap, out, sinks)
         return out
 
-    def expected(self, scale: float, soft_cap: float) -> Tensor:
+    def expected(self, scale: float, soft_cap: float, sinks: Tensor | None = None) -> Tensor:
         """One query, one head at a time."""
         out = torch.empty_like(self.query, dtype=torch.float32)
         for row, tail in enumerate(self.rows.tail.tolist()):
@@ -53,7 +53,10 @@ class Case:
                     logits = self.query[token, members].float() @ keys[:seen].T * scale
                     if soft_cap:
                         logits = soft_cap * torch.tanh(logits / soft_cap)
-                    out[token, members] = (logits + bias[:seen]).softmax(-1) @ values[:seen]
+                    logits += bias[:seen]
+                    if sinks is not None:
+                        logits = torch.cat([logits, sinks[members, None]], 1)
+                    out[token, members] = logits.softmax(-1)[:, :seen] @ values[:seen]
         return out
 
 
@@ -158,11 +161,9 @@ def _begins(place: int, size: int, page_bytes: int) -> tuple[int, int]:
     return place // per_page, page_bytes - (per_page - place % per_page) * size
 
 
-def check(case: Case, soft_cap: float = 0.0) -> None:
-    scale = case.query.shape[2] ** -0.5
-    torch.testing.assert_close(
-        case.out(scale, soft_cap), case.expected(scale, soft_cap), atol=1e-5, rtol=1e-5
-    )
+def check(case: Case, soft_cap: float = 0.0, sinks: Tensor | None = None) -> None:
+    numbers = case.query.shape[2] ** -0.5, soft_cap, sinks
+    torch.testing.assert_close(case.out(*numbers), case.expected(*numbers), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -188,6 +189,14 @@ def test_later_queries_see_the_tail_up_to_themselves(name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_logits_are_capped(name):
     check(make(FORMATS[name], block_size=96, queries=(1, 3)), soft_cap=1.5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_sinks_are_in_the_softmax_of_every_query(name):
+    case = make(FORMATS[name], block_size=96, queries=(1, 3))
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf])
+    check(case, 1.5, sinks)
+    check(case)  # they are not kept for the next call
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -20,7 +20,12 @@ def int32(*shape):
 
 @pytest.mark.parametrize(
     ("dtype", "head_size", "group", "query_len", "splits"),
-    [(torch.bfloat16, 128, 4, 1, 8), (torch.float16, 80, 7, 40, 1), (torch.float32, 256, 8, 40, 1)],
+    [
+        (torch.bfloat16, 128, 4, 1, 8),
+        (torch.float16, 80, 7, 40, 1),
+        (torch.float32, 256, 8, 40, 1),
+        (torch.bfloat16, 512, 8, 40, 8),
+    ],
 )
 def test_attention(compiled, dtype, head_size, group, query_len, splits):
     cache = torch.zeros(2, 4, 2, 16, 2 * head_size, dtype=dtype)

@@ -56,6 +56,7 @@ def test_decode_rows_fit_registers_and_read_16_bytes_at_once(compiled, name, mer
         ("turbo4_prod", torch.bfloat16, 128, 4, 1, 8),
         ("turbo4_centred", torch.bfloat16, 64, 4, 1, 8),
         ("kivi4", torch.float32, 256, 8, 40, 1),
+        ("kivi4", torch.bfloat16, 512, 8, 40, 8),
         ("turbo4", torch.float32, 256, 8, 40, 1),
         ("k8v4", torch.float16, 80, 7, 1, 1),
         ("k4v2", torch.bfloat16, 64, 7, 2, 8),

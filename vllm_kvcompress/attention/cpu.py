@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.formats import Format
 from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
 from vllm_kvcompress.paging.spec import CompactableSpec
@@ -31,6 +31,9 @@ from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 class CompactedRows:
     """The compacted rows of a batch, R requests seen as R·H sequences of G query heads and one KV head.
 
+    The kernel takes the same sinks for all sequences. So where there are any, the sequences of each KV head
+    are rows of their own, with H = 1 below.
+
     Attributes:
         query_start_loc: `[R·H + 1]` int32.
         seq_lens: `[L, R·H]` int32, tokens that each head attends over.
@@ -38,6 +41,7 @@ class CompactedRows:
         scheduler_metadata: the kernel's work split, one per layer.
         gather: `[tokens·H]` int64, where the rows' queries are in the batch's `[tokens·H, G, D]`; None when
             they are all of it, in order.
+        query_heads: whose sinks they are; None for none.
     """
 
     query_start_loc: Tensor
@@ -45,6 +49,7 @@ class CompactedRows:
     pages: Tensor
     scheduler_metadata: list[Tensor]
     gather: Tensor | None
+    query_heads: slice | None = None
 
 
 @dataclass
@@ -70,13 +75,15 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     """
 
     rest_tokens: Tensor | None = None
-    compacted: CompactedRows | None = None
+    compacted: list[CompactedRows] = field(default_factory=list)
     encoded: list[EncodedRows] = field(default_factory=list)
     observed: list[Span] = field(default_factory=list)
 
 
 class CompressedCPUAttentionBackend(CPUAttentionBackend):
     """CPU attention whose blocks may be compacted."""
+
+    stock = CPUAttentionBackend
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -95,6 +102,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
     """Splits a batch into rows that vLLM serves as ever and rows whose heads are sequences."""
 
     state: CompressionState | None = None  # set by the worker once the cache exists
+    has_sinks = False  # likewise: whether any layer has them
 
     @functools.cached_property
     def _readers(self) -> dict[Format, tuple[RecordAttention, BatchTables]]:
@@ -135,7 +143,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         metadata = CompressedCPUAttentionMetadata(
             **vars(rest),
             rest_tokens=rest_tokens,
-            compacted=None if raw is None else self._build_compacted(raw, common, mixed),
+            compacted=[] if raw is None else self._build_compacted(raw, common, mixed),
             encoded=[self._build_encoded(format, own, common, mixed) for format, own in by_format.items()],
             observed=observed,
         )
@@ -183,7 +191,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _build_compacted(
         self, tables: dict[int, RequestTable], common: CommonAttentionMetadata, mixed: bool
-    ) -> CompactedRows:
+    ) -> list[CompactedRows]:
         assert self.state is not None
         rows, heads = list(tables), self.num_kv_heads
         row_index = torch.tensor(rows)
@@ -192,20 +200,36 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         batch.update(list(tables.values()))
 
         query_lens = common.query_start_loc_cpu.diff()[row_index]
-        query_start_loc = torch.zeros(len(rows) * heads + 1, dtype=torch.int32)
-        torch.cumsum(query_lens.repeat_interleave(heads), 0, out=query_start_loc[1:])
-        physical = batch.seq_lens(seq_lens)
+        physical, bounds = batch.seq_lens(seq_lens), common.query_start_loc_cpu
+        if not self.has_sinks:
+            in_order = not mixed and common.max_query_len == 1
+            gather = None if in_order else _head_major(rows, bounds, heads)
+            return [self._rows(query_lens.repeat_interleave(heads), physical, batch.pages, gather)]
+        tokens, group, found = _tokens_of(rows, bounds) * heads, self.num_heads // heads, []
+        for head in range(heads):
+            own = slice(head, None, heads)
+            pages = batch.pages[:, own].contiguous()
+            compacted = self._rows(query_lens, physical[:, own].contiguous(), pages, tokens + head)
+            compacted.query_heads = slice(head * group, (head + 1) * group)
+            found.append(compacted)
+        return found
+
+    def _rows(
+        self, query_lens: Tensor, physical: Tensor, pages: Tensor, gather: Tensor | None
+    ) -> CompactedRows:
+        """Sequences with so many queries `[n]` over so many tokens `[L, n]`, in pages `[L, n, W]`."""
+        query_start_loc = torch.zeros(len(query_lens) + 1, dtype=torch.int32)
+        torch.cumsum(query_lens, 0, out=query_start_loc[1:])
         uniform = bool((physical == physical[0]).all())
         split = [
             self._work_split(layer, query_start_loc) for layer in (physical[:1] if uniform else physical)
         ]
-        in_order = not mixed and common.max_query_len == 1
         return CompactedRows(
             query_start_loc=query_start_loc,
             seq_lens=physical,
-            pages=batch.pages,
+            pages=pages,
             scheduler_metadata=split * len(physical) if uniform else split,
-            gather=None if in_order else _head_major(rows, common.query_start_loc_cpu, heads),
+            gather=gather,
         )
 
     def _work_split(self, seq_lens: Tensor, query_start_loc: Tensor) -> Tensor:
@@ -225,16 +249,16 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
+class CompressedCPUAttentionImpl(OwnLayer, CPUAttentionBackendImpl):
     """Runs vLLM's kernel once for rows without compaction and once for the heads of compacted rows."""
 
-    layer_index: int  # both set by the worker once the cache exists
-    pages: Tensor  # `[L·B·H, 1, 2N, D]`, every page of every layer
+    stock = CPUAttentionBackendImpl
+    PLACE = "layer_index", "pages"
+    pages: Tensor  # `[L·B·H, 1, 2N, D]`, every page of every layer; set by the worker once the cache exists
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        window = None if self.sliding_window == -1 else self.sliding_window
-        refuse_layer(self, window, reads=FLOAT8)
+        refuse_layer(self, reads=FLOAT8)
         self.sliding_window = -1  # no request outgrows it
 
     def forward(
@@ -256,7 +280,7 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
 
         if not isinstance(attn_metadata, CompressedCPUAttentionMetadata):
             return stock(query, output)
-        for span in attn_metadata.observed:
+        for span in attn_metadata.observed if self.is_observed else ():
             span.record(self.layer_index, query)
         if attn_metadata.rest_tokens is None:
             return stock(query, output)
@@ -265,8 +289,8 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             # The kernel packs its rows' tokens densely, so they are brought together and put back.
             rest_output = output.new_empty(len(rest), *output.shape[1:])
             output[rest] = stock(query[rest], rest_output)
-        if attn_metadata.compacted is not None:
-            self._attend_compacted(layer, query, output, attn_metadata)
+        for compacted in attn_metadata.compacted:
+            self._attend_compacted(layer, query, output, compacted, attn_metadata.num_actual_tokens)
         for encoded in attn_metadata.encoded:
             self._attend_encoded(query, output, encoded, attn_metadata.num_actual_tokens)
         return output
@@ -276,7 +300,7 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         tokens = slice(0, num_tokens) if rows.tokens is None else rows.tokens
         target = output[tokens].view(-1, self.num_heads, self.head_size)
         heads = query[tokens].view(-1, self.num_heads, self.head_size)
-        rows.attention.attend(heads, own, self.scale, self.logits_soft_cap, target)
+        rows.attention.attend(heads, own, self.scale, self.logits_soft_cap, target, self.sinks)
         if rows.tokens is not None:
             output[tokens] = target.view(-1, *output.shape[1:])
 
@@ -285,11 +309,9 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
         layer: AttentionLayer,
         query: Tensor,
         output: Tensor,
-        metadata: CompressedCPUAttentionMetadata,
+        rows: CompactedRows,
+        num_tokens: int,
     ) -> None:
-        rows = metadata.compacted
-        assert rows is not None
-        num_tokens = metadata.num_actual_tokens
         shape = (num_tokens * self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         head_query = query[:num_tokens].reshape(shape)
         head_output = output[:num_tokens].view(shape)
@@ -309,7 +331,7 @@ class CompressedCPUAttentionImpl(CPUAttentionBackendImpl):
             block_table=rows.pages[self.layer_index],
             softcap=self.logits_soft_cap,
             scheduler_metadata=rows.scheduler_metadata[self.layer_index],
-            s_aux=None,
+            s_aux=None if self.sinks is None else self.sinks[rows.query_heads],
             k_scale=layer._k_scale_float,
             v_scale=layer._v_scale_float,
             kv_cache_dtype=self.kv_cache_dtype,

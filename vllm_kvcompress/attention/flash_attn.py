@@ -14,11 +14,13 @@ class _FlashBuilder(CompressedMetadataBuilder, FlashAttentionBackend.get_builder
 
 
 class _FlashImpl(CompressedAttentionImpl, FlashAttentionBackend.get_impl_cls()):
-    pass
+    stock = FlashAttentionBackend.get_impl_cls()
 
 
 class CompressedFlashAttentionBackend(CompressedBackend, FlashAttentionBackend):
     """vLLM's FlashAttention backend whose blocks may be compacted."""
+
+    stock = FlashAttentionBackend
 
     @staticmethod
     def get_impl_cls() -> type[_FlashImpl]:

@@ -8,7 +8,7 @@ in place.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_kvcompress.attention.unsupported import refuse_layer
+from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
@@ -104,12 +104,12 @@ class CompressedBatch:
     ) -> None:
         """Note a layer's queries, and replace the output of compacted rows."""
         index, rows = layer.layer_index, self.rows
-        if self.largest_ring:
+        if self.largest_ring and layer.is_observed:
             ring, capacity = self.arrays.ring, self.arrays.capacity
             bounds = rows.max_query_len, self.largest_ring
             own = rows.seq_lens, rows.query_start_loc, *bounds, output.dtype, scales
             write_rings(ring, capacity, index, query, *own)
-        if self.spans:
+        if self.spans and layer.is_observed:
             seen = query if scales is None else scales.read_queries(query, output.dtype)
             for span in self.spans:
                 span.record(index, seen)
@@ -122,12 +122,28 @@ class CompressedBatch:
         cache = layer.keys, layer.values
         if self.attends:
             attend(
-                query, *cache, *batch, *constants, num_splits, out=output, compacted_only=True, scales=scales
+                query,
+                *cache,
+                *batch,
+                *constants,
+                num_splits,
+                out=output,
+                compacted_only=True,
+                scales=scales,
+                sinks=layer.sinks,
             )
         for format in self.formats:
             read = format, number_of(format)
             attend_records(
-                query, layer.content, *cache, *batch, *read, *constants, num_splits=num_splits, out=output
+                query,
+                layer.content,
+                *cache,
+                *batch,
+                *read,
+                *constants,
+                num_splits=num_splits,
+                out=output,
+                sinks=layer.sinks,
             )
 
 
@@ -194,11 +210,12 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 cache = layer.keys, layer.values
                 own = *constants, num_splits
-                attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, scales=scales)
+                alike = dict(scales=scales, sinks=layer.sinks)
+                attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, **alike)
                 if self.format is not None:
                     layer_and_format = 0, self.format, number_of(self.format)
                     own = *layer_and_format, *constants[1:], num_splits
-                    attend_records(query, layer.content, *cache, runs, rows, *own)
+                    attend_records(query, layer.content, *cache, runs, rows, *own, sinks=layer.sinks)
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
 
@@ -242,18 +259,18 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         )
 
 
-class CompressedAttentionImpl(AttentionImpl):
+class CompressedAttentionImpl(OwnLayer, AttentionImpl):
     """Put before a stock implementation: replaces its output for compacted rows."""
 
-    layer_index: int  # all four set by the worker once the cache exists
+    PLACE = "layer_index", "content", "keys", "values"
+    # All set by the worker once the cache exists.
     content: Tensor  # `[L·B·H, page_bytes]` uint8, the whole cache
     keys: Tensor  # `[L, B, H, N, D]`, a view of the whole cache
     values: Tensor  # `[L, B, H, N, D]`, likewise
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        window = None if self.sliding_window == (-1, -1) else self.sliding_window[0] + 1
-        refuse_layer(self, window, reads=ON_GPU)
+        refuse_layer(self, reads=ON_GPU)
         self.sliding_window = (-1, -1)  # no request outgrows it
 
     def fused_output_quant_supported(self, quant_key) -> bool:
@@ -286,7 +303,13 @@ class CompressedAttentionImpl(AttentionImpl):
 
 
 class CompressedBackend(AttentionBackend):
-    """Put before a stock backend whose cache holds keys and values in token order."""
+    """Put before a stock backend whose cache holds keys and values in token order.
+
+    Attributes:
+        stock: that backend.
+    """
+
+    stock: ClassVar[type[AttentionBackend]]
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
@@ -302,11 +325,13 @@ class _TritonBuilder(CompressedMetadataBuilder, TritonAttentionBackend.get_build
 
 
 class _TritonImpl(CompressedAttentionImpl, TritonAttentionBackend.get_impl_cls()):
-    pass
+    stock = TritonAttentionBackend.get_impl_cls()
 
 
 class CompressedTritonAttentionBackend(CompressedBackend, TritonAttentionBackend):
     """vLLM's Triton backend whose blocks may be compacted."""
+
+    stock = TritonAttentionBackend
 
     @staticmethod
     def get_impl_cls() -> type[_TritonImpl]:

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -115,14 +116,21 @@ class Engine:
         """Bytes of a cached number over those of the checkpoint's precision; 1 if it is not quantized."""
         if not self.stock:
             return 1.0
-        (group,) = self.scheduler.kv_cache_config.kv_cache_groups
-        return group.kv_cache_spec.dtype.itemsize / self.llm.llm_engine.model_config.hf_config.dtype.itemsize
+        spec, checkpoint = self._group.kv_cache_spec, self.llm.llm_engine.model_config.hf_config
+        return spec.dtype.itemsize / checkpoint.dtype.itemsize
 
     @property
     def token_bytes(self) -> float:
-        """Bytes of the cache per token, all layers."""
-        (group,) = self.scheduler.kv_cache_config.kv_cache_groups
-        return group.kv_cache_spec.page_size_bytes * len(group.layer_names) / self.block_size
+        """Bytes of the cache per token, all layers that attend to all tokens."""
+        spec = self._group.kv_cache_spec
+        return spec.page_size_bytes * len(self._group.layer_names) / spec.block_size
+
+    @property
+    def _group(self) -> KVCacheGroupSpec:
+        """The cache group of full attention."""
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
+        (group,) = [group for group in groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+        return group
 
     def run(self, asks: Sequence[Ask]) -> list[Outcome]:
         """Serve all requests at once and return their outcomes in order.
@@ -154,7 +162,7 @@ class Engine:
                     raise RuntimeError("a request was preempted: give the engine a larger cache")
                 if name in outcomes and name not in measured and request.num_output_tokens >= 2:
                     measured.add(name)
-                    raw = -(-request.num_computed_tokens // self.block_size)
+                    raw = -(-request.num_computed_tokens // self._group.kv_cache_spec.block_size)
                     outcome = outcomes[name][1]
                     held = raw if self.stock else self._held(request.request_id)
                     outcome.kept_fraction = held / raw * self.cache_fraction

@@ -37,6 +37,7 @@ def attend(
     out: Tensor | None = None,
     compacted_only: bool = False,
     scales: Scales | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every row's newest tokens over what each KV head holds.
 
@@ -64,6 +65,7 @@ def attend(
         compacted_only: serve the compacted rows of raw pages and leave the others' part of the result alone:
             other kernels write it.
         scales: the layer's, if the cache is float8.
+        sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -79,6 +81,8 @@ def attend(
     assert out.stride(2) == 1 and out.dtype in DTYPES and query.dtype in (out.dtype, keys.dtype)
     assert (keys.dtype == out.dtype) if scales is None else (keys.element_size() == 1)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
+    if sinks is not None:  # which shares have in common
+        num_splits = max(num_splits, 2)
     if num_splits > 1:
         shape = (num_tokens, query_heads, num_splits)
         share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
@@ -141,7 +145,7 @@ def attend(
         num_stages=3,
     )
     if num_splits > 1:
-        merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only)
+        merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only, sinks)
     return out, lse
 
 
@@ -154,6 +158,7 @@ def merge(
     rows: Rows,
     format_id: int,
     compacted_only: bool = True,
+    sinks: Tensor | None = None,
 ) -> None:
     """Put the shares of each head's keys together.
 
@@ -166,6 +171,7 @@ def merge(
         rows: the batch.
         format_id: of the rows that are served, see `Runs`.
         compacted_only: leave all others alone; else every row is served.
+        sinks: `[Hq]`, one more logit of each query head.
     """
     num_tokens, query_heads, num_splits, head_size = share_out.shape
     _merge_kernel[num_tokens, query_heads](
@@ -173,6 +179,7 @@ def merge(
         share_lse,
         out,
         lse,
+        sinks,
         runs.format,
         rows.slot,
         rows.query_start_loc,
@@ -180,6 +187,7 @@ def merge(
         rows.seq_lens.shape[0],
         *out.stride()[:2],
         COMPACTED_ONLY=compacted_only,
+        SINKS=sinks is not None,
         HEAD_SIZE=head_size,
         CHANNELS=triton.next_power_of_2(head_size),
         SPLITS=num_splits,
@@ -450,6 +458,7 @@ def _merge_kernel(
     share_lse,  # [T, Hq, SPLITS] float32; -inf where a share is empty, and its share_out was never written
     out,
     lse,  # [T, Hq] float32
+    sinks,  # [Hq]
     formats,
     row_slot,
     query_start_loc,
@@ -458,6 +467,7 @@ def _merge_kernel(
     out_token,
     out_head,
     COMPACTED_ONLY: tl.constexpr,
+    SINKS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -475,8 +485,13 @@ def _merge_kernel(
     every = tl.arange(0, ALL)
     share = tl.load(share_lse + pair * SPLITS + every, mask=every < SPLITS, other=-float("inf"))
     peak = tl.max(share, 0)
+    if SINKS:
+        sink = tl.load(sinks + head).to(tl.float32)
+        peak = tl.maximum(peak, sink)
     peak = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(share - peak), 0)
+    if SINKS:
+        total += tl.exp(sink - peak)
 
     channel = tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE

@@ -98,6 +98,7 @@ class A(enum.IntEnum):
     VALUES_AT = 54  # their codes, in a record
     KEY_NUMBERS_AT = 55  # scales and zeros, or norms
     VALUE_NUMBERS_AT = 56
+    SINKS = 57  # float32 [T·Hq], one more logit in base 2; 0 for none
 
 
 # As plain numbers, which Numba takes for constants.
@@ -110,7 +111,7 @@ class A(enum.IntEnum):
 (KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
 (PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT, MOST_THREADS) = map(int, list(A)[43:49])
 (FIRST, RECORDS_AT, ALL_SPLITS, BEFORE, VALUE_KIND, VALUES_AT) = map(int, list(A)[49:55])
-(KEY_NUMBERS_AT, VALUE_NUMBERS_AT) = map(int, list(A)[55:])
+(KEY_NUMBERS_AT, VALUE_NUMBERS_AT, SINKS) = map(int, list(A)[55:])
 
 
 class Buffers(NamedTuple):
@@ -752,6 +753,7 @@ def _attend_thread(args):
 @_compiled
 def _merge_thread(args):
     size, splits, pairs = _get(args, SIZE), _get(args, ALL_SPLITS), _get(args, NUM_PAIRS)
+    sinks = _get(args, SINKS)
     while True:
         first = v.take(args + 8 * NEXT) * PAIRS
         if first >= pairs:
@@ -761,8 +763,10 @@ def _merge_thread(args):
             peak = np.float32(-np.inf)
             for split in range(splits):
                 peak = max(peak, v.get_f32(states + 8 * split))
+            sink = v.get_f32(sinks + 4 * pair) if sinks != 0 else np.float32(-np.inf)
+            peak = max(peak, sink)
             level = np.float32(0.0) if peak == np.float32(-np.inf) else peak
-            total = np.float32(0.0)
+            total = v.exp2(sink - level)
             for split in range(splits):
                 weight = v.exp2(v.get_f32(states + 8 * split) - level)
                 total += weight * v.get_f32(states + 8 * split + 4)
@@ -938,7 +942,13 @@ class RecordAttention:
         return self._held(torch.nn.functional.pad(levels, (0, 16 - len(levels)))).data_ptr()
 
     def attend(
-        self, query: Tensor, rows: RecordRows, scale: float, logits_soft_cap: float, out: Tensor
+        self,
+        query: Tensor,
+        rows: RecordRows,
+        scale: float,
+        logits_soft_cap: float,
+        out: Tensor,
+        sinks: Tensor | None = None,
     ) -> None:
         """Attention of each row's newest tokens over what every head holds.
 
@@ -950,6 +960,7 @@ class RecordAttention:
             scale: softmax scale.
             logits_soft_cap: 0 for none.
             out: `[T, Hq, D]`, written.
+            sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
         """
         num_tokens, query_heads, size = query.shape
         num_rows, heads, width = rows.pages.shape
@@ -972,6 +983,9 @@ class RecordAttention:
         capped = logits_soft_cap > 0
         inner = scale / logits_soft_cap if capped else scale * LOG2_E
         factors = np.array([inner, logits_soft_cap * LOG2_E, capped], dtype=np.float32)
+        in_base_2 = torch.empty(0)
+        if sinks is not None:
+            in_base_2 = (sinks.float() * LOG2_E).repeat(num_tokens)
         attend, merge = compiled_steps()
         before = 0
         of_parts = zip(self._args, shares, tails, rows.records, rows.first, strict=True)
@@ -993,6 +1007,7 @@ class RecordAttention:
             args[A.PART_STATE] = parts.data_ptr() + 4 * num_tokens * query_heads * splits * size
             args[A.OUT], args[A.INNER] = result.data_ptr(), factors.ctypes.data
             args[A.PAIRS] = num_tokens * query_heads
+            args[A.SINKS] = 0 if sinks is None else in_base_2.data_ptr()
             self._run(attend, args)
             before += number
         self._run(merge, args)

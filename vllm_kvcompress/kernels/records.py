@@ -144,6 +144,7 @@ def attend_records(
     min_share: int = MIN_SHARE,
     out: Tensor | None = None,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of one format over what each KV head holds; all other rows are left alone.
 
@@ -170,6 +171,7 @@ def attend_records(
         min_share: least tokens of a share.
         out: `[T, Hq, D]` for the result; made if absent.
         bias: `[L, B, H, N]` float32, of raw tokens.
+        sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -191,6 +193,8 @@ def attend_records(
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     rotated = _rotates(format.parts[0])
     assert all(_rotates(part) == rotated for part in format.parts)
+    if sinks is not None:  # which shares have in common
+        num_splits = max(num_splits, 2)
     all_splits = num_splits * len(format.parts)
     if all_splits > 1:
         shape = (num_tokens, query_heads, all_splits)
@@ -214,6 +218,7 @@ def attend_records(
             back,
             out,
             lse,
+            sinks,
             runs.format,
             rows.slot,
             rows.query_start_loc,
@@ -221,6 +226,7 @@ def attend_records(
             rows.seq_lens.shape[0],
             query_heads,
             *out.stride()[:2],
+            SINKS=sinks is not None,
             HEAD_SIZE=head_size,
             CHANNELS=triton.next_power_of_2(head_size),
             SPLITS=all_splits,
@@ -230,7 +236,7 @@ def attend_records(
             num_warps=4,
         )
     elif all_splits > 1:
-        merge(share_out[:, :, :, 0], share_lse, out, lse, runs, rows, format_id)
+        merge(share_out[:, :, :, 0], share_lse, out, lse, runs, rows, format_id, sinks=sinks)
     return out, lse
 
 
@@ -1104,6 +1110,7 @@ def _merge_rotated_kernel(
     back,  # [D, D] float32
     out,
     lse,  # [T, Hq] float32
+    sinks,  # [Hq]
     formats,
     row_slot,
     query_start_loc,
@@ -1112,6 +1119,7 @@ def _merge_rotated_kernel(
     query_heads,
     out_token,
     out_head,
+    SINKS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     CHANNELS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -1134,8 +1142,13 @@ def _merge_rotated_kernel(
         other=-float("inf"),
     )
     peak = tl.max(share, 1)
+    if SINKS:
+        sink = tl.load(sinks + head, mask=real, other=-float("inf")).to(tl.float32)
+        peak = tl.maximum(peak, sink)
     peak = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(share - peak[:, None]), 1)
+    if SINKS:
+        total += tl.exp(sink - peak)
     divisor = tl.where(total > 0.0, total, 1.0)
     tl.store(lse + pair, tl.where(total > 0.0, peak + tl.log(divisor), -float("inf")), mask=real)
 

@@ -13,6 +13,7 @@ def attend(
     scale: float,
     logits_soft_cap: float = 0.0,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of one KV head's group over the tokens that the head kept.
 
@@ -26,12 +27,20 @@ def attend(
         scale: softmax scale of the layer.
         logits_soft_cap: cap of `cap·tanh(logits / cap)`; 0 for none.
         bias: `[n]` float32, added to every query's logits behind the cap.
+        sinks: `[G]` float32, one more logit of each query head, to which no value belongs.
 
     Returns:
         `[q, G, D]` float32.
     """
-    weights = causal_logits(query, keys, scale, logits_soft_cap, bias).softmax(-1)
-    return torch.einsum("gqn,nd->qgd", weights, values.float())
+    logits = with_sinks(causal_logits(query, keys, scale, logits_soft_cap, bias), sinks)
+    return torch.einsum("gqn,nd->qgd", logits.softmax(-1)[..., : len(keys)], values.float())
+
+
+def with_sinks(logits: Tensor, sinks: Tensor | None) -> Tensor:
+    """Logits `[G, q, n]` and behind them each query head's sink, if there are any `[G]`."""
+    if sinks is None:
+        return logits
+    return torch.cat([logits, sinks.float()[:, None, None].expand(*logits.shape[:2], 1)], -1)
 
 
 def causal_logits(
@@ -63,6 +72,7 @@ def attend_paged(
     layer: int,
     scale: float,
     logits_soft_cap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one row over its runs and its raw tail; a row without compaction has no destination.
 
@@ -77,6 +87,7 @@ def attend_paged(
         layer: which of the L layers.
         scale: softmax scale of the layer.
         logits_soft_cap: 0 for none.
+        sinks: `[Hq]` float32, one more logit of each query head.
 
     Returns:
         `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
@@ -92,8 +103,10 @@ def attend_paged(
             torch.cat([cache[pages], cache[layer, tail, head]]).flatten(0, 1)[:held]
             for cache in (keys, values)
         )
-        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap))
-        lses.append(causal_logits(group, own_keys, scale, logits_soft_cap).logsumexp(-1).T)
+        own_sinks = None if sinks is None else sinks.unflatten(0, (heads, -1))[head]
+        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap, sinks=own_sinks))
+        logits = causal_logits(group, own_keys, scale, logits_soft_cap)
+        lses.append(with_sinks(logits, own_sinks).logsumexp(-1).T)
     return torch.cat(outputs, 1), torch.cat(lses, 1)
 
 
@@ -113,6 +126,7 @@ def attend_records_paged(
     scale: float,
     logits_soft_cap: float = 0.0,
     bias: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one row over the records of its runs and its raw tail.
 
@@ -132,6 +146,7 @@ def attend_records_paged(
         scale: softmax scale of the layer.
         logits_soft_cap: 0 for none.
         bias: `[L, B, H, N]` float32, of raw tokens.
+        sinks: `[Hq]` float32, one more logit of each query head.
 
     Returns:
         `[q, Hq, D]` float32 and the log-sum-exp of its logits `[q, Hq]` float32.
@@ -163,6 +178,8 @@ def attend_records_paged(
         shift = torch.cat([of_records.flatten(), torch.zeros(tail_len)])
         if bias is not None:
             shift[len(of_records) :] = bias[layer, tail, head].flatten()[:tail_len]
-        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap, shift))
-        lses.append(causal_logits(group, own_keys, scale, logits_soft_cap, shift).logsumexp(-1).T)
+        own_sinks = None if sinks is None else sinks.unflatten(0, (heads, -1))[head]
+        outputs.append(attend(group, own_keys, own_values, scale, logits_soft_cap, shift, own_sinks))
+        logits = causal_logits(group, own_keys, scale, logits_soft_cap, shift)
+        lses.append(with_sinks(logits, own_sinks).logsumexp(-1).T)
     return torch.cat(outputs, 1), torch.cat(lses, 1)

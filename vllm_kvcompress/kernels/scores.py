@@ -38,6 +38,7 @@ def window_scores(
     ends: Tensor | None = None,
     padding: Tensor | None = None,
     sinks: int = 0,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """`window_columns`, then `pool_columns` of those before the window, in bounded memory.
 
@@ -67,6 +68,7 @@ def window_scores(
             None if logits_soft_cap is None else logits_soft_cap[own],
             squared,
             None if ends is None else ends[own],
+            None if sink_logits is None else sink_logits[rows],
         )
         pool_columns(
             attention,
@@ -93,6 +95,7 @@ def window_columns(
     logits_soft_cap: float | Tensor | None = None,
     squared: bool = False,
     ends: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention that each column gets from a window of queries: Σ over the window of A, or of A².
 
@@ -109,6 +112,8 @@ def window_columns(
         logits_soft_cap: cap of the logits, likewise; 0 or None for none.
         squared: whether to add up A².
         ends: `[J·L]` int32 or int64, how many of the W columns are each Job's; None for all.
+        sink_logits: `[X, G]` float32, one more logit of each query head, to which no column belongs; -inf for
+            none.
 
     Returns:
         `[X, G, T]` float32; 0 where there is no page.
@@ -167,6 +172,8 @@ def window_columns(
     _log_sum_kernel[(rows, triton.cdiv(group * window, 64))](
         parts, lse, tiles, group * window, ENTRIES=64, TILES=32
     )
+    if sink_logits is not None:
+        lse = torch.logaddexp(lse, sink_logits.repeat_interleave(window, 1))
     launch(triton.cdiv(num_scored, columns), lse, out, add_up=True)
     return out
 

@@ -108,6 +108,13 @@ class CompactingManager(FullAttentionManager):
         raw = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
         return raw + len(self.compacted.get(request_id, ()))
 
+    def may_be_cached(self, request_id: str) -> bool:
+        """Whether the prefix cache may have a request's blocks, of this group and of others.
+
+        Whatever is computed on top of compacted context is not what its hash promises.
+        """
+        return request_id not in self.compacted and request_id not in self.borrowers
+
     def release(self, request_id: str) -> None:
         """Have the workers forget what a request was compacted to and what they kept of its queries."""
         self._released.add(request_id)
@@ -125,10 +132,8 @@ class CompactingManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        # Whatever is computed on top of compacted context is not what its hash promises.
-        if request.request_id in self.compacted or request.request_id in self.borrowers:
-            return
-        super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
+        if self.may_be_cached(request.request_id):
+            super().cache_blocks(request, num_tokens, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         blocks = super().pop_blocks_for_free(request_id)

@@ -9,6 +9,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.paging.groups import block_size, blocks_beside
 from vllm_kvcompress.paging.job import Repetition
 
 # The authors' words.
@@ -38,14 +39,14 @@ def longest_repetition(vllm_config: VllmConfig, num_context: int, num_blocks: in
         num_context: tokens of the context.
         num_blocks: of one engine core's pool; 0 if that is not known.
     """
-    cache = vllm_config.cache_config
+    size = block_size(vllm_config)
     longest = vllm_config.model_config.max_model_len - num_context
     if not num_blocks:
         return longest
     usable = num_blocks - 1
     usable -= int(vllm_config.scheduler_config.watermark * num_blocks)
-    left = usable - -(-num_context // cache.block_size)
-    return min(longest, left * cache.block_size - num_context % cache.block_size)
+    left = usable - -(-num_context // size) - 2 * blocks_beside(vllm_config)
+    return min(longest, left * size - num_context % size)
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """vLLM's schedulers, extended by the decision when a request is compacted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -14,10 +15,11 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Solve
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Repetition, Solve
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
+from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.plan import (
     STAGED_BYTES,
     Plan,
@@ -82,8 +84,12 @@ class _Compression:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.compression = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        (self.compacting_manager,) = self.kv_cache_manager.coordinator.single_type_managers
+        index, coordinator = compactable_group(self.kv_cache_config), self.kv_cache_manager.coordinator
+        self.compacting_manager = coordinator.single_type_managers[index]
         assert isinstance(self.compacting_manager, CompactingManager)
+        self._is_hybrid = len(coordinator.single_type_managers) > 1
+        if self._is_hybrid:
+            coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
         self._tracked: dict[str, _Tracked] = {}
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
@@ -94,12 +100,23 @@ class _Compression:
         # Blocks that due requests will be compacted into, whose turn has not come or that wait for free ones.
         self._deferred: dict[str, int] = {}
         self._watermark_blocks = self.kv_cache_manager.watermark_blocks
-        (group,) = self.kv_cache_config.kv_cache_groups
+        group = self.kv_cache_config.kv_cache_groups[index]
         self._spec = group.kv_cache_spec
         self._block_bytes = self._spec.page_size_bytes * len(group.layer_names)
         self._ring_tokens = 0
         self._ring_awaited = False  # in this step somebody was refused one
         self._ring_budget = self._memory_for_rings()
+
+    def _unless_compacted(self, cache_blocks: Callable[[Request, int], None]) -> Callable[..., None]:
+        """What offers blocks of all groups to the prefix cache: those of windows, too, may have been computed
+        on top of compacted context."""
+        manager = self.compacting_manager
+
+        def cached(request: Request, num_computed_tokens: int) -> None:
+            if manager.may_be_cached(request.request_id):
+                cache_blocks(request, num_computed_tokens)
+
+        return cached
 
     def _memory_for_rings(self) -> float:
         """Queries for which the workers have set memory aside; host memory is not counted."""
@@ -224,11 +241,7 @@ class _Compression:
     ) -> tuple[KVCacheBlocks, int, int, bool]:
         manager = self.compacting_manager
         if (repetition := self._repetitions.of(request.request_id)) is not None:
-            shared = manager.req_to_blocks[repetition.owner_id][
-                : repetition.num_context // manager.block_size
-            ]
-            blocks = self.kv_cache_manager.create_kv_cache_blocks((list(shared),))
-            return blocks, len(shared) * manager.block_size, 0, False
+            return *self._shared_with(repetition), 0, False
         blocks, num_hit, shared_prefix_boundary, diverged = super()._get_local_prefix_cache_hit(
             request, *args, **kwargs
         )
@@ -243,11 +256,43 @@ class _Compression:
             limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
             if tracked.config.observes_all:
                 limit = 0
+            if limit and self._is_hybrid:
+                # Of windows vLLM caches the blocks before the end of a prompt and before this boundary
+                # alone. Where the observation window begins the same prompt will go on.
+                shared_prefix_boundary = min(shared_prefix_boundary or limit, limit)
             if num_hit > limit:
-                num_hit = limit
-                kept = blocks.blocks[0][: num_hit // manager.block_size]
-                blocks = self.kv_cache_manager.create_kv_cache_blocks((list(kept),))
+                blocks, num_hit = self._shorter_hit(request, blocks, limit)
         return blocks, num_hit, shared_prefix_boundary, diverged
+
+    def _shared_with(self, repetition: Repetition) -> tuple[KVCacheBlocks, int]:
+        """The blocks of its context that a repetition reads, of every group, and their tokens.
+
+        An owner that went on raw has given back what its windows would have to hold for it; the context is
+        then computed again.
+        """
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        rows = [manager.req_to_blocks.get(repetition.owner_id, []) for manager in managers]
+        sizes = [manager.block_size for manager in managers]
+        held = (len(row) * size for row, size in zip(rows, sizes, strict=True))
+        alignment = math.lcm(*sizes)
+        num_tokens = min(repetition.num_context, *held) // alignment * alignment
+        shared = tuple(row[: num_tokens // size] for row, size in zip(rows, sizes, strict=True))
+        for manager, row in zip(managers, shared, strict=True):
+            seen = row[manager.get_num_skipped_tokens(num_tokens) // manager.block_size :]
+            # Windows take blocks over from the prefix cache alone.
+            if any(block.is_null for block in seen) or (self._is_hybrid and not manager.enable_caching):
+                return self.kv_cache_manager.empty_kv_cache_blocks, 0
+        return self.kv_cache_manager.create_kv_cache_blocks(shared), num_tokens
+
+    def _shorter_hit(self, request: Request, blocks: KVCacheBlocks, limit: int) -> tuple[KVCacheBlocks, int]:
+        """The cached prefix of no more than `limit` tokens, a multiple of the block size, in a longer one."""
+        found: Sequence[list[KVCacheBlock]] = (
+            list(blocks.blocks[0][: limit // self.compacting_manager.block_size]),
+        )
+        if self._is_hybrid:  # a shorter one has other blocks of windows, which may not be cached
+            coordinator = self.kv_cache_manager.coordinator
+            found, limit, _ = coordinator.find_longest_cache_hit(request.block_hashes, limit)
+        return self.kv_cache_manager.create_kv_cache_blocks(found), limit
 
     def _holds_kv_blocks(self, request: Request) -> bool:
         # vLLM admits holders of blocks before anybody else, because nobody behind whom they waited might ever
@@ -408,8 +453,17 @@ class _Compression:
         """Whether vLLM would admit a repetition now."""
         repetition = self._repetitions.of(repeating.request_id)
         assert repetition is not None
-        block_size = self.compacting_manager.block_size
-        needed = -(-repeating.num_tokens // block_size) - repetition.num_context // block_size
+        blocks, num_shared = self._shared_with(repetition)
+        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
+            repeating.request_id,
+            repeating.num_tokens,
+            blocks.blocks,
+            num_encoder_tokens=0,
+            total_computed_tokens=num_shared,
+            num_local_computed_tokens=num_shared,
+            num_tokens_main_model=repeating.num_tokens,
+            apply_admission_cap=True,
+        )
         needed += self.kv_cache_manager.watermark_blocks
         num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.plan import page_tokens, peak_blocks
 
@@ -30,6 +30,23 @@ class CompactableSpec(FullAttentionSpec):
         beside = not current_platform.is_cpu()
         in_page = page_tokens(config, self.block_size, self.head_size, self.dtype.itemsize)
         return peak_blocks(config, longest, longest, self.block_size, beside, in_page) * self.page_size_bytes
+
+
+def compactable_group(kv_cache_config: KVCacheConfig) -> int:
+    """Which of the groups is compacted; the others are vLLM's own affair.
+
+    Raises:
+        KVCompressionError: none is, or several would have to be.
+    """
+    groups = kv_cache_config.kv_cache_groups
+    own = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, CompactableSpec)]
+    if len(own) == 1:
+        return own[0]
+    what = f"has them in {len(own)} groups" if own else "has none, or of several shapes"
+    raise KVCompressionError(
+        "kv-compression needs layers of full attention in one group of vLLM's KV cache, "
+        f"and this model {what}; serve it without --kv-compression"
+    )
 
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.

@@ -79,6 +79,7 @@ class AttentionMatching(Policy):
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     matches: ClassVar[bool] = True
+    needs_no_sinks: ClassVar[bool] = True
     queries: Literal["repeat", "self-study", "prompt"] = "repeat"
     references: int = 2048
     bias: bool = True

@@ -33,6 +33,8 @@ class LayerObservation:
         num_scored: T: scores are wanted for columns 0..T-1, with T <= W - window.
         num_tokens: C, tokens computed.
         logits_soft_cap: logits are `cap·tanh(logits / cap)`; 0 for none.
+        sinks: `[H, G]` float32, one more logit of each query head, behind the cap, to which no token belongs;
+            None for none.
         padding: `[H]` int64, leading columns of each head that hold nothing; None for none.
         state: what the policy's `observe` returned last.
         rotary: the layer's position embedding, by no angle where it has none; None if it is of another kind.
@@ -51,6 +53,7 @@ class LayerObservation:
     num_scored: int
     num_tokens: int = 0
     logits_soft_cap: float = 0.0
+    sinks: Tensor | None = None
     padding: Tensor | None = None
     state: Any = None
     rotary: Rotary | None = None
@@ -123,6 +126,7 @@ class Policy(ABC):
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         needs_output_projection: True if it cannot do without the projection behind the layer.
+        needs_no_sinks: True if its attention is without sinks, so that it is refused where layers have any.
         needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
             says. A policy must say what it needs, so that it is refused where a model has it not.
         window: w, the number of last queries it needs; 0 for none.
@@ -142,6 +146,7 @@ class Policy(ABC):
     waits: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
+    needs_no_sinks: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
     study_tokens: ClassVar[int] = 0
@@ -253,6 +258,8 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
 
         A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap
 
+    Where there are sinks, the softmax is over these logits and the sink's: A sums to less than 1.
+
     One matrix product per KV head serves its whole group: nothing is repeated per query head.
     Logits and softmax are float32 whatever the model's dtype: in bf16 most scores of a long prompt tie.
 
@@ -278,7 +285,15 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         logits[..., -newer:].masked_fill_(future, -torch.inf)
         if absent is not None:
             logits.masked_fill_(absent, -torch.inf)
-        yield torch.softmax(logits, -1, out=logits)
+        yield softmax_beside(observation.sinks, logits)
+
+
+def softmax_beside(sinks: Tensor | None, logits: Tensor) -> Tensor:
+    """The softmax of logits `[H, G, q, W]`, in place: each query head's among one more, its sink `[H, G]`."""
+    if sinks is None:
+        return torch.softmax(logits, -1, out=logits)
+    share = torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks[..., None, None])
+    return torch.softmax(logits, -1, out=logits).mul_(share)
 
 
 def window_attention(observation: LayerObservation) -> Tensor:

@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import LayerObservation, Policy
+from vllm_kvcompress.policies.base import LayerObservation, Policy, softmax_beside
 
 MOST_FUTURE = 1 << 16
 
@@ -99,7 +99,7 @@ class ExpectedAttention(Policy):
         column = torch.arange(keys.shape[1], device=keys.device)
         first = 0 if observation.padding is None else observation.padding[:, None]
         logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)
-        expected = logits.softmax(-1).mean(1)  # [H, W]
+        expected = softmax_beside(observation.sinks, logits[:, :, None])[:, :, 0].mean(1)  # [H, W]
         scores = (expected + self.epsilon) * observation.values.float().norm(dim=-1)
         # The best of all, but finite: only the attention sinks are never dropped.
         scores.masked_fill_(column < first + self.skip, torch.finfo(torch.float32).max)

@@ -8,7 +8,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.policies.base import QUERY_BLOCK, LayerObservation, Policy, exact_products
+from vllm_kvcompress.policies.base import (
+    QUERY_BLOCK,
+    LayerObservation,
+    Policy,
+    exact_products,
+    softmax_beside,
+)
 
 BLOCK_BYTES = 2 << 20  # of logits held at once on a CPU, or one head's: they should stay in its caches
 
@@ -92,7 +98,8 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
                 newest += future[: end - begin, : end - begin]
                 if absent is not None and (padding is None or len(logits) > 1):  # else `first` says it
                     logits.masked_fill_(absent[some, :, first:seen], -torch.inf)
-                attention = torch.softmax(logits, -1, out=logits)
+                sinks = None if observation.sinks is None else observation.sinks[some]
+                attention = softmax_beside(sinks, logits.unflatten(1, (group, -1))).flatten(1, 2)
                 yield AttentionPart(some, slice(begin, end), slice(first, seen), attention)
 
 

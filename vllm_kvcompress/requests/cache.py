@@ -145,6 +145,7 @@ class PagedCache(ABC):
         queries: Tensor,
         scales: list[float],
         soft_caps: list[float],
+        sinks: Tensor | None,
         num_scored: int,
         ends: list[int],
     ) -> Tensor:
@@ -156,6 +157,7 @@ class PagedCache(ABC):
             queries: `[J·L, w, Hq, D]`, of each request's last w tokens.
             scales: softmax scale of each layer.
             soft_caps: soft cap of each layer's logits; 0 for none.
+            sinks: `[L·H, G]` float32, one more logit of each query head, -inf for none; None for none at all.
             num_scored: T, columns to score.
             ends: how many of the columns are each request's, the window included.
 

@@ -27,6 +27,7 @@ logger = init_logger(__name__)
 
 PROBED_TOKENS = 3
 PROBED_POSITIONS = 16
+LAYER_TYPES = ("full_attention", "sliding_attention")  # whose rotary embeddings may differ
 TOLERANCE = 0.05  # of bfloat16 rounding less than a tenth; a wrong pairing of channels is off by more than 1
 
 
@@ -47,6 +48,7 @@ class ProbedLayers:
 def probe_layers(
     model: torch.nn.Module,
     layers: Sequence[Attention],
+    all_layers: Sequence[Attention],
     vllm_config: VllmConfig,
     without_adapters: Callable[[int], AbstractContextManager],
 ) -> ProbedLayers:
@@ -58,13 +60,14 @@ def probe_layers(
     Args:
         model: the whole of it, or this rank's part.
         layers: in the order of the cache's.
+        all_layers: these and others that attend.
         vllm_config: whose `max_model_len` bounds the positions.
         without_adapters: prepares the model for a batch of so many tokens that use no adapter.
     """
     lacks: dict[str, str] = {}
     rotaries: list[Rotary | None] = [None] * len(layers)
     try:
-        positions, queries = _queries(model, layers, vllm_config, without_adapters)
+        positions, queries = _queries(model, all_layers, vllm_config, without_adapters)
         candidates = _rotary_candidates(model, vllm_config)
         rotaries = [_rotary(candidates, positions, queries[layer.layer_name]) for layer in layers]
         without = [layer.layer_name for layer, rotary in zip(layers, rotaries, strict=True) if rotary is None]
@@ -90,6 +93,7 @@ def probe_layers(
         LayerAttention(
             scale=layer.impl.scale,
             logits_soft_cap=layer.impl.logits_soft_cap,
+            sinks=_sinks(layer),
             rotary=rotary,
             output_projection=None if projection is None else functools.partial(_columns, projection, layer),
             index=extract_layer_index(layer.layer_name),
@@ -98,6 +102,12 @@ def probe_layers(
         for layer, rotary, projection in zip(layers, rotaries, projections, strict=True)
     ]
     return ProbedLayers(found, lacks)
+
+
+def _sinks(layer: Attention) -> Tensor | None:
+    """A layer's sinks `[H, G]`, this rank's, if it has any."""
+    sinks = layer.impl.sinks
+    return None if sinks is None else sinks.detach().float().view(layer.impl.num_kv_heads, -1)
 
 
 def _first_head(total: int) -> int:
@@ -178,32 +188,42 @@ def _rotary_candidates(model: torch.nn.Module, vllm_config: VllmConfig) -> list[
     longest = vllm_config.model_config.max_model_len
     found = [Rotary.identity(longest, next(model.parameters()).device)]
     for module in model.modules():
-        table = _rotary_table(module, longest)
-        if table is not None and not any(table.data_ptr() == other.cos_sin.data_ptr() for other in found):
-            neox = getattr(module, "is_neox_style", True)
-            found += [Rotary(table, neox), Rotary(table, not neox)]
+        for table in _rotary_tables(module, longest):
+            if not any(table.data_ptr() == other.cos_sin.data_ptr() for other in found):
+                neox = getattr(module, "is_neox_style", True)
+                found += [Rotary(table, neox), Rotary(table, not neox)]
     return found
 
 
-def _rotary_table(module: torch.nn.Module, longest: int) -> Tensor | None:
-    """Cosines and sines `[positions, R]` of a module, if it is a rotary embedding."""
+def _rotary_tables(module: torch.nn.Module, longest: int) -> Iterator[Tensor]:
+    """Cosines and sines `[positions, R]` of a module, if it is a rotary embedding: of each type of layers."""
     table = getattr(module, "cos_sin_cache", None)
     if (both := getattr(module, "long_short_cos_sin_cache", None)) is not None:  # Phi-3's two tables in one
         short = module.original_max_position_embeddings
         table = both[short:] if module.use_long_rope else both[:short]
-    if table is None and isinstance(getattr(module, "inv_freq", None), Tensor):  # one of transformers
-        positions = torch.arange(longest, device=module.inv_freq.device)[None]
-        try:
-            cos, sin = module(torch.empty(0, device=positions.device), positions)
-        except Exception:  # something else has frequencies, too
-            return None
-        half = cos.shape[-1] // 2  # every angle twice, one after the other or all after all
-        step = slice(None, half) if torch.equal(cos[..., :half], cos[..., half:]) else slice(None, None, 2)
-        table = torch.cat([cos[0, :, step], sin[0, :, step]], -1)
-    usable = (
-        isinstance(table, Tensor) and table.ndim == 2 and len(table) >= longest and table.shape[1] % 2 == 0
-    )
-    return table if usable else None
+    tables = [table]
+    if table is None:
+        tables = [_transformers_table(module, longest, kind) for kind in ("", *LAYER_TYPES)]
+    for each in tables:
+        if isinstance(each, Tensor) and each.ndim == 2 and len(each) >= longest and each.shape[1] % 2 == 0:
+            yield each
+
+
+def _transformers_table(module: torch.nn.Module, longest: int, layer_type: str) -> Tensor | None:
+    """That of a module of transformers for one type of layers, `""` where all layers have the same."""
+    inv_freq = getattr(module, f"{layer_type}_inv_freq".strip("_"), None)
+    if not isinstance(inv_freq, Tensor):
+        return None
+    positions = torch.arange(longest, device=inv_freq.device)[None]
+    try:
+        cos, sin = module(
+            torch.empty(0, device=positions.device), positions, *([layer_type] if layer_type else [])
+        )
+    except Exception:  # something else has frequencies, too
+        return None
+    half = cos.shape[-1] // 2  # every angle twice, one after the other or all after all
+    step = slice(None, half) if torch.equal(cos[..., :half], cos[..., half:]) else slice(None, None, 2)
+    return torch.cat([cos[0, :, step], sin[0, :, step]], -1)
 
 
 def _rotary(candidates: Sequence[Rotary], positions: Tensor, queries: Tensor) -> Rotary | None:

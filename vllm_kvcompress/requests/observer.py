@@ -23,6 +23,7 @@ class LayerAttention:
     Attributes:
         scale: softmax scale.
         logits_soft_cap: 0 for none.
+        sinks: `[H, G]` float32, one more logit of each query head; None for none.
         rotary: its position embedding, by no angle where it has none; None if it is of another kind.
         output_projection: makes `[H, G, D, hidden]`, the projection behind it; None if there is none.
         index: its number in the whole model, counted from 0.
@@ -31,6 +32,7 @@ class LayerAttention:
 
     scale: float
     logits_soft_cap: float
+    sinks: Tensor | None = None
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
     index: int = 0
@@ -184,6 +186,7 @@ class DecodingSpan:
             scale=attention.scale,
             num_scored=width,
             logits_soft_cap=attention.logits_soft_cap,
+            sinks=None if attention.sinks is None else attention.sinks.repeat(len(self.rows), 1),
             padding=self._empty[layer] - (self._most * block_size - width),
             state=before,
             layers=(attention.index,),
@@ -271,6 +274,7 @@ class RowContext:
             num_scored=width,
             num_tokens=num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
+            sinks=attention.sinks,
             padding=padding if padded else None,
             rotary=attention.rotary,
             layers=(attention.index,),

@@ -101,10 +101,18 @@ class Scorer:
 
 def fingerprint(config: Any) -> str:
     """Of a Hugging Face configuration (of the text model): models that differ in it share no scorer."""
-    known = {name: getattr(config, name, None) for name in _FINGERPRINT}
+    known = {name: _of_all_layers(config, name) for name in _FINGERPRINT}
     rotary = getattr(config, "rope_parameters", None) or {}
     known |= {name: rotary.get(name) for name in _ROTARY}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _of_all_layers(config: Any, name: str) -> Any:
+    """What a configuration says of all layers; None if nothing."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers' own, where layers differ in it
+        return None
 
 
 def find(model: str) -> str | None:

@@ -170,6 +170,8 @@ class Compactor:
             self.grid.pages_per_block * share // solve.num_shares
             for share in (solve.shares.start, solve.shares.stop)
         )
+        if begin == end:  # a rank may have fewer heads than there are shares
+            return
         kept, num_kept = solution.choice.raw[begin:end] >= 0, solution.num_kept[begin:end]
         for layer in range(begin // heads, -(-end // heads)):
             some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
@@ -505,6 +507,14 @@ class Compactor:
             return False
         return (a.scale, a.logits_soft_cap) == (b.scale, b.logits_soft_cap)
 
+    def _sinks(self, layers: slice) -> Tensor | None:
+        """Some layers' sinks `[l·H, G]`, -inf for those that have none; None if none has."""
+        own = [layer.sinks for layer in self.layers[layers]]
+        some = next((sinks for sinks in own if sinks is not None), None)
+        if some is None:
+            return None
+        return torch.cat([torch.full_like(some, -torch.inf) if sinks is None else sinks for sinks in own])
+
     def _scores(self, tasks: list[_Task], together: _Candidates) -> Tensor:
         """The policy's scores `[X, T]`, ready to be compared: padding lowest, then what is no number."""
         sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy.scored_by
@@ -533,6 +543,7 @@ class Compactor:
             queries[0] if len(queries) == 1 else torch.cat(queries),
             [layer.scale for layer in self.layers],
             [layer.logits_soft_cap for layer in self.layers],
+            self._sinks(slice(None)),
             together.num_scored,
             ends,
         )
@@ -590,6 +601,7 @@ class Compactor:
             num_scored=part.num_scored,
             num_tokens=job.num_tokens,
             logits_soft_cap=attention.logits_soft_cap,
+            sinks=self._sinks(part.layers),
             padding=part.padding,
             state=None if observed is None else policy.stack(observed.states[part.layers]),
             rotary=attention.rotary,

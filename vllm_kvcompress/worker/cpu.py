@@ -37,5 +37,6 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
         config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
         if config.record_format is not None:  # else once a request asks for one
             compiled_steps()
+        builder.has_sinks = any(layer.impl.sinks is not None for layer in layers)
         packing = learn_packing(builder.isa, grid.block_size, size, stored, cache_dtype)
         return PackedCache(grid, pages.view(-1, 2, grid.block_size * size), *packing, float8=float8)

@@ -90,6 +90,11 @@ class CompressionGPUWorker(CompressionWorker):
         model, parallel = self.model_config, self.parallel_config
         layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
         query_heads, size = model.get_num_attention_heads(parallel), model.get_head_size()
+        group = query_heads // heads
+        own = self.compacted_layers()
+        if own and len(own) < len(self._attention_layers()):
+            layers, heads, size = len(own), own[0].num_kv_heads, own[0].head_size
+            query_heads = own[0].num_heads
         longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs
         # Scores, their order and positions of a request's tokens, and one layer's keys and values in float32.
         available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
@@ -98,7 +103,6 @@ class CompressionGPUWorker(CompressionWorker):
         available -= 4 * max_num_seqs * (longest // self.cache_config.block_size + layers * heads)  # runs
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
-        group = query_heads // heads
         return available - per_query * ring_budget(self._config, max_num_seqs, num_cache_tokens, group)
 
     @property

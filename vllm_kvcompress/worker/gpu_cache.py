@@ -79,6 +79,7 @@ class PlainCache(PagedCache):
         queries: Tensor,
         scales: list[float],
         soft_caps: list[float],
+        sinks: Tensor | None,
         num_scored: int,
         ends: list[int],
     ) -> Tensor:
@@ -101,6 +102,7 @@ class PlainCache(PagedCache):
             policy.pooling,
             policy.reduction,
             each_end,
+            sink_logits=None if sinks is None else sinks.repeat(jobs, 1),
         )
 
     def rank(self, scores: Tensor, padding: Tensor | None, sinks: int) -> None:

@@ -20,10 +20,13 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress import attention
+from vllm_kvcompress.attention.unsupported import OwnLayer, slides
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
+from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.layers import probe_layers
 from vllm_kvcompress.requests.observer import Observer
@@ -56,20 +59,31 @@ class CompressionWorker(Worker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         with backend_overrides(self.backends):
             super().load_model(load_dummy_weights=load_dummy_weights)
-        for layer in self.compilation_config.static_forward_context.values():
-            if isinstance(layer, Attention):  # of the windows only those are left that no request outgrows
+        for layer in self._attention_layers():
+            if not slides(layer.sliding_window, self.model_config.max_model_len):
                 layer.sliding_window = None
+            elif layer.attn_backend.__module__.startswith(attention.__name__):  # of which the rest is stock's
+                layer.attn_backend = layer.attn_backend.stock
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         # Reads its files.
         config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        (group,) = self.model_runner.kv_cache_config.kv_cache_groups
+        index = compactable_group(kv_cache_config)
+        group = self.model_runner.kv_cache_config.kv_cache_groups[index]
         context = self.compilation_config.static_forward_context
-        layers: list[Attention] = sorted(
-            (context[name] for name in group.layer_names), key=lambda layer: layer.kv_cache.data_ptr()
+        all_layers: list[Attention] = [context[name] for name in group.layer_names]
+        # Others read what these write.
+        layers = sorted(
+            (layer for layer in all_layers if layer.kv_sharing_target_layer_name is None),
+            key=lambda layer: layer.kv_cache.data_ptr(),
         )
-        groups = [group for groups in self.model_runner.attn_groups for group in groups]
+        if not layers:
+            raise KVCompressionError(
+                "kv-compression needs layers of full attention on every pipeline rank; "
+                "use fewer, or run this model without --kv-compression"
+            )
+        groups = self.model_runner.attn_groups[index]
         first = layers[0].kv_cache
         num_blocks, num_heads, block_size, _ = first.shape
         if len(groups) != 1 or num_blocks != kv_cache_config.num_blocks:
@@ -80,6 +94,9 @@ class CompressionWorker(Worker):
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
+        for layer in all_layers:
+            if layer.kv_sharing_target_layer_name is not None:
+                layer.impl.share(context[layer.kv_sharing_target_layer_name].impl)
         format = config.record_format
         if format is not None and cache.tokens_per_page(format) <= block_size:
             raise KVCompressionError(
@@ -87,7 +104,9 @@ class CompressionWorker(Worker):
                 f"--block-size {block_size}; use a larger one"
             )
         model, impl = self.model_runner.get_model(), layers[0].impl
-        probed = probe_layers(model, layers, self.vllm_config, self._without_adapters)
+        probed = probe_layers(
+            model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
+        )
         self.lacks = probed.lacks
         said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
         if said != (num_heads, cache.head_size):
@@ -98,11 +117,23 @@ class CompressionWorker(Worker):
             self.lacks["needs_known_shape"] = differs
             if said[1] != cache.head_size:
                 self.lacks[NEEDS_HEAD_SIZE] = differs
+        if any(layer.sinks is not None for layer in probed.layers):
+            self.lacks["needs_no_sinks"] = "its attention has sinks"
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
+
+    def _attention_layers(self) -> list[Attention]:
+        """All of this rank's, also those that are not compacted."""
+        context = self.compilation_config.static_forward_context
+        return [layer for layer in context.values() if isinstance(layer, Attention)]
+
+    def compacted_layers(self) -> list[Attention]:
+        """Those that are compacted, and have a cache of their own."""
+        own = (layer for layer in self._attention_layers() if isinstance(layer.impl, OwnLayer))
+        return [layer for layer in own if layer.kv_sharing_target_layer_name is None]
 
     def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
         """Prepare the model for a batch of so many tokens of one request that uses no adapter."""

@@ -59,6 +59,7 @@ def start_engine():
     """
     from harness import Engine, start
     from vllm import envs
+    from vllm.distributed import parallel_state
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     from vllm_kvcompress import plugin
@@ -66,6 +67,8 @@ def start_engine():
 
     def make(model: Path, runner: str, backend: str, asynchronous: bool = False, **options) -> Engine:
         envs.disable_envs_cache()
+        if parallel_state._EP is None:  # an engine before had no experts, for which ranks are grouped too
+            parallel_state._EP = parallel_state._TP
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_USE_V2_MODEL_RUNNER", {"v1": "0", "v2": "1"}[runner])
             if backend == "gpu":
@@ -78,8 +81,8 @@ def start_engine():
         assert engine.worker.use_v2_model_runner == (runner == "v2")
         assert (type(engine.scheduler).__name__ == "AsyncCompressionScheduler") == asynchronous
         if backend != "cpu":  # vLLM's kernel in one part, not in 16: each costs the interpreter as much
-            ((group,),) = engine.worker.model_runner.attn_groups
-            group.get_metadata_builder(0).seq_threshold_3D = 0
+            for group in (group for groups in engine.worker.model_runner.attn_groups for group in groups):
+                group.get_metadata_builder(0).seq_threshold_3D = 0
         return engine
 
     return make

@@ -47,7 +47,10 @@ class Batch:
         runs: in slots that are not the rows' order.
         rows: with one padding row at the end.
         query: `[T, Hq, D]`, with two padding tokens at the end.
+        sinks: `[Hq]`, if there are any.
     """
+
+    sinks: Tensor | None = None
 
     def __init__(self, rows: list[Row], keys: Tensor, values: Tensor, group: int) -> None:
         layers, num_blocks, heads, block_size, head_size = keys.shape
@@ -111,6 +114,7 @@ class Batch:
                     layer,
                     scale,
                     logits_soft_cap,
+                    self.sinks,
                 )
             )
         outputs, lses = zip(*parts, strict=True)

@@ -106,6 +106,33 @@ def test_rows_of_another_kernel_are_left_alone(rows, num_splits):
     assert out[bounds[-1] :].isnan().all()
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_sinks_are_in_the_softmax_of_every_query(num_splits, soft_cap):
+    torch.manual_seed(8)
+    batch = Batch(ROWS["mixed"], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3)
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf])
+    arguments = 1, 0.2, soft_cap, num_splits, 16
+    found, lse = attend(
+        batch.query, batch.keys, batch.values, batch.runs, batch.rows, *arguments, sinks=sinks
+    )
+    plain, plain_lse = batch.expected(1, 0.2, soft_cap)
+    # What is left to the tokens is Z / (Z + exp(sink)).
+    wanted = plain * torch.sigmoid(plain_lse - sinks)[..., None]
+    torch.testing.assert_close(found[: len(wanted)], wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse[: len(wanted)], torch.logaddexp(plain_lse, sinks), atol=2e-5, rtol=2e-5)
+    batch.sinks = sinks
+    torch.testing.assert_close(batch.expected(1, 0.2, soft_cap)[0], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_512_channels_equal_the_reference(rows, dtype):
+    torch.manual_seed(9)
+    batch = Batch(ROWS[rows], *make_cache(1, 30, 2, 16, 512, dtype), group=4)
+    assert_equals_reference(batch, 0, num_splits=2)
+
+
 def test_pages_beyond_the_reach_of_32_bit_offsets_are_read(tmp_path):
     block_stride, blocks = 2**27, 20  # elements: the last blocks are out of a 32-bit offset's reach
     sparse = torch.from_file(

@@ -43,13 +43,17 @@ class Batch:
 
     def attention(self, job: int, layer: int, head: int) -> torch.Tensor:
         """`[G, w, n]` over what the head holds."""
+        return self.logits(job, layer, head).softmax(-1)
+
+    def logits(self, job: int, layer: int, head: int) -> torch.Tensor:
+        """What that is the softmax of."""
         page = self.pages[job, layer, head]
         held = self.keys[page[page >= 0]].flatten(0, 1)
         held = held[: SCORED + TAILS[job] - int(ABSENT[job, layer, head]) * BLOCK_SIZE]
         own = self.queries[job * LAYERS + layer].unflatten(1, (HEADS, GROUP))[:, head]
         scale = float(self.scale[job * LAYERS + layer])
         cap = 0.0 if self.soft_cap is None else float(self.soft_cap[job * LAYERS + layer])
-        return causal_logits(own, held, scale, cap).softmax(-1)
+        return causal_logits(own, held, scale, cap)
 
 
 INDICES = list(itertools.product(range(JOBS), range(LAYERS), range(HEADS)))
@@ -69,6 +73,20 @@ def test_columns_of_every_job_and_layer_equal_those_of_one(dtype, soft_cap, squa
         wanted = (attention.square() if squared else attention).sum(1)[:, : SCORED - first]
         torch.testing.assert_close(own[:, first:], wanted, atol=2e-6, rtol=5e-5)
         assert not own[:, :first].any()
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_sinks_are_in_the_softmax_of_every_query(squared):
+    batch = Batch(soft_cap=True)
+    sinks = torch.randn(JOBS * LAYERS * HEADS, GROUP, generator=torch.Generator().manual_seed(1)) + 3
+    sinks[0] = -torch.inf  # a layer that has none
+    found = window_columns(*batch.arguments(), squared=squared, ends=ENDS, sink_logits=sinks)
+    for own, sink, index in zip(found, sinks, INDICES, strict=True):
+        logits = batch.logits(*index)
+        several = torch.cat([logits, sink[:, None, None].expand(-1, WINDOW, 1)], 2).softmax(-1)[..., :-1]
+        first = int(ABSENT[index]) * BLOCK_SIZE
+        wanted = (several.square() if squared else several).sum(1)[:, : SCORED - first]
+        torch.testing.assert_close(own[:, first:], wanted, atol=2e-6, rtol=5e-5)
 
 
 @pytest.mark.parametrize(("pooling", "reduction"), [("max", "mean"), ("avg", "sum")])

@@ -90,7 +90,7 @@ class RecordBatch(Batch):
         bounds = self.rows.query_start_loc.tolist()
         return [(row, slice(*bounds[row : row + 2])) for row, own in enumerate(self.formats) if own == name]
 
-    def launch(self, name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias=None):
+    def launch(self, name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias=None, sinks=None):
         """Serve the rows of a format into `out`; the log-sum-exp."""
         arguments = layer, scale, logits_soft_cap, num_splits, min_share, out
         if name == RAW:
@@ -98,11 +98,12 @@ class RecordBatch(Batch):
             return attend(self.query, *caches, self.runs, self.rows, *arguments, compacted_only=True)[1]
         caches = self.pages, self.keys, self.values
         format = layer, NAMED[name], IDS[name], *arguments[1:]
-        found, lse = attend_records(self.query, *caches, self.runs, self.rows, *format, bias=bias)
+        caches = *caches, self.runs, self.rows
+        found, lse = attend_records(self.query, *caches, *format, bias=bias, sinks=sinks)
         assert found is out
         return lse
 
-    def expected_of(self, name, layer, scale, logits_soft_cap, bias=None):
+    def expected_of(self, name, layer, scale, logits_soft_cap, bias=None, sinks=None):
         """Output and log-sum-exp of each row of a format, by the reference, and the row's tokens."""
         for row, tokens in self.rows_of(name):
             slot = self.rows.slot[row]
@@ -124,6 +125,7 @@ class RecordBatch(Batch):
                     scale,
                     logits_soft_cap,
                     bias,
+                    sinks,
                 ),
             )
 
@@ -229,6 +231,29 @@ def test_raw_tokens_may_have_a_bias(name):
     batch = make_batch("extend", name, group=3)
     bias = torch.randn(batch.keys.shape[:-1])
     assert_equals_reference(batch, name, logits_soft_cap=2.0, num_splits=2, bias=bias)
+
+
+@pytest.mark.parametrize("name", ["kivi4", "turbo4", "k4v3"])
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_sinks_are_in_the_softmax_of_every_query(name, num_splits):
+    torch.manual_seed(2)
+    batch = make_batch("extend", name, group=3)
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf])
+    out = torch.zeros_like(batch.query)
+    lse = batch.launch(name, 1, 0.2, 2.0, num_splits, 64, out, sinks=sinks)
+    served = 0
+    plain_and_sunk = zip(
+        batch.expected_of(name, 1, 0.2, 2.0), batch.expected_of(name, 1, 0.2, 2.0, sinks=sinks), strict=True
+    )
+    for (tokens, plain, plain_lse), (_, wanted, wanted_lse) in plain_and_sunk:
+        # What is left to the tokens is Z / (Z + exp(sink)).
+        torch.testing.assert_close(
+            wanted, plain * torch.sigmoid(plain_lse - sinks)[..., None], atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(out[tokens], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse[tokens], wanted_lse, atol=2e-5, rtol=2e-5)
+        served += len(wanted)
+    assert served > 5
 
 
 def test_a_loose_bound_on_the_query_length_changes_nothing():

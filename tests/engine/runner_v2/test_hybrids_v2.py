@@ -1,0 +1,88 @@
+"""Windows beside compacted layers, and sinks, on Runner V2 and the GPU backend: as on Runner V1 and a CPU."""
+
+import pytest
+import torch
+from harness import first_difference, sampling
+
+OPTIONS = dict(
+    skip_tokenizer_init=True,
+    max_model_len=512,
+    max_num_batched_tokens=128,
+    max_num_seqs=8,
+    num_gpu_blocks_override=120,
+    additional_config={"kv_compression": "snapkv:budget=0.4,window=8"},
+)
+REQUESTS = [  # method, prompt tokens: all but the first in chunks of at most 128 tokens
+    ("kv_compress:budget=0.3,window=8", 120),
+    ("adakv:budget=0.3,window=8", 150),
+    ("h2o:budget=0.3,window=8,recompact_every=3", 133),
+    ("snapkv+kivi8:budget=0.3,window=8", 330),
+    ("off", 140),
+]
+
+
+@pytest.fixture(scope="module", params=["gemma3", "gpt-oss"])
+def model(request, tmp_path_factory):
+    """Two layers that slide a window over 64 tokens and two of full attention, one after the other."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig, GptOssForCausalLM
+
+    torch.manual_seed(0)
+    common = dict(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        sliding_window=64,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    if request.param == "gemma3":
+        made = Gemma3ForCausalLM(Gemma3TextConfig(**common, query_pre_attn_scalar=32))
+    else:
+        made = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=2, num_experts_per_tok=1))
+        for layer in made.model.layers:
+            layer.self_attn.sinks.data = 2.0 + 3 * torch.rand(4)
+    path = tmp_path_factory.mktemp(request.param)
+    made.save_pretrained(path)
+    return path
+
+
+def prompt(seed: int, length: int) -> list[int]:
+    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_same_kept_tokens_and_same_answers(model, start_engine):
+    engines = {
+        ("v1", "cpu"): start_engine(model, "v1", "cpu", **OPTIONS),
+        ("v2", "gpu"): start_engine(model, "v2", "gpu", asynchronous=True, **OPTIONS),
+    }
+    found = {}
+    for name, engine in engines.items():
+        requests = [
+            (prompt(index, length), sampling(8, method, detokenize=False))
+            for index, (method, length) in enumerate(REQUESTS)
+        ]
+        free = engine.free
+        outputs = engine.run_all(requests)
+        by_request: dict[str, list] = {}
+        for compaction in engine.compactions:
+            by_request.setdefault(compaction.request, []).append(compaction)
+        assert engine.sent == [compaction.job for compaction in engine.compactions]
+        engine.check_accounts(), engine.check_nothing_left()
+        assert engine.free == free and len(engine.managers) == 2
+        found[name] = outputs, by_request
+    (plain_outputs, plain), (outputs, compactions) = found.values()
+    assert plain.keys() == compactions.keys() and len(plain) == len(REQUESTS) - 1
+    for name, events in plain.items():
+        assert len(events) == len(compactions[name])
+        for one, two in zip(events, compactions[name], strict=True):
+            assert torch.equal(one.counts, two.counts) and torch.equal(one.kept, two.kept), one.job
+    for (method, _), one, two in zip(REQUESTS, plain_outputs, outputs, strict=True):
+        assert first_difference(one, two) is None, method

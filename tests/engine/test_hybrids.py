@@ -1,0 +1,283 @@
+"""Models some of whose layers slide a window: full attention is compacted, and windows stay vLLM's own.
+
+What is kept, and the answers, are compared with an oracle in `test_oracle.py`.
+"""
+
+import random
+from collections import Counter
+
+import pytest
+import torch
+from crowd import Member, compacted, compare_with_alone, finished, in_time, serve, tolerate
+from harness import BLOCK_SIZE, Engine, sampling, tokens
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+
+from vllm_kvcompress.paging.manager import CompactingManager
+
+SLIDING = 128  # tokens of a window
+HYBRIDS = ["gemma3", "gpt-oss"]
+POOL = 110  # blocks; a prompt of 700 tokens needs 22 of full attention and, at most, 42 of windows
+
+
+@pytest.fixture(scope="module", params=HYBRIDS)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def engine(engines, hybrids, name):
+    """With an empty prefix cache; afterwards nothing may be left in it."""
+    found = engines(hybrids[name], "snapkv:budget=0.25")
+    found.forget_prefixes()
+    found.sent.clear(), found.compactions.clear(), found.outputs.clear()
+    free = found.free
+    yield found
+    found.check_accounts(), found.check_nothing_left()
+    assert found.free == free
+
+
+@pytest.fixture
+def stock(engines, hybrids, name, engine):
+    found = engines(hybrids[name])
+    found.forget_prefixes()
+    return found
+
+
+def exact(output) -> list:
+    """Tokens and log-probabilities to the last bit."""
+    return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]
+
+
+def layers_of(engine: Engine, slides: bool) -> list:
+    context = engine.worker.compilation_config.static_forward_context
+    layers = [layer for layer in context.values() if hasattr(layer, "impl")]
+    return [layer for layer in layers if (layer.impl.sliding_window == SLIDING) == slides]
+
+
+# ---------------------------------------------------------------------- whose the groups are
+
+
+def test_windows_are_stocks_own_to_the_class(engine, stock):
+    kinds = [CompactingManager, SlidingWindowManager]
+    assert {type(manager) for manager in engine.managers} == set(kinds)
+    assert len(engine.managers) == len(stock.managers) > 1
+    groups = engine.worker.model_runner.attn_groups
+    for manager, (group,), (plain,) in zip(
+        engine.managers, groups, stock.worker.model_runner.attn_groups, strict=True
+    ):
+        if type(manager) is SlidingWindowManager:
+            assert group.backend is plain.backend is CPUAttentionBackend
+            assert type(group.get_metadata_builder(0)) is CPUAttentionMetadataBuilder
+            assert group.kv_cache_spec == plain.kv_cache_spec
+    sliding = layers_of(engine, slides=True)
+    assert len(sliding) == len(layers_of(stock, slides=True)) > 0
+    for layer in sliding:
+        assert type(layer.impl) is CPUAttentionBackendImpl and layer.attn_backend is CPUAttentionBackend
+    # The same look at the other layers finds ours, so the look is sharp.
+    full = layers_of(engine, slides=False)
+    assert len(full) == engine.worker.compactor.grid.num_layers > 0
+    assert all("vllm_kvcompress" in type(layer.impl).__module__ for layer in full)
+
+
+def test_windows_get_stocks_metadata_also_beside_compacted_requests(engine, long_ids, monkeypatch):
+    seen = Counter()
+    forward = CPUAttentionBackendImpl.forward
+
+    def looked_at(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+        if attn_metadata is not None and type(self) is CPUAttentionBackendImpl:
+            seen[type(attn_metadata)] += 1
+        return forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+
+    monkeypatch.setattr(CPUAttentionBackendImpl, "forward", looked_at)
+    engine.run(long_ids(400, seed=1), sampling(8))
+    assert len(engine.compactions) == 1
+    assert set(seen) == {CPUAttentionMetadata}
+
+
+# ---------------------------------------------------------------------- idle
+
+
+@pytest.mark.parametrize("lengths", [[5, 64, 90], [200, 333, 900]], ids=str)
+def test_with_nothing_due_outputs_are_stocks_to_the_last_bit(engine, stock, long_ids, lengths):
+    prompts = [long_ids(length, seed=20 + length) for length in lengths]
+    compression = None if max(lengths) < 96 else "off"
+    expected = stock.run_all((prompt, sampling(40)) for prompt in prompts)
+    got = engine.run_all((prompt, sampling(40, compression)) for prompt in prompts)
+    assert not engine.sent
+    assert [exact(output) for output in got] == [exact(output) for output in expected]
+
+
+def test_the_first_token_is_stocks_to_the_last_bit(engine, stock, long_ids):
+    prompt = long_ids(900, seed=30)
+    expected, got = exact(stock.run(prompt, sampling(3))), exact(engine.run(prompt, sampling(3)))
+    assert len(engine.compactions) == 1
+    assert got[0] == expected[0] and got[1] != expected[1]
+
+
+# ---------------------------------------------------------------------- blocks
+
+
+def held(engine: Engine, request: str) -> list[int]:
+    """Blocks of the pool that a live request has in each group, by its rows."""
+    id = engine.live(request).request_id
+    return [sum(not block.is_null for block in manager.req_to_blocks[id]) for manager in engine.managers]
+
+
+def test_full_attention_gives_blocks_back_and_windows_go_on_as_in_stock(engine, stock, long_ids):
+    prompt, params = long_ids(1201, seed=2), sampling(80)
+    whole, ours = stock.add(prompt, params), engine.add(prompt, params)
+    freed, steps = 0, 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        engine.step(), stock.step()
+        if not engine.llm.llm_engine.has_unfinished_requests():
+            break
+        plain, found = held(stock, whole), held(engine, ours)
+        for index, manager in enumerate(engine.managers):
+            if manager is not engine.manager:
+                assert found[index] == plain[index] <= 512 // BLOCK_SIZE + SLIDING // BLOCK_SIZE + 1
+                continue
+            job = engine.compactions[-1].job if engine.compactions else None
+            compacted_to = len(engine.manager.compacted.get(engine.live(ours).request_id, ()))
+            assert compacted_to == (len(job.destination) if job else 0)
+            gone = plain[index] - found[index] - compacted_to
+            freed = max(freed, gone)
+        engine.check_accounts()
+        steps += 1
+    stock.finish()
+    assert freed == 36 - 9 and steps > 80  # of 1,168 tokens below the window a quarter stays
+
+
+def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in_any_group(
+    engines, hybrids, name, long_ids
+):
+    # Windows, too, have every block cached, where vLLM is asked to.
+    engine = engines(hybrids[name], "snapkv:budget=0.25", prefix_cache_retention_interval=BLOCK_SIZE)
+    prompt = long_ids(400, seed=3)
+    point, end = len(prompt) // BLOCK_SIZE, (len(prompt) + 199) // BLOCK_SIZE
+
+    def run(compression) -> list[list[int]]:
+        """Which of the request's blocks the prefix cache has afterwards, in each group."""
+        engine.forget_prefixes()
+        request = engine.add(prompt, sampling(200, compression))
+        live = engine.live(request)
+        engine.finish()
+        assert len(live.block_hashes) == end
+        hashes = list(enumerate(live.block_hashes))
+        return [
+            [index for index, hash in hashes if engine.pool.get_cached_block(hash, [group])]
+            for group in range(len(engine.managers))
+        ]
+
+    for group, (own, plain) in enumerate(zip(run(None), run("off"), strict=True)):
+        assert own == list(range(point)) and plain == list(range(end)), group
+    assert len(engine.compactions) == 1
+    engine.check_nothing_left()
+
+
+def test_a_cached_prefix_gives_way_to_the_observation_window_in_every_group(engine, long_ids):
+    prompt = long_ids(650, seed=4)
+    params = sampling(12, "snapkv:budget=0.25")
+    alone = engine.run_fresh(prompt, params)
+    assert alone.num_cached_tokens == 0
+    first = engine.compactions[-1]
+    # The last 32 tokens' queries score, so they are computed, whatever is cached.
+    again = engine.run(prompt, params)
+    assert again.num_cached_tokens == 608
+    engine.forget_prefixes()
+    for end in (5, 6):  # the second one finds out what both share: vLLM keeps the windows before its end
+        engine.run(prompt[:600] + long_ids(60, seed=end), sampling(2, "off"))
+    shared = engine.run(prompt, params)
+    assert shared.num_cached_tokens == 576
+    for output, compaction in zip((again, shared), engine.compactions[-2:], strict=True):
+        assert torch.equal(compaction.kept, first.kept) and torch.equal(compaction.counts, first.counts)
+        assert tokens(output) == tokens(alone)
+    # A method that must see every query reads no cached prefix, of no group.
+    assert engine.run(prompt, sampling(4, "h2o:budget=0.25")).num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("when", ["while it is prefilled", "when due", "after its compaction"])
+def test_blocks_of_all_groups_come_back_after_an_abort_and_a_preemption(engine, long_ids, when):
+    prompt, params, free = long_ids(1300, seed=6), sampling(30), engine.free
+    alone = engine.run_fresh(prompt, params)
+    kept = engine.compactions[-1]
+    for end in ("abort", "preempt"):
+        engine.forget_prefixes()
+        request = engine.add(prompt, params)
+        if when == "while it is prefilled":
+            engine.step(), engine.step()
+            assert 0 < engine.live(request).num_computed_tokens < len(prompt)
+        elif when == "when due":
+            engine.step_until_due(request)
+        else:
+            engine.compactions.clear()
+            engine.step_until_compacted(request)
+            engine.step()
+        if end == "abort":
+            engine.llm.llm_engine.abort_request([request])
+            engine.step()
+        else:
+            live = engine.live(request)
+            engine.scheduler.running.remove(live)
+            engine.scheduler._preempt_request(live, 0.0)
+            assert engine.free == free
+            engine.finish()
+            assert tokens(engine.outputs.pop(request)) == tokens(alone)
+            assert torch.equal(engine.compactions[-1].kept, kept.kept)
+        engine.check_accounts()
+        assert engine.free == free
+
+
+# ---------------------------------------------------------------------- the crowd
+
+OPTIONS = [
+    None,
+    None,
+    "snapkv:budget=0.1",
+    {"method": "kv_compress", "budget": 0.25},
+    "adakv:budget=0.3",
+    "foresight:budget=0.9,threshold=1e4,recompact_every=8",
+    "snapkv:budget=0.3,recompact_every=6",
+    "h2o:budget=0.4,recompact_every=8",
+    "kv_compress:budget=0.25,when=streaming,recompact_every=96",
+    "kivi:recompact_every=8",
+    "kvzip:budget=0.3,chunk=128",
+    "off",
+]
+
+
+def crowd(long_ids) -> dict[str, Member]:
+    random_ = random.Random(7)
+    prefix, members = long_ids(200, seed=100), {}
+    for index in range(50):
+        length = int(random_.triangular(40, 700, 100))
+        prompt = long_ids(length, seed=200 + index)
+        if random_.random() < 0.35:
+            prompt = (prefix + prompt)[:length]
+        members[f"crowd{index}"] = Member(
+            prompt=prompt,
+            max_tokens=random_.randint(8, 24),
+            samples=2 if random_.random() < 0.1 else 1,
+            compression=random_.choice(OPTIONS),
+            steps_to_live=random_.randint(0, 30) if random_.random() < 0.15 else None,
+        )
+    return members
+
+
+def test_a_crowd_in_a_small_pool_leaves_nothing_and_nobody_disturbs_another(engine, stock, long_ids):
+    run = serve(engine, crowd(long_ids), POOL, random.Random(8))
+    assert run.free_after == run.free_before
+    assert run.sent == [compaction.job for compaction in run.compactions]
+    assert run.preemptions > 0 and len(run.compactions) > 20 and run.most_running > 3
+    assert sum(not finished(run, name) for name in run.members) >= 3, "some are aborted"
+    assert any(output.num_cached_tokens for output in run.outputs.values())
+    assert any(c.job.previous for c in run.compactions), "some are compacted again as they grow"
+    of_request, differences = in_time(compacted(run), engine), []
+    chosen = sorted(of_request, key=lambda name: len(of_request[name]), reverse=True)[:20]
+    compare_with_alone(run, engine, chosen, differences)
+    tolerate(differences, len(chosen))

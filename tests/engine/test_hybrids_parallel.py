@@ -1,0 +1,103 @@
+"""Windows beside compacted layers under tensor and pipeline parallelism: as in one process."""
+
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import NUM_BLOCKS, external_id, first_difference, sampling, start
+
+NUM_TOKENS = 40  # so that windows move on
+METHODS = {
+    "snapkv": "snapkv:budget=0.25",
+    "snapkv, again": "snapkv:budget=0.4,recompact_every=8",
+    "h2o": "h2o:budget=0.4",
+    "kivi": "kivi:recompact_every=8",
+    "off": "off",
+}
+
+
+def serve(folder: Path, model: str, kind: str) -> None:
+    """All requests in one batch on two workers."""
+    prompts = pickle.loads((folder / "prompts").read_bytes())
+    size = {f"{kind}_parallel_size": 2}
+    llm = start(Path(model), **size, additional_config={"kv_compression": "snapkv:budget=0.25"})
+    core = llm.llm_engine.engine_core.engine_core
+    scheduler, sent, outputs = core.scheduler, [], {}
+    schedule = scheduler.schedule
+
+    def recorded(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        sent.extend(external_id(job.request_id) for job in output.kv_compression.jobs)
+        return output
+
+    scheduler.schedule = recorded
+    if kind == "pipeline":
+        llm.collective_rpc(warm_up)
+    for name, prompt in prompts.items():
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling(NUM_TOKENS, METHODS[name]))
+    while llm.llm_engine.has_unfinished_requests():
+        outputs.update((out.request_id, out) for out in llm.llm_engine.step() if out.finished)
+    coordinator = scheduler.kv_cache_manager.coordinator
+    rows = [len(manager.req_to_blocks) for manager in coordinator.single_type_managers]
+    free = coordinator.block_pool.get_num_free_blocks()
+    (folder / kind).write_bytes(pickle.dumps((sent, outputs, rows, free)))
+    core.shutdown()
+
+
+def warm_up(wrapper) -> None:
+    """Make a later rank the place for what the rank before sends, as vLLM does with torch.compile."""
+    wrapper.worker.model_runner._dummy_run(1)
+
+
+def main(folder: str, model: str) -> None:
+    from vllm.v1.executor import multiproc_executor
+
+    fork = multiprocessing.get_context("fork")  # see `test_parallel`
+    multiproc_executor.get_mp_context = lambda: fork
+    for kind in ("tensor", "pipeline"):
+        process = fork.Process(target=serve, args=(Path(folder), model, kind))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, kind
+
+
+@pytest.fixture(scope="module")
+def prompts(long_ids) -> dict[str, list[int]]:
+    return {name: long_ids(301 + 9 * index, seed=500 + index) for index, name in enumerate(METHODS)}
+
+
+@pytest.fixture(scope="module")
+def parallel(hybrids, prompts, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("parallel")
+    (folder / "prompts").write_bytes(pickle.dumps(prompts))
+    environment = {
+        **os.environ,
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
+    }
+    script = "import sys, test_hybrids_parallel; test_hybrids_parallel.main(*sys.argv[1:])"
+    command = [sys.executable, "-c", script, str(folder), str(hybrids["gemma3"])]
+    run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
+    return {kind: pickle.loads((folder / kind).read_bytes()) for kind in ("tensor", "pipeline")}
+
+
+@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
+def test_answers_are_those_of_one_process_and_every_block_comes_back(
+    parallel, engines, hybrids, prompts, kind
+):
+    single = engines(hybrids["gemma3"], "snapkv:budget=0.25")
+    single.forget_prefixes()
+    sent, outputs, rows, free = parallel[kind]
+    alone = single.run_all((prompt, sampling(NUM_TOKENS, METHODS[name])) for name, prompt in prompts.items())
+    assert set(sent) == {*METHODS} - {"off"} and sent.count("snapkv, again") > 1
+    for name, output in zip(prompts, alone, strict=True):
+        assert first_difference(outputs[name], output) is None, name
+    assert rows == [0, 0, 0] and free == NUM_BLOCKS - 1

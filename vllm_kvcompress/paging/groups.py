@@ -1,0 +1,19 @@
+"""What front ends must know of the cache group that is compacted, where it is one of several."""
+
+from vllm.config import VllmConfig
+
+GROUP = "kv_compression_group"  # in `additional_config`, once the engine has its groups
+
+
+def block_size(vllm_config: VllmConfig) -> int:
+    """Tokens of a block that is compacted; vLLM's own number is that of the group that has fewest."""
+    return _group(vllm_config).get("block_size", vllm_config.cache_config.block_size)
+
+
+def blocks_beside(vllm_config: VllmConfig) -> int:
+    """Blocks that a request holds at most of groups that are not compacted, which have the same pool."""
+    return _group(vllm_config).get("beside", 0)
+
+
+def _group(vllm_config: VllmConfig) -> dict[str, int]:
+    return (vllm_config.additional_config or {}).get(GROUP, {})
