@@ -29,6 +29,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvcompress import KVCompressionConfig, scorers
 from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.paging.groups import GROUP
 from vllm_kvcompress.plan import peak_blocks
 from vllm_kvcompress.plugin import register
 
@@ -111,6 +112,19 @@ def test_logprobs_of_what_is_added_to_a_compacted_session_are_refused(at_the_end
 
 def test_streaming_without_prompt_logprobs_is_served(streaming):
     assert asked(streaming, 1000, logprobs=5)
+
+
+def test_blocks_of_windows_count_in_what_a_streamed_request_needs(smollm2, monkeypatch):
+    register()
+    processor = processor_of(smollm2, **STREAMING.engine_kwargs())
+    cache, additional = processor.vllm_config.cache_config, processor.vllm_config.additional_config
+    monkeypatch.setitem(additional, GROUP, {"block_size": 64, "beside": 20})
+    needed = peak_blocks(STREAMING, 3000, 3008, 64) + 20
+    monkeypatch.setattr(cache, "num_gpu_blocks", needed + 1)
+    assert asked(processor, 3000)
+    monkeypatch.setattr(cache, "num_gpu_blocks", needed)
+    with pytest.raises(VLLMValidationError, match=f"need {needed} blocks of the pool's {needed - 1}"):
+        asked(processor, 3000)
 
 
 def test_a_streamed_request_may_fill_the_pool_but_for_the_null_block(smollm2, streaming, monkeypatch):

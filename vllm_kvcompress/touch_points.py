@@ -249,6 +249,12 @@ TABLE: dict[str, Touched] = {
             "touch": "(self, blocks)",
         },
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager": Touched(
+        reads="block_size enable_caching max_admission_blocks_per_request req_to_blocks",
+        calls={
+            "get_num_skipped_tokens": "(self, num_computed_tokens)",
+        },
+    ),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": Touched(
         reads="__init__ _null_block block_pool block_size num_cached_block req_to_blocks",
         overrides={

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader import dummy_loader
 from vllm_kvcompress import KVCompressionConfig, plugin
 from vllm_kvcompress.config import METHODS, KVCompressionError
 from vllm_kvcompress.evaluation.host import model_config
+from vllm_kvcompress.paging.groups import block_size, blocks_beside
 from vllm_kvcompress.support import LACKS
 
 VOCABULARY = 256
@@ -476,6 +477,19 @@ def test_a_front_end_knows_what_the_workers_found(own_process, start):
         with pytest.raises(VLLMValidationError, match=NARROW_VALUES["criticalkv"]):
             llm.generate({"prompt_token_ids": PROMPT}, sampling(4, method), use_tqdm=False)
     (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling(4, "expected_attention"), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 4
+    llm.llm_engine.engine_core.shutdown()
+
+
+def test_a_front_end_knows_the_blocks_of_the_compacted_group(own_process, start):
+    name = "gemma4: windows, wider heads of full attention in larger blocks, shared caches"
+    llm = start(SERVED[name], "snapkv:budget=0.25,window=16,when=streaming,recompact_every=64")
+    config = llm.llm_engine.vllm_config
+    # Full attention has half the channels of windows. Those hold 64 tokens, and a step's, at most.
+    assert config.cache_config.block_size == BLOCK_SIZE and block_size(config) == 2 * BLOCK_SIZE
+    beside = -(-min(64 + config.max_in_flight_tokens, LONGEST) // BLOCK_SIZE)
+    assert beside <= blocks_beside(config) <= beside + 1
+    (output,) = llm.generate({"prompt_token_ids": PROMPT}, sampling(4, None), use_tqdm=False)
     assert len(output.outputs[0].token_ids) == 4
     llm.llm_engine.engine_core.shutdown()
 

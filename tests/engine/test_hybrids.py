@@ -233,6 +233,28 @@ def test_blocks_of_all_groups_come_back_after_an_abort_and_a_preemption(engine, 
         assert engine.free == free
 
 
+def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_moved_on(engine, long_ids):
+    prompt, params = long_ids(640, seed=9), sampling(260, "kvzip:budget=0.25,chunk=300")
+    alone = engine.run_fresh(prompt, params)
+    kept, free = engine.compactions[-1], engine.free
+    assert kept.num_computed == len(prompt) and len(alone.outputs[0].token_ids) == 260
+    engine.forget_prefixes()
+    request = engine.add(prompt, params)
+    engine.step_until_due(request)
+    live = engine.live(request)
+    with engine.squeezed(leave=12):  # too few for the repetition
+        while live.num_computed_tokens < len(prompt) + SLIDING + BLOCK_SIZE:
+            engine.step()
+        assert live.request_id in engine.late and not engine.compactions[1:]
+    while len(engine.compactions) < 2:
+        engine.step()
+    engine.finish()
+    late = engine.compactions[-1]
+    assert late.num_computed > len(prompt) + SLIDING and late.job.num_tokens == len(prompt)
+    assert torch.equal(late.kept, kept.kept) and torch.equal(late.counts, kept.counts)
+    assert engine.free == free
+
+
 # ---------------------------------------------------------------------- the crowd
 
 OPTIONS = [

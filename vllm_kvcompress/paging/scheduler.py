@@ -453,18 +453,13 @@ class _Compression:
         """Whether vLLM would admit a repetition now."""
         repetition = self._repetitions.of(repeating.request_id)
         assert repetition is not None
-        blocks, num_shared = self._shared_with(repetition)
-        needed = self.kv_cache_manager.coordinator.get_num_blocks_to_allocate(
-            repeating.request_id,
-            repeating.num_tokens,
-            blocks.blocks,
-            num_encoder_tokens=0,
-            total_computed_tokens=num_shared,
-            num_local_computed_tokens=num_shared,
-            num_tokens_main_model=repeating.num_tokens,
-            apply_admission_cap=True,
-        )
-        needed += self.kv_cache_manager.watermark_blocks
+        _, num_shared = self._shared_with(repetition)
+        needed = self.kv_cache_manager.watermark_blocks
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            # Windows give blocks back on the way. That they have some already is of no use: those go first.
+            own = -(-repeating.num_tokens // manager.block_size) - num_shared // manager.block_size
+            most = manager.max_admission_blocks_per_request
+            needed += own if most is None else min(own, most)
         num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return num_active < self.max_num_active_reqs and needed <= free

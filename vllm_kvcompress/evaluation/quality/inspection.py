@@ -52,11 +52,14 @@ def run(arguments: argparse.Namespace) -> None:
     kept = engine.compactions(prompt, arguments.compression).tolist()
     title = f"{Path(arguments.model).name}, {arguments.compression}, {len(prompt)} tokens"
     print(title)
+    numbers = [layer.index for layer in engine.compactor.layers]
+    if numbers != list(range(len(numbers))):
+        print(f"layers {', '.join(map(str, numbers))}; others slide a window")
     print(pictures.text_heatmap(kept))
     folder = arguments.output or Path("kvcompress-inspect")
     folder.mkdir(parents=True, exist_ok=True)
     data = {"compression": arguments.compression, "prompt_tokens": len(prompt)}
-    (folder / "kept.json").write_text(json.dumps({**data, "kept": kept}))
+    (folder / "kept.json").write_text(json.dumps({**data, "layers": numbers, "kept": kept}))
     pictures.kept_by_head(kept, folder / "kept.png", title)
     print(f"picture and data are in {folder}")
 
