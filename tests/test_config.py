@@ -37,13 +37,22 @@ def test_every_form_parses_to_the_same_configuration(form):
     assert config.engine_kwargs() == {"additional_config": {"kv_compression": config.to_dict()}}
 
 
+PROFILED = {"mixed_dim_kv_h": {"allocation": "profile:smollm2-135m-instruct"}}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bare_method_name_has_its_presets(method):
-    config = KVCompressionConfig.parse({"method": method, "budget": 0.25})
+    form = {"method": method} | PROFILED.get(method, {})
+    config = KVCompressionConfig.parse(form | {"budget": 0.25})
     assert config.build_policy().name == METHODS[method].policy
     assert config.build_allocation().name == METHODS[method].allocation
-    if METHODS[method].format is None:
-        assert KVCompressionConfig.parse(method) == config
+    if not METHODS[method].keeps_all:
+        assert KVCompressionConfig.parse(form) == config
+
+
+def test_a_method_whose_heads_have_a_profile_is_refused_without_one():
+    with pytest.raises(KVCompressionError, match=r"write allocation=profile:PATH$"):
+        KVCompressionConfig("mixed_dim_kv_h")
 
 
 # ---------------------------------------------------------------------- formats
@@ -261,7 +270,7 @@ def test_numbers_are_read_as_people_write_them(text):
 def test_no_recent_token_is_scored_by_fewer_queries_than_its_policy_needs():
     for method in METHODS:
         for window in (None, 1, 8, 64):
-            config = KVCompressionConfig(method, window=window)
+            config = KVCompressionConfig(method, window=window, **PROFILED.get(method, {}))
             assert config.recent_tokens >= max(config.observed_window, window or 0)
     assert KVCompressionConfig("streaming_llm").observed_window == 0
     assert KVCompressionConfig("streaming_llm").recent_tokens == 32

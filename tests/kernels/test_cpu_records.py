@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats import FORMATS, RECORD, Format, Latent
 from vllm_kvcompress.formats.base import pack
 from vllm_kvcompress.formats.kivi import Kivi4
 from vllm_kvcompress.formats.matched import Matched
@@ -99,14 +99,25 @@ def make(
     for row, (num_records, tail) in enumerate(zip(records, tails, strict=True)):
         for head in range(heads):
             decoded, run, used = [], [], cache.shape[1]
+            # Of the first part somewhat fewer, and of the others in turn none.
+            numbers = [
+                max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
+                for number in range(len(parts))
+            ]
+            basis = None
+            if format.basis is not None and bool(format.needs_basis(torch.tensor(numbers))):
+                basis = format.basis.encode(*(normal(200, head_size) * normal(head_size) for _ in "kv"))
+                run, used = [next(free)], _begins(0, len(basis), cache.shape[1])[1] + len(basis)
+                cache[run[0], used - len(basis) : used] = basis
             for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-                # Of the first part somewhat fewer, and of the others in turn none.
-                own = max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
+                own = numbers[number]
                 plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
                 biased = isinstance(part, Matched)
                 biases = normal(own, RECORD) if biased else torch.zeros(own, RECORD)
-                content = part.encode(*plain, *[biases] * biased)
-                decoded.append((*part.decode(content, head_size), biases))
+                of_part = [basis] * (isinstance(part, Latent) and own > 0)
+                content = part.encode(*plain, *[biases] * biased, *of_part) if own else torch.zeros(0, size)
+                read = part.decode(content, head_size, *of_part) if own else plain
+                decoded.append((*read, biases))
                 in_run[number, row, head] = own
                 place = next(
                     at for at in range(99999) if _begins(at, size, cache.shape[1]) >= (len(run) - 1, used)
