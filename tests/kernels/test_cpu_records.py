@@ -219,17 +219,24 @@ def test_a_head_without_records_has_its_tail():
     check(make(Kivi4(), records=(0, 1)))
 
 
+@pytest.mark.parametrize("name", ["kivi4", "mixed_dim"])
 @pytest.mark.parametrize("queries", [(1, 1), (30, 2)])
-def test_shares_of_a_long_head_are_merged(monkeypatch, queries):
+def test_shares_of_a_long_head_are_merged(monkeypatch, queries, name):
     monkeypatch.setattr(cpu_records, "MIN_SHARE", 64)
     monkeypatch.setattr(cpu_records, "PIECES_PER_THREAD", 50)
-    case = make(Kivi4(), records=(30, 2), tails=(40, 70), queries=queries)
+    case = make(FORMATS[name], records=(30, 2), tails=(40, 70), queries=queries)
     assert cpu_records._shares(4, RECORD * 30, 1)[1] > 3
     check(case)
 
 
-def test_many_queries_are_cut_into_blocks():
-    check(make(Kivi4(), group=7, queries=(1, 100), tails=(1, 120)))
+@pytest.mark.parametrize("name", ["kivi4", "mixed_dim"])
+def test_many_queries_are_cut_into_blocks(name):
+    check(make(FORMATS[name], group=7, queries=(1, 100), tails=(1, 120)))
+
+
+@pytest.mark.parametrize("head_size", [16, 256])
+def test_bases_of_narrow_and_wide_heads(head_size):
+    check(make(FORMATS["mixed_dim"], block_size=64, head_size=head_size, queries=(2, 1)))
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 1.0])

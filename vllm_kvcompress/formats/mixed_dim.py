@@ -241,16 +241,11 @@ class MixedDim(Format):
         budget = _Budget(self, of_records, known, head_size, page_bytes)
         whole = losses.clone()
         whole[1:-1] = losses[-1]  # without a basis
-        in_basis = torch.ones(len(known), dtype=torch.bool, device=known.device)
-        for _ in range(2):
-            prices = _Prices.of(torch.where(in_basis[:, None], losses, whole), budget.sizes)
-            price, _ = budget.lowest(prices, pages)
-            in_basis = budget.pays(losses, whole, price)
-        prices = _Prices.of(torch.where(in_basis[:, None], losses, whole), budget.sizes)
         if not isinstance(pages, Tensor):
-            pages = budget.shared(prices, pages)
-        price, _ = budget.lowest(prices, pages)
-        return budget.kept(price), prices.parts(price), pages
+            pages = budget.shared(losses, whole, pages)
+        (lost, keep, parts), (other, *without) = (budget.choices(each, pages) for each in (losses, whole))
+        better = (other <= lost)[:, None]
+        return torch.where(better, without[0], keep), torch.where(better, without[1], parts), pages
 
 
 @dataclass(frozen=True)
@@ -317,11 +312,12 @@ class _Budget:
         self.head_size, self.page_bytes = head_size, page_bytes
         self.sizes = [part.record_bytes(head_size) for part in format.parts]
         size = torch.tensor(self.sizes, dtype=torch.float64, device=known.device)
-        self.of_records = (of_records / size[known.clamp(min=0)]).masked_fill(known < 0, -torch.inf)
+        self.worth = of_records
+        self.record_prices = (of_records / size[known.clamp(min=0)]).masked_fill(known < 0, -torch.inf)
 
     def lowest(self, prices: _Prices, pages: Tensor | int) -> tuple[Tensor, Tensor]:
         """The lowest price `[X]` at which choices fit, and one just below at which they may not."""
-        known = torch.cat([*prices.most, self.of_records], 1)
+        known = torch.cat([*prices.most, self.record_prices], 1)
         high = known.masked_fill(known.isposinf(), 0).amax(1).clamp(min=1e-30) * 2
         if not isinstance(pages, Tensor):
             high = high.amax().repeat(len(high))
@@ -333,10 +329,30 @@ class _Budget:
             low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
         return high, low
 
-    def shared(self, prices: _Prices, pages: int) -> Tensor:
+    def choices(self, losses: Tensor, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is lost, `[X]`, with what fits each head's pages; and the records and parts of it."""
+        prices = _Prices.of(losses, self.sizes)
+        price, _ = self.lowest(prices, pages)
+        keep, parts = self.kept(price), prices.parts(price)
+        lost = losses.gather(0, (parts % len(losses))[None])[0].sum(1)  # -1 is the last one
+        dropped = ~keep & (self.known >= 0)
+        return lost + self.worth.masked_fill(~dropped, 0).sum(1), keep, parts
+
+    def shared(self, losses: Tensor, whole: Tensor, pages: int) -> Tensor:
         """Each head's pages `[X]` of all: what it fills at a price that is common to all heads; then, one
-        head after the other while any are left, what it would at one just below."""
-        fits, more = (self.pages(prices, price) for price in self.lowest(prices, pages))
+        head after the other while any are left, what it would at one just below.
+
+        Args:
+            losses: `[P + 1, X, T]`.
+            whole: likewise, without a basis.
+            pages: of all heads.
+        """
+        in_basis = torch.ones(losses.shape[1], dtype=torch.bool, device=losses.device)
+        for _ in range(3):  # who has a basis depends on the price, and the price a little on who has
+            prices = _Prices.of(torch.where(in_basis[:, None], losses, whole), self.sizes)
+            price, below = self.lowest(prices, pages)
+            in_basis = self.pays(losses, whole, price)
+        fits, more = (self.pages(prices, each) for each in (price, below))
         more = (more - fits).clamp(min=0)
         left = pages - fits.sum() - (more.cumsum(0) - more)
         return fits + torch.minimum(more, left.clamp(min=0))
@@ -351,7 +367,7 @@ class _Budget:
 
     def kept(self, price: Tensor) -> Tensor:
         """Records `[X, E]` bool that are worth their bytes."""
-        return self.of_records > price[:, None]
+        return self.record_prices > price[:, None]
 
     def pays(self, losses: Tensor, whole: Tensor, price: Tensor) -> Tensor:
         """Heads `[X]` bool for which a basis is worth its bytes at a price, or that have records in one.
