@@ -143,8 +143,8 @@ class MixedDim(Format):
     λ is the lowest price at which the choices fit the pages: the Lagrangian of the least Σ l under a budget
     of bytes. A head's bases are bytes, too, and it goes without where they are not worth their price.
 
-    Source: "MixedDimKV", arXiv 2603.20616, as METHODS.md has it. Deviation: tokens of a rank come in
-    thirty-twos, those that are nearest to another rank making up the number.
+    Source: "MixedDimKV", arXiv 2603.20616, whose code was not at hand: ranks and prices are its own, the rest
+    is ours. Tokens of a rank come in thirty-twos, those that are nearest to another rank making up the number.
 
     Attributes:
         decay: of scores that are no losses: how fast importance falls with the rank among a head's tokens.

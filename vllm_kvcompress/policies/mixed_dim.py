@@ -46,6 +46,8 @@ class MixedDimKV(Policy):
 
     def losses(self, observation: LayerObservation, bases: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         values, scored = observation.values.float(), observation.num_scored
+        if observation.padding is not None:  # no attention to it, but times what may be no number
+            values = values.masked_fill(~observation.holds()[..., None], 0.0)
         lost = torch.zeros(len(bases) + 1, len(values), scored, device=values.device)
         for index, attention in enumerate(attention_blocks(observation)):
             first = index * QUERY_BLOCK
