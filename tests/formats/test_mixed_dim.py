@@ -176,7 +176,10 @@ def test_no_other_choice_of_as_many_bytes_loses_less(seed, protected):
         alike = [other for other in others if (max(other) > 0) == (max(chosen) > 0)]
         assert lost(chosen) == pytest.approx(min(map(lost, alike)))
         best |= lost(chosen) == pytest.approx(min(map(lost, others)))
-    assert 0 in seen and len(seen) > 1 and best, "with a basis or without, it is the better"
+        whole = torch.stack([losses[0], *[losses[3]] * 3])
+        _, plain, _ = FORMAT.choose(whole, none.double(), none.long(), torch.tensor([pages]), 64, page_bytes)
+        assert lost(chosen) <= lost(plain[0, ::RECORD].tolist()) + 1e-9, "with a basis or without, the better"
+    assert 0 in seen and len(seen) > 1 and best
 
 
 def test_a_head_goes_without_a_basis_that_is_not_worth_its_bytes():
@@ -239,6 +242,15 @@ def test_tokens_of_a_rank_come_in_thirty_twos_and_fill_their_pages(seed):
         by_loss = lost[4:].argsort(descending=True)
         ranks = [3 if each < 0 else each for each in own[4:][by_loss].tolist()]
         assert ranks == sorted(ranks), "who loses more has more coordinates"
+
+
+def test_few_protected_tokens_have_a_record_though_full_vectors_are_not_worth_it():
+    losses = torch.full((4, 1, 320), 1.0, dtype=torch.float64) * torch.rand(320).double()
+    losses *= torch.tensor([0, 1e-4, 2e-4, 1]).double()[:, None, None]
+    losses[1:, :, 7:9] = torch.inf
+    none = torch.zeros(1, 0)
+    _, part, _ = FORMAT.choose(losses, none.double(), none.long(), torch.tensor([1]), 64, 3 * 8192)
+    assert (part[0, 7:9] == 0).all() and int((part == 0).sum()) == RECORD and (part >= 0).all()
 
 
 def test_scores_alone_rank_by_importance_and_error():

@@ -144,7 +144,7 @@ class MixedDim(Format):
     of bytes. A head's bases are bytes, too, and it goes without where they are not worth their price.
 
     Source: "MixedDimKV", arXiv 2603.20616, whose code was not at hand: ranks and prices are its own, the rest
-    is ours. Tokens of a rank come in thirty-twos, those that are nearest to another rank making up the number.
+    is ours. Tokens of a rank come in thirty-twos, those nearest to another rank making up the number.
 
     Attributes:
         decay: of scores that are no losses: how fast importance falls with the rank among a head's tokens.
