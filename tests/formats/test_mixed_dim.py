@@ -250,7 +250,8 @@ def test_few_protected_tokens_have_a_record_though_full_vectors_are_not_worth_it
     losses[1:, :, 7:9] = torch.inf
     none = torch.zeros(1, 0)
     _, part, _ = FORMAT.choose(losses, none.double(), none.long(), torch.tensor([1]), 64, 3 * 8192)
-    assert (part[0, 7:9] == 0).all() and int((part == 0).sum()) == RECORD and (part >= 0).all()
+    assert (part[0, 7:9] == 0).all() and int((part == 0).sum()) == RECORD
+    assert int((part > 0).sum()) > 6 * RECORD
 
 
 def test_scores_alone_rank_by_importance_and_error():

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.policies.base import QUERY_BLOCK, LayerObservation, Policy, attention_blocks
 
 COLUMNS = 4096  # tokens at once
-LEAST = 1e-6  # of attention that goes elsewhere: where all of it is a token's own, what is left is rounding
+LEAST = 0.01  # of attention that goes elsewhere: below it what o and v differ in is rounding
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,9 @@ class MixedDimKV(Policy):
         dropped:    Σ_q a/(1-a)·‖o_q - v_i‖
         truncated:  Σ_q a·(|q·(k_i - k̂_i)|·scale·‖v_i - o_q‖ + ‖v_i - v̂_i‖)
 
-    a is q's attention to token i and o_q its output; the sums are over the window and the group. Scores are
-    the losses of dropped tokens, so the policy goes with any format; `mixed_dim` asks for the others.
+    a is q's attention to token i and o_q its output; the sums are over the window and the group. Where a is
+    above 0.99 o_q is v_i but for rounding, and dropping it counts as a·‖v_i‖. Scores are the losses of dropped
+    tokens, so the policy goes with any format; `mixed_dim` asks for the others.
 
     Source: "MixedDimKV", arXiv 2603.20616, whose code was not at hand: the formulas are ours.
 
@@ -79,4 +80,6 @@ class MixedDimKV(Policy):
             error = (queries @ left_out.mT).abs_().mul_(scale).mul_(away)
             error += (values - values @ of_values @ of_values.mT).norm(dim=-1)[:, None]
             own += (paid * error).sum(1)
-        lost[-1] += (paid / (1 - paid).clamp(min=LEAST) * away).sum(1)
+        rest = 1 - paid
+        without = torch.where(rest > LEAST, away / rest.clamp(min=LEAST), values.norm(dim=-1)[:, None])
+        lost[-1] += (paid * without).sum(1)

@@ -72,8 +72,12 @@ def test_a_whole_basis_loses_nothing():
 
 def test_a_token_with_all_the_attention_has_a_loss_that_is_a_number():
     seen = observation(4)
-    seen.keys[:, 5] = seen.queries.mean((0, 2)) * 1e4
-    assert MixedDimKV(window=4).score(seen).isfinite().all()
+    seen.queries[:] = seen.queries[:1, :, :1]
+    seen.keys[:, 5] = seen.queries[0, :, 0] * 1e4
+    scores = MixedDimKV(window=4).score(seen)
+    wanted = 4 * GROUP * seen.values[:, 5].norm(dim=-1)
+    torch.testing.assert_close(scores[:, 5], wanted)
+    assert torch.equal(scores.argmax(1), torch.tensor([5, 5])) and scores.isfinite().all()
 
 
 def test_what_fills_padding_reaches_no_token():
