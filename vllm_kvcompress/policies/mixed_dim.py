@@ -21,8 +21,8 @@ class MixedDimKV(Policy):
         truncated:  Σ_q a·(|q·(k_i - k̂_i)|·scale·‖v_i - o_q‖ + ‖v_i - v̂_i‖)
 
     a is q's attention to token i and o_q its output; the sums are over the window and the group. Where a is
-    above 0.99 o_q is v_i but for rounding, and dropping it counts as a·‖v_i‖. Scores are the losses of dropped
-    tokens, so the policy goes with any format; `mixed_dim` asks for the others.
+    above 0.99 o_q is v_i but for rounding, and dropping it counts as a·‖v_i‖. Scores are the losses of
+    dropped tokens, so the policy goes with any format; `mixed_dim` asks for the others.
 
     Source: "MixedDimKV", arXiv 2603.20616, whose code was not at hand: the formulas are ours.
 
