@@ -50,6 +50,22 @@ def test_a_bare_method_name_has_its_presets(method):
         assert KVCompressionConfig.parse(form) == config
 
 
+@pytest.mark.parametrize("format", ["auto", "mixed_dim"])
+def test_formats_of_several_parts_are_not_solved_for_nor_counted(format):
+    with pytest.raises(KVCompressionError, match=f"^attention_matching solves .* {format} mixes several"):
+        KVCompressionConfig.parse(f"attention_matching+{format}")
+    with pytest.raises(KVCompressionError, match=f"^max_tokens_kept counts tokens, and {format} keeps"):
+        KVCompressionConfig.parse(f"snapkv+{format}:max_tokens_kept=100")
+
+
+def test_full_vectors_save_nothing_so_there_is_always_a_budget():
+    assert KVCompressionConfig.parse("kivi+mixed_dim").budget == 0.25
+    assert KVCompressionConfig.parse("mixed_dim_kv:budget=none").budget == 0.25
+    engine = KVCompressionConfig.parse("mixed_dim_kv:budget=0.5")
+    assert engine.for_request("kivi").budget is None and engine.for_request("snapkv").budget == 0.5
+    assert KVCompressionConfig.parse("kivi").for_request("mixed_dim_kv").budget == 0.25
+
+
 def test_a_method_whose_heads_have_a_profile_is_refused_without_one():
     with pytest.raises(KVCompressionError, match=r"write allocation=profile:PATH$"):
         KVCompressionConfig("mixed_dim_kv_h")
