@@ -49,6 +49,7 @@ def attend_latents(
     min_share: int,
     out: Tensor,
     bias: Tensor | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of a `MixedDim`; arguments and what it returns are as of `attend_records`."""
     num_tokens, query_heads, head_size = query.shape
@@ -62,7 +63,7 @@ def attend_latents(
         where = layer, part, format.basis.record_bytes(head_size), format_id, number
         arguments = scale, logits_soft_cap, min_share, *shares, bias
         _attend_rank(query, pages, keys, values, runs, rows, *where, *arguments)
-    merge(share_out, share_lse, out, lse, runs, rows, format_id)
+    merge(share_out, share_lse, out, lse, runs, rows, format_id, sinks=sinks)
     return out, lse
 
 

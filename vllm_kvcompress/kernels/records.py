@@ -194,7 +194,7 @@ def attend_records(
     assert out.stride(2) == 1
     if isinstance(format, MixedDim):
         caches = query, pages, keys, values
-        last = scale, logits_soft_cap, num_splits, min_share, out, bias
+        last = scale, logits_soft_cap, num_splits, min_share, out, bias, sinks
         return attend_latents(*caches, runs, rows, layer, format, format_id, *last)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     rotated = _rotates(format.parts[0])

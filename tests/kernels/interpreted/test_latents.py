@@ -52,6 +52,16 @@ def test_raw_tokens_may_have_a_bias():
     assert_equals_reference(batch, NAME, logits_soft_cap=2.0, num_splits=2, bias=bias)
 
 
+def test_sinks_are_in_the_softmax_of_every_query():
+    torch.manual_seed(2)
+    batch = make_batch("decode", NAME, group=3)
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf])
+    out = torch.empty_like(batch.query)
+    batch.launch(NAME, 1, 0.2, 2.0, 1, 64, out, sinks=sinks)
+    for tokens, wanted, _ in batch.expected_of(NAME, 1, 0.2, 2.0, sinks=sinks):
+        torch.testing.assert_close(out[tokens], wanted, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("empty", [(0,), (1, 2), (0, 1, 2)])
 def test_heads_may_have_no_records_of_some_ranks(empty):
     torch.manual_seed(3)
