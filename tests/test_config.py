@@ -37,13 +37,38 @@ def test_every_form_parses_to_the_same_configuration(form):
     assert config.engine_kwargs() == {"additional_config": {"kv_compression": config.to_dict()}}
 
 
+PROFILED = {"mixed_dim_kv_h": {"allocation": "profile:smollm2-135m-instruct"}}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_bare_method_name_has_its_presets(method):
-    config = KVCompressionConfig.parse({"method": method, "budget": 0.25})
+    form = {"method": method} | PROFILED.get(method, {})
+    config = KVCompressionConfig.parse(form | {"budget": 0.25})
     assert config.build_policy().name == METHODS[method].policy
     assert config.build_allocation().name == METHODS[method].allocation
-    if METHODS[method].format is None:
-        assert KVCompressionConfig.parse(method) == config
+    if not METHODS[method].keeps_all:
+        assert KVCompressionConfig.parse(form) == config
+
+
+@pytest.mark.parametrize("format", ["auto", "mixed_dim"])
+def test_formats_of_several_parts_are_not_solved_for_nor_counted(format):
+    with pytest.raises(KVCompressionError, match=f"^attention_matching solves .* {format} mixes several"):
+        KVCompressionConfig.parse(f"attention_matching+{format}")
+    with pytest.raises(KVCompressionError, match=f"^max_tokens_kept counts tokens, and {format} keeps"):
+        KVCompressionConfig.parse(f"snapkv+{format}:max_tokens_kept=100")
+
+
+def test_full_vectors_save_nothing_so_there_is_always_a_budget():
+    assert KVCompressionConfig.parse("kivi+mixed_dim").budget == 0.25
+    assert KVCompressionConfig.parse("mixed_dim_kv:budget=none").budget == 0.25
+    engine = KVCompressionConfig.parse("mixed_dim_kv:budget=0.5")
+    assert engine.for_request("kivi").budget is None and engine.for_request("snapkv").budget == 0.5
+    assert KVCompressionConfig.parse("kivi").for_request("mixed_dim_kv").budget == 0.25
+
+
+def test_a_method_whose_heads_have_a_profile_is_refused_without_one():
+    with pytest.raises(KVCompressionError, match=r"write allocation=profile:PATH$"):
+        KVCompressionConfig("mixed_dim_kv_h")
 
 
 # ---------------------------------------------------------------------- formats
@@ -261,7 +286,7 @@ def test_numbers_are_read_as_people_write_them(text):
 def test_no_recent_token_is_scored_by_fewer_queries_than_its_policy_needs():
     for method in METHODS:
         for window in (None, 1, 8, 64):
-            config = KVCompressionConfig(method, window=window)
+            config = KVCompressionConfig(method, window=window, **PROFILED.get(method, {}))
             assert config.recent_tokens >= max(config.observed_window, window or 0)
     assert KVCompressionConfig("streaming_llm").observed_window == 0
     assert KVCompressionConfig("streaming_llm").recent_tokens == 32

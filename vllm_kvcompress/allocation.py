@@ -281,6 +281,10 @@ class Profile(Allocation):
         shares = self._on_devices[device].at(num_pages / largest.sum(1)).flatten(1)
         return in_proportion(shares, num_pages, smallest, largest)
 
+    def importance(self, budget: float, device: torch.device) -> Tensor:
+        """What heads' losses may be weighted with, `[L, H]` float64: their shares at a budget."""
+        return self.profile.to(device).at(torch.tensor([budget], device=device))[0]
+
     @functools.cached_property
     def _on_devices(self) -> dict[torch.device, profiles.HeadProfile]:
         return {}

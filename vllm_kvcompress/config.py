@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from vllm_kvcompress.allocation import ALLOCATIONS, Allocation, Global
-from vllm_kvcompress.formats import FORMATS, MATCHED, Format, Mixed
+from vllm_kvcompress.formats import FORMATS, MATCHED, Format, Mixed, MixedDim
 from vllm_kvcompress.policies import POLICIES, Policy
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
@@ -38,7 +38,8 @@ class KVCompressionError(ValueError):
 class Method:
     """A named preset from the literature: a policy and the allocation it is published with.
 
-    One with a format keeps every token; only with a budget its policy and allocation choose among them.
+    One with a format keeps every token; only with a budget its policy and allocation choose among them. A
+    format that cannot keep every token in fewer bytes has one always.
     """
 
     policy: str
@@ -57,9 +58,14 @@ class Method:
         return " + ".join(papers)
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether it keeps every token unless there is a budget."""
+        return self.format is not None and FORMATS[self.format].keeps_all
+
+    @property
     def cost(self) -> str:
         """One line on what scoring a prompt takes."""
-        if self.format is not None:
+        if self.keeps_all:
             return "none without a budget; with one as " + self.policy
         return POLICIES[self.policy].cost
 
@@ -94,6 +100,18 @@ METHODS: dict[str, Method] = {
         "global",
         "every token in 4 bits of a random rotation, and its length; keys less their mean",
         "turbo4_centred",
+    ),
+    "mixed_dim_kv": Method(
+        "mixed_dim_kv",
+        "global",
+        "each token in all, a quarter or an eighth of its coordinates in a basis of its head, or dropped",
+        "mixed_dim",
+    ),
+    "mixed_dim_kv_h": Method(
+        "mixed_dim_kv",
+        "profile",
+        "likewise, heads weighted by their profile: give allocation=profile:PATH",
+        "mixed_dim",
     ),
 }
 
@@ -162,7 +180,8 @@ class KVCompressionConfig:
             _known(name, ALLOCATIONS, "allocation", "use one of " + ", ".join(ALLOCATIONS))
         if self.format is not None:
             _known(self.format, FORMATS, "format", "use one of " + ", ".join(FORMATS))
-        if self.budget is None and self.preset.format is None:
+        whole = self.preset.keeps_all and FORMATS[self.format or str(self.preset.format)].keeps_all
+        if self.budget is None and not whole:
             object.__setattr__(self, "budget", DEFAULT_BUDGET)
         if self.budget is not None and not 0 < self.budget <= 1:
             raise KVCompressionError(
@@ -199,6 +218,11 @@ class KVCompressionConfig:
             raise
         except ValueError as error:
             raise KVCompressionError(f"{self.method}: {error}") from None
+        if self.matches and isinstance(self._written, Mixed | MixedDim):
+            raise KVCompressionError(
+                f"{self.method} solves for tokens of one format, and {self._written.name} mixes several; use "
+                "another format"
+            )
         if self.threshold is not None and not self.build_policy().absolute:
             able = ", ".join(name for name, policy in POLICIES.items() if policy.absolute)
             raise KVCompressionError(
@@ -213,7 +237,7 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"threshold counts tokens as vLLM has them: leave it or the format {self.record_format.name}"
             )
-        if self.max_tokens_kept is not None and isinstance(self.record_format, Mixed):
+        if self.max_tokens_kept is not None and isinstance(self.record_format, Mixed | MixedDim):
             raise KVCompressionError(
                 f"max_tokens_kept counts tokens, and {self.record_format.name} keeps as many as their bits "
                 "allow: use budget alone, or another format"
@@ -222,11 +246,6 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
-            )
-        if self.matches and isinstance(self._written, Mixed):
-            raise KVCompressionError(
-                f"{self.method} solves for tokens of one format, and {self._written.name} mixes several; use "
-                "another format"
             )
         if self.watches_every_query and self.matches and self.interval is not None:
             raise KVCompressionError(
@@ -441,7 +460,7 @@ def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConf
     if override.get("method", engine.method) != engine.method:
         for name in ("allocation", "threshold", "format"):
             flat.pop(name, None)
-        if (preset := METHODS.get(str(override["method"]))) is not None and preset.format is not None:
+        if (preset := METHODS.get(str(override["method"]))) is not None and preset.keeps_all:
             flat.pop("budget", None)
     own = {name: value for name, value in (flat | override).items() if name in ("method", "allocation")}
     kept = KVCompressionConfig(**own)._option_types().keys() | _OWN_TYPES.keys()

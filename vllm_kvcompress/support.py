@@ -116,9 +116,15 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
 
 def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:
     """Tokens that a page of this engine's cache holds once they are encoded; None without a format."""
+    model = vllm_config.model_config
+    return page_tokens(config, block_size(vllm_config), model.get_head_size(), _itemsize(vllm_config))
+
+
+def _itemsize(vllm_config: VllmConfig) -> int:
+    """Bytes of a number of this engine's cache."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = model.dtype if cache.cache_dtype == "auto" else getattr(torch, cache.cache_dtype, torch.uint8)
-    return page_tokens(config, block_size(vllm_config), model.get_head_size(), dtype.itemsize)
+    return dtype.itemsize
 
 
 def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str | None:
@@ -137,7 +143,8 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
             f"formats need a multiple of {CHANNELS} channels, and the model has {head_size}; "
             f"use {config.method} without {format.name}"
         )
-    rotates = any(isinstance(part.plain, TurboQuant | Hybrid) for part in format.parts)
+    rotates = format.basis is not None
+    rotates |= any(isinstance(part.plain, TurboQuant | Hybrid) for part in format.parts)
     if rotates and head_size > MAX_WIDE and not current_platform.is_cpu():
         return (
             f"{format.name} rotates heads of up to {MAX_WIDE} channels on a GPU, and the model has "
@@ -145,11 +152,10 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
         )
     if not cache.block_size:  # it is chosen later
         return None
-    fits = tokens_of_a_page(config, vllm_config)
-    if fits is not None and fits <= cache.block_size:
-        record_bytes = max(part.record_bytes(head_size) for part in format.parts)
+    page_bytes = 2 * block_size(vllm_config) * head_size * _itemsize(vllm_config)
+    if not format.holds_more(page_bytes, head_size, cache.block_size):
         return (
-            f"{format.name} is written in records of {record_bytes} bytes, and a page has "
+            f"{format.name} is written in records of {format.largest_bytes(head_size)} bytes, and a page has "
             f"no room for more tokens than raw at --block-size {cache.block_size}; use a larger one"
         )
     return None

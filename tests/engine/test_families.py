@@ -38,11 +38,14 @@ OF_SINKS = {"attention_matching": "cannot serve this model: its attention has si
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
-        ("foresight", "kivi", "turboquant"),
+        ("foresight", "kivi", "turboquant", "mixed_dim_kv"),
         "its layers have 4 KV heads of 32 channels, and its configuration says 4 of 16",
     ),
 }
-ROUNDED = dict.fromkeys(("kivi", "turboquant"), "writes what --kv-cache-dtype fp8 has rounded; use one")
+ROUNDED = dict.fromkeys(
+    ("kivi", "turboquant", "mixed_dim_kv"), "writes what --kv-cache-dtype fp8 has rounded; use one"
+)
+NEEDS_PROFILE = {"mixed_dim_kv_h": "needs a head profile; write allocation=profile:PATH"}
 
 
 @dataclass(frozen=True)
@@ -405,8 +408,8 @@ def test_every_method_is_served_or_refused_with_one_line(name, start):
     served = []
     for method in METHODS:
         params = sampling(4, f"{method}:budget=0.5", logprobs=None)
-        if method in family.refused:
-            with pytest.raises(VLLMValidationError, match=family.refused[method]) as error:
+        if (reason := (family.refused | NEEDS_PROFILE).get(method)) is not None:
+            with pytest.raises(VLLMValidationError, match=reason) as error:
                 engine.add(PROMPT, params)
             assert "\n" not in str(error.value)
         else:

@@ -107,6 +107,8 @@ OPTIONS = [
     "foresight+auto:budget=0.1",
     "kv_compress+auto:budget=0.2,recompact_every=8",
     "streaming_llm+auto:budget=0.2,when=streaming,recompact_every=96",
+    "mixed_dim_kv:budget=0.15,recompact_every=8",
+    "kv_compress+mixed_dim:budget=0.2,when=streaming,recompact_every=96",
 ]
 ONCE_WRITTEN = 0.1  # in log-probability: what lies between two codes may be written either way
 

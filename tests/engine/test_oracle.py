@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache,
 from vllm import RequestOutput
 
 from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress.formats import Latent
 
 # Two float32 implementations of one model agree to about this much in a score.
 NEAR_TIE = 1e-4
@@ -688,6 +689,8 @@ ENCODED = [
     "snapkv+turbo2_prod",
     "kivi+k4v3",
     "kv_compress+auto:budget=0.125",
+    "kv_compress+mixed_dim:budget=0.125",
+    "mixed_dim_kv:budget=0.125",
 ]
 
 
@@ -717,6 +720,8 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
     assert boundary == 608 and compaction.kept.shape[1] == 32
     if config.keeps_all:
         assert bool((compaction.counts == boundary // 32).all())
+    if config.record_format.basis is not None:
+        assert int(of_parts[0].sum()) > 0 and int(of_parts[1:].sum()) > 0
     hidden = torch.ones(*compaction.counts.shape, boundary, dtype=torch.bool)
     cache = copy.deepcopy(prompt.cache)
     for layer, of_heads in enumerate(compaction.counts.tolist()):
@@ -728,8 +733,11 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
                 assert kept == sorted(set(kept))
                 hidden[layer, head, kept] = False
                 plain = prompt.keys[layer][head, kept], prompt.values[layer][head, kept]
-                size = plain[0].shape[1]
-                read = written.decode(written.encode(*plain), size)
+                size, basis = plain[0].shape[1], []
+                if isinstance(written, Latent):
+                    whole = (each[layer][head, :boundary] for each in (prompt.keys, prompt.values))
+                    basis = [config.record_format.basis.encode(*whole)]
+                read = written.decode(written.encode(*plain, *basis), size, *basis)
                 of_layer = cache.layers[full_layers(model.reference.config)[layer]]
                 of_layer.keys[0, head, kept], of_layer.values[0, head, kept] = read
     answer = tokens(output)

@@ -31,13 +31,20 @@ REQUESTS = {
     "snapkv+kivi8": "snapkv+kivi8:budget=0.1",
     "threshold": "foresight:budget=0.8,threshold=1e4",  # not on pipeline ranks, whose layers are not all
     "snapkv+auto": "snapkv+auto:budget=0.1,recompact_every=4",
+    "snapkv+mixed_dim": "snapkv+mixed_dim:budget=0.3,recompact_every=4",
+    "mixed_dim_kv": "mixed_dim_kv:budget=0.3,allocation=uniform",
 }
 COMPACTED = [name for name in REQUESTS if name not in ("off", "threshold")]
-ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto"]
+ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto", "snapkv+mixed_dim", "mixed_dim_kv"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
 OF_HEADS = [name for name in COMPACTED if name not in ("adakv", "kv_compress")]
 OF_LAYERS = [*OF_HEADS, "adakv"]
 LOCAL = [("tensor", name) for name in OF_HEADS] + [("pipeline", name) for name in OF_LAYERS]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_vectors_lose_little():
+    """Ranks are processes of their own, and lose what they lose."""
 
 
 @dataclass

@@ -25,6 +25,7 @@ REQUESTS = {
     "kivi, again": f"kivi:recompact_every={EVERY}",
     "snapkv+kivi8, again": f"snapkv+kivi8:budget=0.3,recompact_every={EVERY}",
     "snapkv+auto, again": f"snapkv+auto:budget=0.2,recompact_every={EVERY}",
+    "mixed_dim_kv, again": f"mixed_dim_kv:budget=0.2,recompact_every={EVERY}",
     "off": "off",
 }
 AGAIN = [name for name in REQUESTS if "recompact_every" in REQUESTS[name]]

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats import FORMATS, RECORD, Format, Latent
 from vllm_kvcompress.formats.base import pack
 from vllm_kvcompress.formats.kivi import Kivi4
 from vllm_kvcompress.formats.matched import Matched
@@ -99,14 +99,25 @@ def make(
     for row, (num_records, tail) in enumerate(zip(records, tails, strict=True)):
         for head in range(heads):
             decoded, run, used = [], [], cache.shape[1]
+            # Of the first part somewhat fewer, and of the others in turn none.
+            numbers = [
+                max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
+                for number in range(len(parts))
+            ]
+            basis = None
+            if format.basis is not None and bool(format.needs_basis(torch.tensor(numbers))):
+                basis = format.basis.encode(*(normal(200, head_size) * normal(head_size) for _ in "kv"))
+                run, used = [next(free)], _begins(0, len(basis), cache.shape[1])[1] + len(basis)
+                cache[run[0], used - len(basis) : used] = basis
             for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
-                # Of the first part somewhat fewer, and of the others in turn none.
-                own = max(num_records - head - number, 0) * ((row + head + number) % 3 > 0 or len(parts) == 1)
+                own = numbers[number]
                 plain = [normal(own, RECORD, head_size).to(dtype) * 2 for _ in "kv"]
                 biased = isinstance(part, Matched)
                 biases = normal(own, RECORD) if biased else torch.zeros(own, RECORD)
-                content = part.encode(*plain, *[biases] * biased)
-                decoded.append((*part.decode(content, head_size), biases))
+                of_part = [basis] * (isinstance(part, Latent) and own > 0)
+                content = part.encode(*plain, *[biases] * biased, *of_part) if own else torch.zeros(0, size)
+                read = part.decode(content, head_size, *of_part) if own else plain
+                decoded.append((*read, biases))
                 in_run[number, row, head] = own
                 place = next(
                     at for at in range(99999) if _begins(at, size, cache.shape[1]) >= (len(run) - 1, used)
@@ -208,17 +219,24 @@ def test_a_head_without_records_has_its_tail():
     check(make(Kivi4(), records=(0, 1)))
 
 
+@pytest.mark.parametrize("name", ["kivi4", "mixed_dim"])
 @pytest.mark.parametrize("queries", [(1, 1), (30, 2)])
-def test_shares_of_a_long_head_are_merged(monkeypatch, queries):
+def test_shares_of_a_long_head_are_merged(monkeypatch, queries, name):
     monkeypatch.setattr(cpu_records, "MIN_SHARE", 64)
     monkeypatch.setattr(cpu_records, "PIECES_PER_THREAD", 50)
-    case = make(Kivi4(), records=(30, 2), tails=(40, 70), queries=queries)
+    case = make(FORMATS[name], records=(30, 2), tails=(40, 70), queries=queries)
     assert cpu_records._shares(4, RECORD * 30, 1)[1] > 3
     check(case)
 
 
-def test_many_queries_are_cut_into_blocks():
-    check(make(Kivi4(), group=7, queries=(1, 100), tails=(1, 120)))
+@pytest.mark.parametrize("name", ["kivi4", "mixed_dim"])
+def test_many_queries_are_cut_into_blocks(name):
+    check(make(FORMATS[name], group=7, queries=(1, 100), tails=(1, 120)))
+
+
+@pytest.mark.parametrize("head_size", [16, 256])
+def test_bases_of_narrow_and_wide_heads(head_size):
+    check(make(FORMATS["mixed_dim"], block_size=64, head_size=head_size, queries=(2, 1)))
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 1.0])

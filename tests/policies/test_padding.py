@@ -18,6 +18,7 @@ POLICIES_AND_OPTIONS = {
     "snapkv, wide": ("snapkv", {"window": WINDOW, "kernel_size": 15}),
     "snapkv, avg": ("snapkv", {"window": WINDOW, "pooling": "avg", "kernel_size": 5}),
     "kv_compress": ("kv_compress", {"window": WINDOW}),
+    "mixed_dim_kv": ("mixed_dim_kv", {"window": WINDOW}),
     "knorm": ("knorm", {}),
     "keydiff": ("keydiff", {}),
     "h2o": ("h2o", {}),

@@ -5,6 +5,7 @@ from vllm_kvcompress.formats.hybrid import K4V2, K4V3, K4V4, K8V4
 from vllm_kvcompress.formats.kivi import Kivi2, Kivi4, Kivi8
 from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.formats.mixed import Auto, Mixed
+from vllm_kvcompress.formats.mixed_dim import Latent, MixedDim
 from vllm_kvcompress.formats.turboquant import (
     Turbo2,
     Turbo3,
@@ -23,8 +24,10 @@ __all__ = [
     "MATCHED",
     "RECORD",
     "Format",
+    "Latent",
     "Matched",
     "Mixed",
+    "MixedDim",
     "RecordFormat",
     "arrange",
     "get_format",
@@ -35,7 +38,7 @@ _KIVI: tuple[type[Format], ...] = (Kivi8, Kivi4, Kivi2)
 _TURBO: tuple[type[Format], ...] = (Turbo4, Turbo3, Turbo2, TurboProd4, TurboProd3, TurboProd2)
 _CENTRED: tuple[type[Format], ...] = (TurboCentred4, TurboCentred3, TurboCentred2)
 _HYBRID: tuple[type[Format], ...] = (K8V4, K4V4, K4V3, K4V2)
-_MIXED: tuple[type[Format], ...] = (Auto,)
+_MIXED: tuple[type[Format], ...] = (Auto, MixedDim)
 FORMATS: dict[str, Format] = {
     format.name: format() for format in _KIVI + _TURBO + _CENTRED + _HYBRID + _MIXED
 }

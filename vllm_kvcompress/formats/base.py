@@ -16,8 +16,8 @@ class Format(ABC):
     """Writes keys and values of one KV head in fewer bytes.
 
     Tokens are encoded in records of 32, and a page holds as many whole records as fit its bytes. A record
-    says all that is needed to read it, so records are moved between pages as they are and never encoded
-    twice.
+    says all that is needed to read it, unless its run begins with a basis for all, so records are moved
+    between pages as they are and never encoded twice.
 
     A head's records are in its run part after part: all of the first kind of record, then all of the next.
     Records of a kind are one behind the other and end where the page ends, so what a page has left behind
@@ -26,10 +26,12 @@ class Format(ABC):
     Attributes:
         name: what users write.
         paper: title and arXiv id.
+        keeps_all: whether every token may stay, in fewer bytes.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
+    keeps_all: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -39,6 +41,35 @@ class Format(ABC):
     def tokens_per_page(self, page_bytes: int, head_size: int) -> int:
         """Tokens that a page of so many bytes holds at least; 0 if not even one record fits."""
         return page_bytes // max(part.record_bytes(head_size) for part in self.parts) * RECORD
+
+    @property
+    def basis(self) -> "RecordFormat | None":
+        """What lies in the first place of a run's first page where its records need it to be read; None for
+        formats whose records say all."""
+        return None
+
+    def needs_basis(self, counts: Tensor) -> Tensor:
+        """Which runs, of records `[P, ...]` int64 of each part, begin with a basis: `[...]` bool."""
+        return torch.zeros_like(counts[0], dtype=torch.bool)
+
+    def largest_bytes(self, head_size: int) -> int:
+        """Bytes of the largest that a page must hold."""
+        parts = self.parts if self.basis is None else (*self.parts, self.basis)
+        return max(part.record_bytes(head_size) for part in parts)
+
+    def holds_more(self, page_bytes: int, head_size: int, block_size: int) -> bool:
+        """Whether a page may hold more tokens than raw, which is so many."""
+        return self.tokens_per_page(page_bytes, head_size) > block_size
+
+    def arrange(self, counts: Tensor, head_size: int, page_bytes: int) -> tuple[Tensor, Tensor]:
+        """Where the parts of runs lie, of records `[P, ...]` int64 of each; returns as `arrange` does."""
+        sizes = [part.record_bytes(head_size) for part in self.parts]
+        if self.basis is None:
+            return arrange(counts, sizes, page_bytes)
+        bases = self.needs_basis(counts).long()[None]
+        sizes = [self.basis.record_bytes(head_size), *sizes]
+        first, pages = arrange(torch.cat([bases, counts]), sizes, page_bytes)
+        return first[1:], pages
 
 
 class RecordFormat(Format):

@@ -23,6 +23,7 @@ from torch import Tensor
 from vllm_kvcompress.formats import RECORD, Format, RecordFormat
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.kivi import Kivi, value_group
+from vllm_kvcompress.formats.mixed_dim import Basis, Latent, Vectors
 from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels import cpu_vectors as v
 
@@ -34,7 +35,7 @@ MIN_SHARE = 512  # tokens: less would cost more to merge than it saves
 PIECES_PER_THREAD = 4
 FEW_ROWS = 8  # for so many, codes are made numbers in registers, again for every four
 PAIRS = 16  # merged by a thread at a time
-KIVI, TURBO, KIVI_DIGITS = 0, 1, 2  # the last where bytes can be multiplied
+KIVI, TURBO, KIVI_DIGITS, HALVES = 0, 1, 2, 3  # the third where bytes can be multiplied
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -99,6 +100,9 @@ class A(enum.IntEnum):
     KEY_NUMBERS_AT = 55  # scales and zeros, or norms
     VALUE_NUMBERS_AT = 56
     SINKS = 57  # float32 [T·Hq], one more logit in base 2; 0 for none
+    RANK = 58  # coordinates of a key and of a value that are written as numbers
+    BASIS = 59  # vectors of the bases; 0 where coordinates are channels
+    BASIS_AT = 60  # in the run's first page
 
 
 # As plain numbers, which Numba takes for constants.
@@ -111,7 +115,7 @@ class A(enum.IntEnum):
 (KEY_STRIDE, VALUE_PLACE, VALUE_STRIDE, SCRATCH, SCRATCH_BYTES, PART_OUT) = map(int, list(A)[37:43])
 (PART_STATE, OUT, INNER, NUM_PAIRS, MEANS_AT, MOST_THREADS) = map(int, list(A)[43:49])
 (FIRST, RECORDS_AT, ALL_SPLITS, BEFORE, VALUE_KIND, VALUES_AT) = map(int, list(A)[49:55])
-(KEY_NUMBERS_AT, VALUE_NUMBERS_AT, SINKS) = map(int, list(A)[55:])
+(KEY_NUMBERS_AT, VALUE_NUMBERS_AT, SINKS, RANK, BASIS, BASIS_AT) = map(int, list(A)[55:])
 
 
 class Buffers(NamedTuple):
@@ -119,7 +123,7 @@ class Buffers(NamedTuple):
 
     Attributes:
         query: `[M, D]`, the piece's queries, times the logits' factor.
-        turned: `[M, D]`, rotated.
+        turned: `[M, D]`, rotated, or the coordinates in the head's basis.
         projected: `[M, D]`, for the signs of residuals.
         scaled: `[M, D]`, times the scales of a record's keys, or digits of that.
         out: `[M, D]`, the sum so far.
@@ -418,7 +422,7 @@ def _cap(args, own, rows, bias):
 @_compiled
 def _soften(args, own, rows):
     """Logits become weights, and what was summed up so far shrinks with them."""
-    size, turbo = _get(args, SIZE), _get(args, VALUE_KIND) == TURBO
+    size, turbo = _get(args, SIZE), _get(args, VALUE_KIND) == TURBO or _get(args, BASIS) > 0
     for row in range(rows):
         v.soften(own.logits + 128 * row, own.state + 16 * row)
         shrink = v.get_f32(own.state + 16 * row + 8)
@@ -585,6 +589,55 @@ def _add_turbo_values(args, record, own, rows):
 
 
 @_compiled
+def _multiply_halves(args, record, own, rows):
+    """Logits of a record whose keys are numbers, in a basis or not."""
+    size, rank = _get(args, SIZE), _get(args, RANK)
+    query = own.turned if _get(args, BASIS) else own.query
+    _read_halves(record + _get(args, KEY_NUMBERS_AT), own.keys, 32 * rank)
+    for row in range(rows):
+        v.fill(own.logits + 128 * row, 2, np.float32(0.0))
+    _multiply_add(query, 4 * size, own.keys, 128, rank, own.logits, 128, rows, 32)
+
+
+@_compiled
+def _add_halves(args, record, own, rows):
+    """Values that are numbers; in a basis the sum stays there, and what is behind it means nothing."""
+    row_bytes, rank = 4 * _get(args, SIZE), _get(args, RANK)
+    out = own.rotated if _get(args, BASIS) else own.out
+    width = (rank + 15) // 16 * 16
+    for token in range(32):  # the last ones read on into the keys
+        _read_halves(record + 2 * rank * token, own.values + 4 * width * token, width)
+    _multiply_add(own.logits, 128, own.values, 4 * width, 32, out, row_bytes, rows, width)
+
+
+@_compiled
+def _into_basis(args, basis, own, rows):
+    """The queries' coordinates in the basis of keys, `[D, BASIS]` float16; behind them they mean nothing."""
+    size, rank = _get(args, SIZE), _get(args, RANK)
+    row_bytes, width = 4 * size, (rank + 15) // 16 * 16
+    for first in range(0, size, 16):
+        for channel in range(16):
+            source = basis + 2 * (first + channel) * _get(args, BASIS)
+            _read_halves(source, own.keys + 4 * width * channel, width)
+        _multiply_add(
+            own.query + 4 * first, row_bytes, own.keys, 4 * width, 16, own.turned, row_bytes, rows, width
+        )
+
+
+@_compiled
+def _out_of_basis(args, basis, own, rows):
+    """Add the sum of values, which is in their basis `[BASIS, D]` float16, to the output."""
+    size, rank = _get(args, SIZE), _get(args, RANK)
+    row_bytes, of_values = 4 * size, basis + 2 * size * _get(args, BASIS)
+    for first in range(0, rank, 32):
+        some = min(32, rank - first)
+        _read_halves(of_values + 2 * first * size, own.values, some * size)
+        _multiply_add(
+            own.rotated + 4 * first, row_bytes, own.values, row_bytes, some, own.out, row_bytes, rows, size
+        )
+
+
+@_compiled
 def _attend_record(args, record, own, rows, following):
     """Add what a record says to the rows' output, and have the one that follows it brought near."""
     kind = _get(args, KEY_KIND)
@@ -594,6 +647,8 @@ def _attend_record(args, record, own, rows, following):
         _fetch_half(args, following, 0)
         if kind == TURBO:
             _multiply_turbo_keys(args, record, own, rows)
+        elif kind == HALVES:
+            _multiply_halves(args, record, own, rows)
         else:
             _multiply_kivi_keys(args, record, own, rows)
     _cap(args, own, rows, _bias(args, record))
@@ -605,6 +660,8 @@ def _attend_record(args, record, own, rows, following):
         _fetch_half(args, following, 1)
         if kind == TURBO:
             _add_turbo_values(args, record, own, rows)
+        elif kind == HALVES:
+            _add_halves(args, record, own, rows)
         else:
             _add_kivi_values(args, record, own, rows)
 
@@ -707,6 +764,11 @@ def _attend_piece(args, scratch, row, block, head, split):
     pages = _get(args, PAGES) + 4 * (row * heads + head) * _get(args, WIDTH)
     place = v.get_i32(_get(args, FIRST) + 4 * (row * heads + head))
     record = _record(args, pages, place + begin // 32) if begin // 32 < last else 0
+    in_basis = _get(args, BASIS) > 0 and begin // 32 < last
+    basis = 0
+    if in_basis:
+        basis = _get(args, CACHE) + v.get_i32(pages) * _get(args, PAGE_BYTES) + _get(args, BASIS_AT)
+        _into_basis(args, basis, own, rows)
     for number in range(begin // 32, last):
         following = _record(args, pages, place + min(number + 1, last - 1))
         _attend_record(args, record, own, rows, following)
@@ -723,6 +785,8 @@ def _attend_piece(args, scratch, row, block, head, split):
         _multiply_add(
             own.rotated, row_bytes, _get(args, BACK), row_bytes, size, own.out, row_bytes, rows, size
         )
+    if in_basis:
+        _out_of_basis(args, basis, own, rows)
     for number in range(rows):
         part = pair + number // group * heads * group + number % group
         part = part * _get(args, ALL_SPLITS) + _get(args, BEFORE) + split
@@ -902,6 +966,15 @@ class RecordAttention:
         args[A.RECORDS_AT] = page_bytes % record_bytes
         args[A.VALUE_GROUP], args[A.BIAS_AT], args[A.MEANS_AT] = value_group(size), format.bias_at(size), -1
         format = format.plain
+        if isinstance(format, Vectors):
+            args[A.KEY_KIND] = args[A.VALUE_KIND] = HALVES
+            args[A.RANK] = rank = format.rank(size)
+            args[A.KEY_NUMBERS_AT] = 2 * RECORD * rank
+            if isinstance(format, Latent):
+                basis = Basis()
+                args[A.BASIS] = basis.rank(size)
+                args[A.BASIS_AT] = page_bytes % basis.record_bytes(size)
+            return args
         args[A.KEY_BITS] = args[A.VALUE_BITS] = format.bits
         kivi = KIVI_DIGITS if HAS_BYTE_PRODUCTS and value_group(size) == 32 else KIVI
         args[A.KEY_KIND] = args[A.VALUE_KIND] = kivi if isinstance(format, Kivi) else TURBO

@@ -23,6 +23,7 @@ from torch import Tensor
 from vllm_kvcompress.formats.base import RECORD, Format, RecordFormat
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.kivi import Kivi, value_group
+from vllm_kvcompress.formats.mixed_dim import MixedDim
 from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQuant
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
 from vllm_kvcompress.kernels.attention import (
@@ -39,6 +40,7 @@ from vllm_kvcompress.kernels.attention import (
     rows_per_tile,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.latents import attend_latents
 
 MOST_RAW = 64  # tokens of the tail at once
 HEADS_AT_ONCE = 16  # of a program that rotates back
@@ -180,7 +182,7 @@ def attend_records(
     num_layers, num_blocks, heads, block_size, _ = keys.shape
     group = query_heads // heads
     num_pages, page_bytes = pages.shape
-    sizes = [part.record_bytes(head_size) for part in format.parts]
+    sizes = [format.largest_bytes(head_size), *(part.record_bytes(head_size) for part in format.parts)]
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
     assert keys.stride() == values.stride() and keys.dtype == values.dtype == query.dtype
     assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
@@ -190,6 +192,10 @@ def attend_records(
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     assert out.stride(2) == 1
+    if isinstance(format, MixedDim):
+        caches = query, pages, keys, values
+        last = scale, logits_soft_cap, num_splits, min_share, out, bias, sinks
+        return attend_latents(*caches, runs, rows, layer, format, format_id, *last)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     rotated = _rotates(format.parts[0])
     assert all(_rotates(part) == rotated for part in format.parts)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats.base import RECORD, Format
+from vllm_kvcompress.formats import RECORD, Format, Latent
 
 
 def attend(
@@ -158,7 +158,11 @@ def attend_records_paged(
         run = torch.arange(*start[layer * heads + head :][:2].tolist())
         slot = run % (num_layers * heads)  # a block holds one page of each layer and head, of whichever owner
         own = by_place[slot // heads, destination[run // (num_layers * heads)], slot % heads]
-        decoded: list[tuple[Tensor, ...]] = []
+        decoded: list[tuple[Tensor, ...]] = [(*torch.zeros(2, 0, RECORD, head_size), torch.zeros(0, RECORD))]
+        bases = torch.empty(0)  # of the head, if its records need it
+        if format.basis is not None and len(own):
+            size = format.basis.record_bytes(head_size)
+            bases = own[:1, own.shape[1] % size :][:, :size]
         for number, part in enumerate(format.parts):
             size = part.record_bytes(head_size)
             places = own[:, own.shape[1] % size :].reshape(-1, size)
@@ -167,7 +171,12 @@ def attend_records_paged(
             shift = torch.zeros(len(records), RECORD)
             if (bias_at := part.bias_at(head_size)) >= 0:
                 shift = records[:, bias_at:][:, : 4 * RECORD].contiguous().view(torch.float32)
-            decoded.append((*part.decode(records, head_size), shift))
+            if not count:
+                continue
+            if isinstance(part, Latent):
+                decoded.append((*part.decode(records, head_size, bases), shift))
+            else:
+                decoded.append((*part.decode(records, head_size), shift))
         own_keys, own_values, of_records = (
             torch.cat(parts).flatten(0, 1) for parts in zip(*decoded, strict=True)
         )

@@ -12,6 +12,7 @@ from vllm_kvcompress.policies.keydiff import KeyDiff
 from vllm_kvcompress.policies.knorm import Knorm
 from vllm_kvcompress.policies.kv_compress import KVCompress, KVCompressFull
 from vllm_kvcompress.policies.kvzip import KVzip
+from vllm_kvcompress.policies.mixed_dim import MixedDimKV
 from vllm_kvcompress.policies.snapkv import SnapKV
 from vllm_kvcompress.policies.streaming_llm import StreamingLLM
 from vllm_kvcompress.policies.tova import TOVA
@@ -67,6 +68,7 @@ for _policy in (
     KVzip,
     AttentionMatching,
     Foresight,
+    MixedDimKV,
 ):
     register_policy(_policy)
 

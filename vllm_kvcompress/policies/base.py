@@ -2,7 +2,7 @@
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -129,6 +129,7 @@ class Policy(ABC):
         needs_no_sinks: True if its attention is without sinks, so that it is refused where layers have any.
         needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
             says. A policy must say what it needs, so that it is refused where a model has it not.
+        gives_losses: True if it answers `losses`.
         window: w, the number of last queries it needs; 0 for none.
     """
 
@@ -148,6 +149,7 @@ class Policy(ABC):
     needs_output_projection: ClassVar[bool] = False
     needs_no_sinks: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
+    gives_losses: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
     study_tokens: ClassVar[int] = 0
     sinks: ClassVar[int] = 4
@@ -164,6 +166,20 @@ class Policy(ABC):
         Returns:
             `[H, T]` float32, higher = keep; scores of padding are ignored.
         """
+
+    def losses(self, observation: LayerObservation, bases: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """What is lost with every column below the boundary in each of several ranks, if the policy says so.
+
+        Args:
+            observation: what `score` sees.
+            bases: of each rank the orthonormal directions `[H, D, r]` float32 in which keys are left, and
+                those of values.
+
+        Returns:
+            `[ranks + 1, H, T]` float32, comparable among heads and layers; the last is of dropping. What is
+            said of padding is ignored.
+        """
+        raise NotImplementedError
 
     def observe(self, observation: LayerObservation) -> Any:
         """Take note of a step's queries, if the policy accumulates.

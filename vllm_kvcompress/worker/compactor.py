@@ -1,12 +1,14 @@
 """Runs Jobs: scores a request's tokens, decides each head's pages, and writes the kept tokens into them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats import RECORD, Format, Matched, Mixed, RecordFormat, arrange
+from vllm_kvcompress.allocation import Global, Profile
+from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, Mixed, MixedDim, RecordFormat
+from vllm_kvcompress.formats.mixed_dim import half
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
@@ -68,6 +70,7 @@ class _Candidates:
         records: `[X, E]` int64, what is before the pages, 32 columns each (see `PagedCache.read_records`);
             None for nothing.
         parts: `[X, E]` int64, of which part of their format these are.
+        bases: `[X, basis_bytes]` uint8, of heads that have one; arbitrary of others; None for none.
         positions: makes `[X, W]` int64, token positions of the columns; None where column i is token i.
     """
 
@@ -77,6 +80,7 @@ class _Candidates:
     padding: Tensor | None
     records: Tensor | None = None
     parts: Tensor | None = None
+    bases: Tensor | None = None
     positions: Callable[[], Tensor] | None = None
 
 
@@ -111,6 +115,19 @@ class _Solution:
     num_kept: list[int]
     biases: list[Tensor]
     values: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Basis:
+    """What one request holds, with the bases of all heads.
+
+    Attributes:
+        held: it.
+        errors: `[P, X]` float64, what each part of the format leaves out of raw tokens.
+    """
+
+    held: _Candidates
+    errors: Tensor
 
 
 class Compactor:
@@ -278,11 +295,13 @@ class Compactor:
         old_parts = old if held.parts is None else held.parts
         num_raw = len(job.source) * self.grid.block_size
         solution = self._solutions.pop(job.request_id) if job.config.matches else None
-        choice = (
-            self._choose(task, held, format, num_raw, len(job.destination))
-            if solution is None
-            else solution.choice
-        )
+        if isinstance(format, MixedDim):
+            basis = self._basis(held, format, num_raw)
+            held, choice = basis.held, self._choose_ranks(task, basis, format, num_raw)
+        elif solution is None:
+            choice = self._choose(task, held, format, num_raw, len(job.destination))
+        else:
+            choice = solution.choice
         part = torch.arange(len(format.parts), device=device)[:, None, None]
         keep_old = choice.old & (old_parts == part)  # `[P, X, E]`
         num_old = keep_old.sum(2)
@@ -292,7 +311,7 @@ class Compactor:
             num_new = (choice.raw == part).sum(2) // RECORD
         counts = num_old + num_new
         sizes = [own.record_bytes(self.cache.head_size) for own in format.parts]
-        first, pages = arrange(counts, sizes, self.cache.content.shape[1])
+        first, pages = format.arrange(counts, self.cache.head_size, self.cache.content.shape[1])
         pages = pages if choice.pages is None else choice.pages
         per_page = tuple(self.cache.records_per_page(own) for own in format.parts)
         records = Records(
@@ -304,6 +323,11 @@ class Compactor:
         overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
         staged: list[tuple[Tensor, Tensor, RecordFormat]] = []
         rows = torch.arange(len(old), device=device)
+        if format.basis is not None and held.bases is not None:
+            owner = format.needs_basis(counts).nonzero()[:, 0]
+            page = self.grid.pages_at(task.destination, first_page[owner])
+            per_run = self.cache.records_per_page(format.basis)
+            staged.append((page * per_run, held.bases[owner], format.basis))
         row = rows.repeat_interleave(units)
         from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
         old_columns = torch.arange(old.shape[1] * RECORD, device=device).view(-1, RECORD)
@@ -374,6 +398,33 @@ class Compactor:
         if job.config.keeps_all and len(parts) == 1:
             return _Choice(old >= 0)
         scores, width = self._scores([task], held), old.shape[1]
+        pages = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
+        if not isinstance(format, Mixed):
+            present = (old >= 0).sum(1) + num_raw // RECORD
+            num_units = torch.minimum(pages * self.cache.records_per_page(parts[0]), present)
+            keep_old, keep_raw = _best_units(scores, width, num_units)
+            return _Choice(keep_old, keep_raw.long() - 1, pages)
+        units, order = _units(scores, width)
+        written = old if held.parts is None else held.parts
+        known = torch.cat([written.masked_fill(old < 0, -2), torch.full_like(units[:, width:], -1).long()], 1)
+        sizes = [part.record_bytes(self.cache.head_size) for part in parts]
+        chosen = format.choose(units, known, pages, sizes, self.cache.content.shape[1])
+        of_raw = chosen[:, width:].repeat_interleave(RECORD, 1)
+        return _Choice(chosen[:, :width] >= 0, torch.empty_like(order).scatter_(1, order, of_raw), pages)
+
+    def _pages_by_scores(
+        self,
+        task: _Task,
+        held: _Candidates,
+        scores: Tensor,
+        format: Format,
+        num_raw: int,
+        num_blocks: int,
+    ) -> Tensor:
+        """The pages `[X]` of each head as the allocation splits them; a policy may refine the scores then."""
+        job, parts = task.work.job, format.parts
+        old = held.pages[:, :0] if held.records is None else held.records
+        width = old.shape[1]
         present = (old >= 0).sum(1) + num_raw // RECORD
         shape = self.grid.num_layers, self.grid.num_heads
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
@@ -393,18 +444,107 @@ class Compactor:
         counts = allocation.allocate(padded, min(most, total), in_page, capacity.view(shape))
         if type(task.policy).refine is not Policy.refine:
             self._refine([task], held, scores, counts[None] * in_page)
-        pages = counts.flatten()
-        if not isinstance(format, Mixed):
-            num_units = torch.minimum(pages * per_page, present)
-            keep_old, keep_raw = _best_units(scores, width, num_units)
-            return _Choice(keep_old, keep_raw.long() - 1, pages)
-        units, order = _units(scores, width)
-        written = old if held.parts is None else held.parts
-        known = torch.cat([written.masked_fill(old < 0, -2), torch.full_like(units[:, width:], -1).long()], 1)
-        sizes = [part.record_bytes(self.cache.head_size) for part in parts]
-        chosen = format.choose(units, known, pages, sizes, self.cache.content.shape[1])
-        of_raw = chosen[:, width:].repeat_interleave(RECORD, 1)
-        return _Choice(chosen[:, :width] >= 0, torch.empty_like(order).scatter_(1, order, of_raw), pages)
+        return counts.flatten()
+
+    # -------------------------------------------------------------------- ranks
+
+    def _choose_ranks(self, task: _Task, basis: "_Basis", format: MixedDim, num_raw: int) -> _Choice:
+        """What stays and in how many coordinates, by what each token would lose, and the pages of each head.
+
+        With a policy that says losses of its own the heads share the bytes by them, if the allocation is
+        `global`; if it is `profile`, by losses times a head's share. Any other allocation splits pages by
+        the scores, as for every format.
+        """
+        job, held, size = task.work.job, basis.held, self.cache.head_size
+        old = held.pages[:, :0] if held.records is None else held.records
+        known = old if held.parts is None else held.parts.masked_fill(old < 0, -1)
+        scores, width, allocation = self._scores([task], held), old.shape[1], job.config.build_allocation()
+        protected = scores.isposinf()
+        together = task.policy.gives_losses and isinstance(allocation, Global | Profile)
+        num_blocks, split = len(job.destination), None
+        if not together:
+            split = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
+        if task.policy.gives_losses:
+            losses = self._losses(task, held, format)
+            if isinstance(allocation, Profile):
+                allocation.check_model(self.grid.num_layers, self.grid.num_heads)
+                weight = allocation.importance(job.config.budget or 1.0, losses.device)
+                losses *= weight.flatten()[:, None]
+        else:
+            alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
+            losses = format.losses_by_rank(torch.cat([alike, scores[:, width * RECORD :]], 1), basis.errors)
+        limit = torch.finfo(torch.float32).max
+        losses = losses.nan_to_num(0.0, limit, 0.0).clamp(min=0)
+        of_records = losses[-1][:, : width * RECORD].unflatten(1, (width, RECORD)).sum(2)
+        if not task.policy.gives_losses:  # what a record still has of its tokens
+            of_records = of_records * (1 - basis.errors.T.gather(1, known.clamp(min=0)))
+        kept = protected[:, : width * RECORD].unflatten(1, (width, RECORD)).any(2)
+        of_records = of_records.masked_fill(kept, torch.inf)
+        of_raw = losses[:, :, width * RECORD :]
+        of_raw[1:].masked_fill_(protected[:, width * RECORD :], torch.inf)
+        page_bytes = self.cache.content.shape[1]
+        pages = num_blocks * self.grid.pages_per_block if split is None else split
+        keep, part, counts = format.choose(of_raw, of_records, known, pages, size, page_bytes)
+        return _Choice(keep, part, counts)
+
+    def _losses(self, task: _Task, held: _Candidates, format: MixedDim) -> Tensor:
+        """What the policy says of all heads' columns, `[P + 1, X, T]` float64."""
+        assert held.bases is not None
+        shape = len(format.parts) + 1, len(held.pages), held.num_scored
+        losses = torch.zeros(shape, dtype=torch.float64, device=self.cache.device)
+        for part in self._slices(task, task.policy):
+            rows = slice(part.layers.start * self.grid.num_heads, part.layers.stop * self.grid.num_heads)
+            bases = [
+                own.bases(held.bases[rows], self.cache.head_size)
+                for own in format.parts
+                if isinstance(own, Latent)
+            ]
+            seen = self._observe(task.policy, task, part)
+            losses[1:, rows, held.num_scored - part.num_scored :] = task.policy.losses(seen, bases).double()
+        return losses
+
+    def _basis(self, held: _Candidates, format: MixedDim, num_raw: int) -> "_Basis":
+        """The heads' bases, those that they have or new ones, and what ranks in them leave out.
+
+        They are of the cache's own tokens, all of which are there still, whatever chunks they came in.
+        """
+        size, heads = self.cache.head_size, len(held.pages)
+        shape = 2, heads, size, size
+        raw = torch.zeros(shape, dtype=torch.float64, device=self.cache.device)  # Σ x·xᵀ of keys and values
+        mean = torch.zeros(shape[1:3], dtype=torch.float64, device=self.cache.device)
+        before = torch.zeros_like(raw)
+        columns = held.num_scored
+        for begin, end in self._head_slices(heads, columns):
+            pages = held.pages[begin:end, : num_raw // self.grid.block_size]
+            tokens = half(self.cache.read_keys(pages)).double(), half(self.cache.read_values(pages)).double()
+            mean[begin:end] = tokens[0].mean(1)
+            for own, part in zip(raw, tokens, strict=True):
+                own[begin:end] = part.mT @ part
+            if held.records is not None and held.parts is not None:
+                present = held.records[begin:end] >= 0
+                some = replace(
+                    held,
+                    records=held.records[begin:end],
+                    parts=held.parts[begin:end].masked_fill(~present, -1),
+                    bases=None if held.bases is None else held.bases[begin:end],
+                )
+                for own, decoded in zip(before, self._decoded(some, format), strict=True):
+                    part = decoded.flatten(1, 2).double()
+                    own[begin:end] = part.mT @ part
+        bases = format.basis.of_moments(*(raw + before))
+        if held.parts is not None and held.records is not None and held.bases is not None:
+            has = ((held.parts > 0) & (held.records >= 0)).any(1)
+            bases = torch.where(has[:, None], held.bases, bases)
+        errors = format.errors(raw[0], raw[1], mean, num_raw, bases)
+        return _Basis(replace(held, bases=bases), errors)
+
+    def _old_bases(self, table: RequestTable, layers: slice) -> Tensor | None:
+        """What some layers' runs begin with, `[l·H, basis_bytes]` uint8; None of formats without."""
+        if table.format is None or (basis := table.format.basis) is None:
+            return None
+        begin = (table.counts.flatten().cumsum(0) - table.counts.flatten()).view_as(table.counts)[layers]
+        pages = self.grid.pages_at(table.destination, begin.flatten())
+        return self.cache.read_records(pages * self.cache.records_per_page(basis), basis)
 
     def _encoded(
         self,
@@ -432,7 +572,12 @@ class Compactor:
             values = torch.cat(solution.values[begin:end])
             biases = torch.cat(solution.biases[begin:end]).view(-1, RECORD)
             return format.encode(keys.view(tokens), values.view(tokens), biases), columns.view(-1, RECORD)
-        return format.encode(keys.view(tokens), values.view(tokens)), columns.view(-1, RECORD)
+        keys, values, columns = keys.view(tokens), values.view(tokens), columns.view(-1, RECORD)
+        if isinstance(format, Latent):
+            assert held.bases is not None and keep_raw is not None
+            of_head = keep_raw[begin:end].sum(1) // RECORD
+            return format.encode(keys, values, held.bases[begin:end].repeat_interleave(of_head, 0)), columns
+        return format.encode(keys, values), columns
 
     def _head_slices(self, num_heads: int, num_tokens: int) -> Iterator[tuple[int, int]]:
         """Heads of which so many tokens are encoded at a time."""
@@ -476,6 +621,7 @@ class Compactor:
             padding=padding,
             records=records,
             parts=parts,
+            bases=None if table is None else self._old_bases(table, layers),
             positions=None if table is None else lambda: table.column_positions(layers, job.num_tokens),
         )
 
@@ -623,7 +769,13 @@ class Compactor:
         )
         for number, part in enumerate(format.parts):
             own = held.parts == number
-            keys[own], values[own] = part.decode(self.cache.read_records(held.records[own], part), size)
+            content = self.cache.read_records(held.records[own], part)
+            if isinstance(part, Latent):
+                assert held.bases is not None
+                bases = held.bases[own.nonzero()[:, 0]]
+                keys[own], values[own] = part.decode(content, size, bases)
+            else:
+                keys[own], values[own] = part.decode(content, size)
         return keys, values
 
     def _carry(self, task: _Task, new: RequestTable, from_end: Tensor) -> None:

@@ -100,6 +100,8 @@ class CompressionGPUWorker(CompressionWorker):
         available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
         if self._config.watches_every_query:
             available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
+        elif self._config.build_policy().gives_losses:
+            available -= 2 * 4 * query_heads * self._config.observed_window * longest  # likewise
         available -= 4 * max_num_seqs * (longest // self.cache_config.block_size + layers * heads)  # runs
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)

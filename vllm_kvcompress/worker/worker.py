@@ -98,7 +98,8 @@ class CompressionWorker(Worker):
             if layer.kv_sharing_target_layer_name is not None:
                 layer.impl.share(context[layer.kv_sharing_target_layer_name].impl)
         format = config.record_format
-        if format is not None and cache.tokens_per_page(format) <= block_size:
+        page_bytes = cache.content.shape[1]
+        if format is not None and not format.holds_more(page_bytes, cache.head_size, block_size):
             raise KVCompressionError(
                 f"kv-compression: a page has no room for more tokens in {format.name} than raw at "
                 f"--block-size {block_size}; use a larger one"

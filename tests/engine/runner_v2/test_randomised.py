@@ -14,6 +14,7 @@ OPTIONS = [
     "foresight:budget=0.6,window=8,threshold=30,recompact_every=3",
     "kivi+kivi2:window=8,recompact_every=3",
     "snapkv+auto:budget=0.3,window=8,recompact_every=3",
+    "mixed_dim_kv:budget=0.4,window=8,recompact_every=3",
     "off",
 ]
 POOL = 9  # blocks; the longest prompt needs 5

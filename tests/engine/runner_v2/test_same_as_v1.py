@@ -27,6 +27,7 @@ REQUESTS = [  # method, prompt tokens
     ("kivi+k4v3:window=8", 100),
     ("snapkv+auto:budget=0.2,window=8", 330),
     ("snapkv+kivi8:budget=0.3,window=8", 330),  # of 320 tokens 3 pages of 96 stay
+    ("snapkv+mixed_dim:budget=0.2,window=8", 270),
     ("off", 120),
 ]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from paged import Batch, Row, pairwise
 from torch import Tensor
 
-from vllm_kvcompress.formats import FORMATS, RECORD, Format
+from vllm_kvcompress.formats import FORMATS, RECORD, Format, Latent
 from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.kernels.attention import attend
 from vllm_kvcompress.kernels.records import attend_records
@@ -61,6 +61,12 @@ class RecordBatch(Batch):
         for head, own in enumerate(start.diff().tolist()):
             of_run = torch.full((own, page_bytes), 255, dtype=torch.uint8)  # NaN to whoever reads it
             page, used = 0, 0  # written out: where the next record goes, by bytes
+            bases = []
+            if format.basis is not None and own:
+                drawn = torch.randn(2, 100, self.head_size) + torch.randn(2, 1, self.head_size)
+                bases = [format.basis.encode(*drawn)]
+                used = page_bytes % len(bases[0]) + len(bases[0])
+                of_run[0, page_bytes % len(bases[0]) : used] = bases[0]
             for number, (part, size) in enumerate(zip(parts, sizes, strict=True)):
                 per_page = page_bytes // size
                 places = [at for at in range(own * per_page) if self._is_free(at, per_page, size, page, used)]
@@ -70,7 +76,9 @@ class RecordBatch(Batch):
                 self.runs.first[slot, number, head] = places[0] if places else 0
                 tokens = torch.randn(2, count, RECORD, self.head_size) + torch.randn(2, 1, 1, self.head_size)
                 biases = [torch.randn(count, RECORD)] * isinstance(part, Matched)
-                for at, record in zip(places, part.encode(*tokens, *biases), strict=False):
+                of_part = bases * isinstance(part, Latent)
+                content = part.encode(*tokens, *biases, *of_part) if count else ()
+                for at, record in zip(places, content, strict=False):
                     page, begin = at // per_page, page_bytes - (per_page - at % per_page) * size
                     of_run[page, begin : begin + size] = record
                     used = begin + size
@@ -173,7 +181,7 @@ def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float
     rows, formats = zip(*ROWS[kind], strict=True)
     of = {True: name, False: "kivi2" if name == "kivi4" else "kivi4"}
     while any(
-        NAMED[each].tokens_per_page(2 * block_size * head_size * dtype.itemsize, head_size) == 0
+        NAMED[each].largest_bytes(head_size) > 2 * block_size * head_size * dtype.itemsize
         for each in of.values()
     ):
         block_size *= 2  # until a page holds a record
