@@ -237,6 +237,12 @@ def test_a_request_cannot_have_every_query_watched_inside_captured_graphs(method
     check_watched(snapkv, snapkv, engine(full=True))
     with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
         check_watched(request, snapkv, engine(full=True))
+    matched = KVCompressionConfig.parse("attention_matching")
+    check_watched(matched, snapkv, engine(full=False))
+    check_watched(matched, KVCompressionConfig.parse("attention_matching:queries=prompt"), engine(full=True))
+    for other in (snapkv, request, KVCompressionConfig.parse("snapkv+k4v3")):  # whose records have no biases
+        with pytest.raises(KVCompressionError, match="no place for the format matched k4v3; start"):
+            check_watched(matched, other, engine(full=True))
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):

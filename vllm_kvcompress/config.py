@@ -199,6 +199,11 @@ class KVCompressionConfig:
             raise
         except ValueError as error:
             raise KVCompressionError(f"{self.method}: {error}") from None
+        if self.matches and isinstance(self._written, Mixed):
+            raise KVCompressionError(
+                f"{self.method} solves for tokens of one format, and {self._written.name} mixes several; use "
+                "another format"
+            )
         if self.threshold is not None and not self.build_policy().absolute:
             able = ", ".join(name for name, policy in POLICIES.items() if policy.absolute)
             raise KVCompressionError(
@@ -218,19 +223,14 @@ class KVCompressionConfig:
                 f"max_tokens_kept counts tokens, and {self.record_format.name} keeps as many as their bits "
                 "allow: use budget alone, or another format"
             )
+        if self.matches and self.interval is not None:
+            raise KVCompressionError(
+                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
+            )
         if self.record_format is not None and self.observes_all and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
-            )
-        if self.matches and isinstance(self._written, Mixed):
-            raise KVCompressionError(
-                f"{self.method} solves for tokens of one format, and {self._written.name} mixes several; use "
-                "another format"
-            )
-        if self.watches_every_query and self.matches and self.interval is not None:
-            raise KVCompressionError(
-                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
             )
         if self.repeats and self.interval is not None:
             raise KVCompressionError(
