@@ -244,3 +244,25 @@ def test_who_is_preempted_in_the_step_of_a_share_is_not_solved_for_in_it(clock, 
     sim.finish()
     assert len(sim.answers[name]) == 60 and len(sim.answers[client]) == 200
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize(("beside", "part"), [(False, 1 / 2), (True, 1 / 11)])
+def test_the_time_of_shares_is_none_of_the_steps_beside_which_they_have_theirs(clock, beside, part):
+    sim = simulate()
+    sim.worker.share_seconds = 0.1
+    if beside:
+        sim.add(prompt_of(60), "off", 2000)
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 1000)
+    times: list[float] = []
+    while not sim.jobs_of(name):
+        clock.now += 0.01
+        if shares(sim.step()):  # which takes ten times as long as the step without it
+            times.append(clock.now)
+            clock.now += 0.1
+    assert len(times) == SHARES
+    solving = 0.1 * (len(times) - 2) / (times[-1] - times[1])  # the first one tells how long they take
+    assert part * 0.8 < solving <= part + 1e-9
+    for request in list(sim.scheduler.requests):
+        sim.abort(request)
+    sim.finish()
+    sim.check_nothing_left()
