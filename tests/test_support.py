@@ -268,8 +268,36 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         check_method(compression, engine(2, 1, 128))
 
 
+def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
+    def engine(executor):
+        model = SimpleNamespace(
+            uses_mrope=False,
+            hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
+            get_num_layers=lambda parallel: 2,
+            get_num_kv_heads=lambda parallel: 2,
+            get_head_size=lambda: 64,
+            dtype=torch.bfloat16,
+            skip_tokenizer_init=False,
+            get_sliding_window=lambda: None,
+            max_model_len=4096,
+        )
+        return SimpleNamespace(
+            model_config=model,
+            cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
+            parallel_config=SimpleNamespace(distributed_executor_backend=executor),
+            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_active_seqs=None),
+            aux_output_config=SimpleNamespace(enabled=False),
+            additional_config={},
+        )
+
+    for options in ("attention_matching", "attention_matching:queries=prompt"):
+        check_method(KVCompressionConfig.parse(options), engine("mp"))
+        with pytest.raises(KVCompressionError, match="one scheduler's clock; use another --distributed-ex"):
+            check_method(KVCompressionConfig.parse(options), engine("external_launcher"))
+
+
 def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
-    def engine(enabled=False, most=8, active=None, window=None):
+    def engine(enabled=False, most=8, active=None, window=None, executor="mp"):
         model = SimpleNamespace(
             uses_mrope=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
@@ -281,7 +309,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
         )
         return SimpleNamespace(
             model_config=model,
-            parallel_config=None,
+            parallel_config=SimpleNamespace(distributed_executor_backend=executor),
             scheduler_config=SimpleNamespace(max_num_seqs=most, max_num_active_seqs=active),
             aux_output_config=SimpleNamespace(enabled=enabled),
             additional_config={},
@@ -289,6 +317,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
 
     check_method(KVCompressionConfig.parse("kvzip"), engine(False))
     check_method(KVCompressionConfig.parse("snapkv"), engine(True))
+    check_method(KVCompressionConfig.parse("kvzip"), engine(executor="external_launcher"))
     with pytest.raises(KVCompressionError, match="kvzip does not work with auxiliary outputs; remove"):
         check_method(KVCompressionConfig.parse("kvzip"), engine(True))
     for places in ({"most": 1}, {"active": 1}):
