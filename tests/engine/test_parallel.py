@@ -31,9 +31,10 @@ REQUESTS = {
     "snapkv+kivi8": "snapkv+kivi8:budget=0.1",
     "threshold": "foresight:budget=0.8,threshold=1e4",  # not on pipeline ranks, whose layers are not all
     "snapkv+auto": "snapkv+auto:budget=0.1,recompact_every=4",
+    "matched": "attention_matching+kivi8:budget=0.1,allocation=uniform,chunk=128,references=64,waits=true",
 }
 COMPACTED = [name for name in REQUESTS if name not in ("off", "threshold")]
-ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto"]
+ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto", "matched"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
 OF_HEADS = [name for name in COMPACTED if name not in ("adakv", "kv_compress")]
 OF_LAYERS = [*OF_HEADS, "adakv"]
