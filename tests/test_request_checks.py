@@ -103,6 +103,15 @@ def test_prompt_logprobs_before_compaction_are_served(at_the_end):
     assert asked(at_the_end, 1000, n=3, prompt_logprobs=1)
 
 
+@pytest.mark.parametrize("option", ["attention_matching", "attention_matching:queries=self-study"])
+def test_a_prompt_that_leaves_no_room_for_what_it_is_matched_by_is_refused(at_the_end, option):
+    assert asked(at_the_end, 3840, option)
+    with pytest.raises(VLLMValidationError, match="needs 256 tokens behind the prompt of 3841") as refused:
+        asked(at_the_end, 3841, option)
+    assert len(str(refused.value).splitlines()) == 1
+    assert asked(at_the_end, 3841, "attention_matching:queries=prompt"), "which repeats nothing"
+
+
 def test_logprobs_of_what_is_added_to_a_compacted_session_are_refused(at_the_end):
     assert asked(at_the_end, 1000, resumable=True)
     with pytest.raises(VLLMValidationError, match="goes on later"):

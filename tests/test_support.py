@@ -237,6 +237,12 @@ def test_a_request_cannot_have_every_query_watched_inside_captured_graphs(method
     check_watched(snapkv, snapkv, engine(full=True))
     with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
         check_watched(request, snapkv, engine(full=True))
+    matched = KVCompressionConfig.parse("attention_matching")
+    check_watched(matched, snapkv, engine(full=False))
+    check_watched(matched, KVCompressionConfig.parse("attention_matching:queries=prompt"), engine(full=True))
+    for other in (snapkv, request, KVCompressionConfig.parse("snapkv+k4v3")):  # whose records have no biases
+        with pytest.raises(KVCompressionError, match="no place for the format matched k4v3; start"):
+            check_watched(matched, other, engine(full=True))
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
@@ -262,8 +268,36 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         check_method(compression, engine(2, 1, 128))
 
 
+def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
+    def engine(executor):
+        model = SimpleNamespace(
+            uses_mrope=False,
+            hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
+            get_num_layers=lambda parallel: 2,
+            get_num_kv_heads=lambda parallel: 2,
+            get_head_size=lambda: 64,
+            dtype=torch.bfloat16,
+            skip_tokenizer_init=False,
+            get_sliding_window=lambda: None,
+            max_model_len=4096,
+        )
+        return SimpleNamespace(
+            model_config=model,
+            cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
+            parallel_config=SimpleNamespace(distributed_executor_backend=executor),
+            scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_active_seqs=None),
+            aux_output_config=SimpleNamespace(enabled=False),
+            additional_config={},
+        )
+
+    for options in ("attention_matching", "attention_matching:queries=prompt"):
+        check_method(KVCompressionConfig.parse(options), engine("mp"))
+        with pytest.raises(KVCompressionError, match="one scheduler's clock; use another --distributed-ex"):
+            check_method(KVCompressionConfig.parse(options), engine("external_launcher"))
+
+
 def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
-    def engine(enabled=False, most=8, active=None, window=None):
+    def engine(enabled=False, most=8, active=None, window=None, executor="mp"):
         model = SimpleNamespace(
             uses_mrope=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
@@ -275,7 +309,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
         )
         return SimpleNamespace(
             model_config=model,
-            parallel_config=None,
+            parallel_config=SimpleNamespace(distributed_executor_backend=executor),
             scheduler_config=SimpleNamespace(max_num_seqs=most, max_num_active_seqs=active),
             aux_output_config=SimpleNamespace(enabled=enabled),
             additional_config={},
@@ -283,6 +317,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
 
     check_method(KVCompressionConfig.parse("kvzip"), engine(False))
     check_method(KVCompressionConfig.parse("snapkv"), engine(True))
+    check_method(KVCompressionConfig.parse("kvzip"), engine(executor="external_launcher"))
     with pytest.raises(KVCompressionError, match="kvzip does not work with auxiliary outputs; remove"):
         check_method(KVCompressionConfig.parse("kvzip"), engine(True))
     for places in ({"most": 1}, {"active": 1}):

@@ -242,14 +242,14 @@ class KVCompressionConfig:
                 f"max_tokens_kept counts tokens, and {self.record_format.name} keeps as many as their bits "
                 "allow: use budget alone, or another format"
             )
+        if self.matches and self.interval is not None:
+            raise KVCompressionError(
+                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
+            )
         if self.record_format is not None and self.observes_all and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
-            )
-        if self.watches_every_query and self.matches and self.interval is not None:
-            raise KVCompressionError(
-                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
             )
         if self.repeats and self.interval is not None:
             raise KVCompressionError(

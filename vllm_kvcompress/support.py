@@ -77,6 +77,12 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
         )
     parallel = vllm_config.parallel_config
+    if config.matches and parallel.distributed_executor_backend == "external_launcher":
+        # Each rank has a scheduler of its own, and a clock: they would not solve in the same steps.
+        raise KVCompressionError(
+            f"kv-compression method {config.method} is solved for by one scheduler's clock; "
+            "use another --distributed-executor-backend or another method"
+        )
     if config.threshold is not None and parallel.pipeline_parallel_size > 1:
         raise KVCompressionError(
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"

@@ -38,12 +38,13 @@ OF_SINKS = {"attention_matching": "cannot serve this model: its attention has si
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
-        ("foresight", "kivi", "turboquant", "mixed_dim_kv"),
+        ("foresight", "kivi", "turboquant", "mixed_dim_kv", "attention_matching"),
         "its layers have 4 KV heads of 32 channels, and its configuration says 4 of 16",
     ),
 }
 ROUNDED = dict.fromkeys(
-    ("kivi", "turboquant", "mixed_dim_kv"), "writes what --kv-cache-dtype fp8 has rounded; use one"
+    ("kivi", "turboquant", "mixed_dim_kv", "attention_matching"),
+    "writes what --kv-cache-dtype fp8 has rounded; use one",
 )
 NEEDS_PROFILE = {"mixed_dim_kv_h": "needs a head profile; write allocation=profile:PATH"}
 
@@ -407,7 +408,8 @@ def test_every_method_is_served_or_refused_with_one_line(name, start):
     assert found == family.rotary, engine.worker.lacks
     served = []
     for method in METHODS:
-        params = sampling(4, f"{method}:budget=0.5", logprobs=None)
+        options = f"{method}:budget=0.5" + ",waits=true" * (method == "attention_matching")  # or it ends raw
+        params = sampling(4, options, logprobs=None)
         if (reason := (family.refused | NEEDS_PROFILE).get(method)) is not None:
             with pytest.raises(VLLMValidationError, match=reason) as error:
                 engine.add(PROMPT, params)
@@ -528,8 +530,11 @@ def embedding(start):
 def test_a_prompt_that_is_not_text_is_not_repeated_but_compacted_by_other_methods(embedding):
     engine, prompts = embedding
     for name, prompt in prompts.items():
-        with pytest.raises(VLLMValidationError, match="repeats the prompt, which must be text; use another"):
-            engine.llm.llm_engine.add_request(f"kvzip {name}", prompt, sampling(4, "kvzip"))
+        for method in ("kvzip", "attention_matching", "attention_matching:queries=self-study"):
+            with pytest.raises(
+                VLLMValidationError, match="repeats the prompt, which must be text; use another"
+            ):
+                engine.llm.llm_engine.add_request(f"{method} {name}", prompt, sampling(4, method))
         for method in ("snapkv", "h2o"):
             engine.llm.llm_engine.add_request(f"{method} {name}", prompt, sampling(4, method, logprobs=None))
     engine.finish()

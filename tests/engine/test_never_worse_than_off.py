@@ -87,7 +87,9 @@ def test_however_late_a_request_keeps_what_it_would_have_kept_when_due(engine, s
         assert later and set(later) <= set(range(first, 620, 16)), "its queries are noted again"
 
 
-@pytest.mark.parametrize("method", ["snapkv", "h2o", "kvzip", "snapkv:recompact_every=64"])
+@pytest.mark.parametrize(
+    "method", ["snapkv", "h2o", "kvzip", "attention_matching", "snapkv:recompact_every=64"]
+)
 def test_a_request_of_one_token_reads_the_whole_cached_prefix(engine, long_ids, method):
     prompt = long_ids(520, seed=81)
     engine.run_fresh(prompt, sampling(1, "off"))

@@ -5,16 +5,20 @@ allocations follow the papers' formulas in loops, and what a head dropped is a m
 """
 
 import copy
+import functools
 import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from harness import BLOCK_SIZE, SINKS, WINDOW, Compaction, sampling, tokens
 from safetensors.torch import load_file
+from scipy.optimize import lsq_linear
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from vllm import RequestOutput
@@ -96,7 +100,8 @@ class Attention:
         values: per layer `[H, tokens, D]`, likewise.
         sinks: per layer `[Hq]`, the logits of its sinks, if it has any.
         scale: of the softmax.
-        hidden: per layer `[H, tokens]`, True where a KV head dropped a token; None for full attention.
+        bias: per layer `[H, tokens]`, added to the logits of a KV head's tokens: -inf where it dropped one;
+            None for full attention.
     """
 
     queries: dict[int, Tensor]
@@ -104,7 +109,7 @@ class Attention:
     values: dict[int, Tensor]
     sinks: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0
-    hidden: Tensor | None = None
+    bias: Tensor | None = None
 
 
 ATTENTION = Attention({}, {}, {})
@@ -119,7 +124,7 @@ def full_layers(config) -> list[int]:
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, s_aux=None, **_):
-    """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]` that leaves out what each KV head dropped.
+    """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]`, with each KV head's biases.
 
     Args:
         sliding_window: tokens that a query sees, itself included; None for all.
@@ -139,9 +144,9 @@ def eager_attention(module, query, key, value, attention_mask, scaling, sliding_
             ATTENTION.values[layer], ATTENTION.scale = value[0], scaling
             if s_aux is not None:
                 ATTENTION.sinks[layer] = s_aux.detach()
-        if ATTENTION.hidden is not None:
-            hidden = ATTENTION.hidden[layer].repeat_interleave(group, 0)
-            mask[:, :, : hidden.shape[1]].masked_fill_(hidden[:, None], -torch.inf)
+        if ATTENTION.bias is not None:
+            bias = ATTENTION.bias[layer].repeat_interleave(group, 0)
+            mask[:, :, : bias.shape[1]] += bias[:, None]
     logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling + mask
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(1, -1, num_queries, 1)], -1)
@@ -189,7 +194,7 @@ class Model:
     @torch.inference_mode()
     def prompt(self, ids: list[int]) -> Prompt:
         if len(ids) not in self.prompts:
-            ATTENTION.hidden = None
+            ATTENTION.bias = None
             for of_another_model in (ATTENTION.queries, ATTENTION.keys, ATTENTION.values, ATTENTION.sinks):
                 of_another_model.clear()
             out = self.reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
@@ -217,16 +222,22 @@ def models(random_model, smollm2, hybrids) -> dict[str, Model]:
 
 
 @torch.inference_mode()
-def continue_on_kept(reference, prompt: Prompt, answer: list[int], hidden: Tensor) -> Tensor:
-    """Log-probabilities `[len(answer), V]` when every answer token sees only what the heads kept."""
-    ATTENTION.hidden = hidden
+def continue_with(reference, prompt: Prompt, answer: list[int], bias: Tensor) -> Tensor:
+    """Log-probabilities `[len(answer), V]` when every answer token sees the prompt with these biases."""
+    ATTENTION.bias = bias
     try:
         out = reference(
             torch.tensor([answer[:-1]]), past_key_values=copy.deepcopy(prompt.cache), use_cache=True
         )
     finally:
-        ATTENTION.hidden = None
+        ATTENTION.bias = None
     return torch.cat([prompt.first_logits[None], out.logits[0]]).log_softmax(-1)
+
+
+def continue_on_kept(reference, prompt: Prompt, answer: list[int], hidden: Tensor) -> Tensor:
+    """The same when it sees only what the heads kept."""
+    nothing = torch.zeros(hidden.shape)
+    return continue_with(reference, prompt, answer, nothing.masked_fill(hidden, -torch.inf))
 
 
 # ---------------------------------------------------------------------- scores, in loops
@@ -377,11 +388,27 @@ def predicted_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
     return torch.stack(layers)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a context, and the attention that is paid to it while it is repeated.
+
+    Attributes:
+        begin: its first token.
+        end: behind its last one.
+        attention: by layer and query head, float64 `[repetition, tokens of the part]`.
+        queries: per layer `[Hq, repetition, D]`, after RoPE.
+    """
+
+    begin: int
+    end: int
+    attention: dict[tuple[int, int], Tensor]
+    queries: dict[int, Tensor]
+
+
 @torch.inference_mode()
-def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor:
-    """KVzip `[L, H, T]`: the context and its repetition, part by part, in one pass each."""
+def repeated_parts(reference, tokenizer, prompt: Prompt) -> Iterator[Part]:
+    """The context and its repetition, part by part, in one pass each."""
     num_prompt, heads = len(prompt.ids), prompt.keys[0].shape[0]
-    most = torch.zeros(len(prompt.keys), heads, num_prompt, dtype=torch.float64)
     for begin in range(0, num_prompt, CHUNK):
         end = min(begin + CHUNK, num_prompt)
         ask = "\n\nRepeat the previous context exactly."
@@ -390,6 +417,7 @@ def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor
         asked = tokenizer.encode(ask, add_special_tokens=False) + prompt.ids[max(begin - 8, 0) : begin]
         repetition = asked + prompt.ids[begin:end]
         reference(torch.tensor([prompt.ids + repetition]))
+        paid, noted = {}, {}
         for layer in range(len(prompt.keys)):
             queries = ATTENTION.queries[layer][:, num_prompt:].double()
             keys = ATTENTION.keys[layer].double()
@@ -400,10 +428,20 @@ def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor
                 head = query_head * heads // len(queries)
                 logits = query @ seen[head].T * prompt.scale
                 logits[:, -own:] += torch.full((own, own), -torch.inf).triu(1)
-                part = attention(prompt, layer, query_head, logits)[
-                    :, len(sinks) : len(sinks) + end - begin
-                ].amax(0)
-                most[layer, head, begin:end] = torch.maximum(most[layer, head, begin:end], part)
+                seen_part = slice(len(sinks), len(sinks) + end - begin)
+                paid[layer, query_head] = attention(prompt, layer, query_head, logits)[:, seen_part]
+            noted[layer] = queries
+        yield Part(begin, end, paid, noted)
+
+
+def repeat_scores(reference, tokenizer, prompt: Prompt, boundary: int) -> Tensor:
+    """KVzip `[L, H, T]`: the most that is paid to a token while its part is repeated."""
+    num_prompt, heads = len(prompt.ids), prompt.keys[0].shape[0]
+    most = torch.zeros(len(prompt.keys), heads, num_prompt, dtype=torch.float64)
+    for part in repeated_parts(reference, tokenizer, prompt):
+        for (layer, query_head), attention in part.attention.items():
+            own = most[layer, query_head * heads // len(part.queries[layer]), part.begin : part.end]
+            own.copy_(torch.maximum(own, attention.amax(0)))
     return most[..., :boundary]
 
 
@@ -748,6 +786,311 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
         for token, logprob in top.items():
             # Two float32 models may write a number that lies between two codes either way.
             assert logprob.logprob == pytest.approx(float(expected[index, token]), abs=2e-2), index
+
+
+# ---------------------------------------------------------------------- Attention Matching, solved in float64
+
+REFERENCES = 256  # queries of each KV head, of both its query heads, beside the kept tokens' own
+MATCHED = {  # in the bytes of a tenth
+    "repeated": f"attention_matching+k8v4:budget=0.1,waits=true,chunk={CHUNK},references={REFERENCES}",
+    "the prompt's own": (
+        f"attention_matching+k8v4:budget=0.1,waits=true,queries=prompt,references={REFERENCES}"
+    ),
+}
+CODED = 1e-3  # relative: the engine takes any query that pays as much as the best one but for this
+
+
+@torch.inference_mode()
+def own_attention(prompt: Prompt) -> Part:
+    """What a prompt's own queries pay to it, as one part."""
+    paid, num_prompt = {}, len(prompt.ids)
+    future = torch.ones(num_prompt, num_prompt, dtype=torch.bool).triu(1)
+    for layer, keys in prompt.keys.items():
+        for query_head, query in enumerate(prompt.queries[layer]):
+            head = query_head * len(keys) // len(prompt.queries[layer])
+            logits = query.double() @ keys[head].double().T * prompt.scale
+            paid[layer, query_head] = logits.masked_fill(future, -torch.inf).softmax(-1)
+    queries = {layer: own.double() for layer, own in prompt.queries.items()}
+    return Part(0, num_prompt, paid, queries)
+
+
+def squared_scores(parts: list[Part], prompt: Prompt, boundary: int) -> Tensor:
+    """`[L, H, T]`: the sum of A² over all queries and their group, each token's own part alone."""
+    heads = prompt.keys[0].shape[0]
+    total = torch.zeros(len(prompt.keys), heads, len(prompt.ids), dtype=torch.float64)
+    for part in parts:
+        for (layer, query_head), attention in part.attention.items():
+            head = query_head * heads // len(part.queries[layer])
+            total[layer, head, part.begin : part.end] += (attention**2).sum(0)
+    total[..., :SINKS] = torch.inf
+    return total[..., :boundary]
+
+
+def matched_in_page(size: int) -> int:
+    """Tokens of a float32 page in records of 32: keys of 8 bits, values of 4, and what belongs to them."""
+    record = 32 * size * 8 // 8 + 32 * size * 4 // 8  # codes
+    record += (
+        2 * 2 * size + 2 * 32
+    )  # of each key channel scale and zero, of each value a norm, in half precision
+    record += 4 * 32  # biases
+    return 2 * BLOCK_SIZE * size * 4 // record * 32
+
+
+def kept_of_pages(scores: Tensor, num_pages: int, in_page: int) -> tuple[list[list[int]], float, float]:
+    """Tokens that each head keeps where pages of so many tokens compete; the dearest page that went and the
+    cheapest that stayed."""
+    layers, heads, num_tokens = scores.shape
+    largest = -(-num_tokens // in_page)
+    counts = [[largest] * heads for _ in range(layers)]
+
+    def cost(layer, head):  # the best of the tokens that go with a head's next page
+        stay = (counts[layer][head] - 1) * in_page
+        return float(scores[layer, head].sort(descending=True).values[stay])
+
+    cells = [(layer, head) for layer in range(layers) for head in range(heads)]
+    dearest = 0.0
+    for _ in range(layers * heads * largest - num_pages):
+        able = [cell for cell in cells if counts[cell[0]][cell[1]] > 1]
+        layer, head = min(able, key=lambda cell: cost(*cell))
+        dearest = max(dearest, cost(layer, head))
+        counts[layer][head] -= 1
+    cheapest = min(cost(*cell) for cell in cells if counts[cell[0]][cell[1]] > 1)
+    return [[min(num_tokens, pages * in_page) for pages in own] for own in counts], dearest, cheapest
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What one head is to have.
+
+    Attributes:
+        bias: `[t]`, of what it keeps, ascending.
+        values: `[t, D]`.
+        softmax: `[n, T]` of the reference queries over all tokens below the boundary.
+        plain: how far the kept tokens alone are off in mass, root mean square.
+    """
+
+    bias: Tensor
+    values: Tensor
+    softmax: Tensor
+    plain: float
+
+
+@torch.inference_mode()
+def solve(
+    parts: list[Part], prompt: Prompt, boundary: int, layer: int, head: int, kept: list[int], by, causal: bool
+) -> Solved:
+    """Least squares of one head.
+
+    Args:
+        by: `[T, D]`, of each token the query that the engine says paid it most.
+        causal: whether a query sees nothing behind its own position.
+    """
+    keys, values = (of[layer][head, :boundary].double() for of in (prompt.keys, prompt.values))
+    group = len(parts[0].queries[layer]) // len(prompt.keys[layer])
+    members = range(head * group, head * group + group)
+    num_positions = sum(part.queries[layer].shape[1] for part in parts)
+    stride = 1
+    while -(-num_positions // stride) > REFERENCES // group:
+        stride *= 2
+    at = range(0, num_positions, stride)
+    queries = [torch.cat([part.queries[layer][member] for part in parts])[at] for member in members]
+    limits = [position + 1 for _ in members for position in at]
+    for token in kept:
+        (part,) = (part for part in parts if part.begin <= token < part.end)
+        paid = torch.cat([part.attention[layer, member][:, token - part.begin] for member in members])
+        asked = part.queries[layer][members.start : members.stop].flatten(0, 1)
+        chosen = int((asked - by[token].double()).norm(dim=1).argmin())
+        assert float((asked[chosen] - by[token].double()).norm()) < 1e-3 * float(asked[chosen].norm())
+        assert float(paid[chosen]) >= float(paid.max()) * (1 - CODED), (layer, head, token)
+        queries.append(asked[chosen][None])
+        limits.append(chosen % (len(asked) // group) + 1)
+    logits = torch.cat(queries) @ keys.T * prompt.scale
+    if causal:
+        logits.masked_fill_(torch.arange(boundary) >= torch.tensor(limits)[:, None], -torch.inf)
+    softmax = logits.softmax(-1)
+
+    # Each query's mass is 1: w of the kept tokens' shares, towards the one factor that suits all best.
+    shares, ones = softmax[:, kept].numpy(), np.ones(len(softmax))
+    even = shares.sum(1)
+    factor = np.clip(even @ ones / (even @ even), math.exp(-3), math.exp(3))
+    damping = 1e-3 * (shares**2).sum(0).mean()
+    matrix = np.concatenate([shares, math.sqrt(damping) * np.eye(len(kept))])
+    target = np.concatenate([ones, np.full(len(kept), math.sqrt(damping) * factor)])
+    factors = bounded_least_squares(matrix, target, math.exp(-3), math.exp(3))
+
+    bias = torch.from_numpy(np.log(factors))
+    weights = torch.nan_to_num((logits[:, kept] + bias).softmax(-1), 0.0).numpy()
+    own, outputs = values[kept].numpy(), (softmax @ values).numpy()
+    damping = 1e-2 * (weights**2).sum(0).mean()
+    system = weights.T @ weights + damping * np.eye(len(kept))
+    solved = own + np.linalg.solve(system, weights.T @ (outputs - weights @ own))
+    return Solved(bias, torch.from_numpy(solved), softmax, float(np.sqrt(((even - 1) ** 2).mean())))
+
+
+def bounded_least_squares(matrix, target, lower: float, upper: float):
+    """SciPy's, of the triangle that is left of the matrix, which has many more rows."""
+    rotation, triangle = np.linalg.qr(matrix)
+    result = lsq_linear(triangle, rotation.T @ target, (lower, upper), tol=1e-12, lsmr_tol="auto")
+    assert result.success, result.message
+    return result.x
+
+
+@dataclass(frozen=True)
+class MatchedCase:
+    """What the engine did with one request, and what was to be expected.
+
+    Attributes:
+        by: per layer `[H, T, D]`, the query that paid a token most, as the engine noted it.
+        bias: per layer and head, as its pages have them.
+        values: likewise, as they are read.
+        scores: `[L, H, T]`.
+    """
+
+    prompt: Prompt
+    parts: list[Part]
+    scores: Tensor
+    causal: bool
+    compaction: Compaction
+    output: RequestOutput
+    by: list[Tensor]
+    bias: list[list[Tensor]]
+    values: list[list[Tensor]]
+
+    @functools.cached_property
+    def solved(self) -> list[list[Solved]]:
+        return [
+            [
+                solve(self.parts, self.prompt, 608, layer, head, kept, self.by[layer][head], self.causal)
+                for head, kept in enumerate(of_heads)
+            ]
+            for layer, of_heads in enumerate(self.kept)
+        ]
+
+    @functools.cached_property
+    def kept(self) -> list[list[list[int]]]:
+        return self.compaction.positions()
+
+
+@pytest.fixture(params=MATCHED, scope="module")
+def matched(request, engines, models, long_ids, tokenizer) -> MatchedCase:
+    model, engine = models["random"], engines(models["random"].path, "snapkv:budget=0.25")
+    prompt, options, by, read = model.prompt(long_ids(640, seed=7)), MATCHED[request.param], [], []
+    causal = request.param != "repeated"
+    parts = [own_attention(prompt)] if causal else list(repeated_parts(model.reference, tokenizer, prompt))
+    worker = engine.worker
+    note = lambda job, *_: by.extend(  # noqa: E731
+        state.by.clone() for state in worker.compression.observer.of(job.request_id).states
+    )
+    engine.forget_prefixes()
+    worker.compactor.listeners.append(note)
+    name = engine.add(prompt.ids, sampling(NUM_TOKENS, options, logprobs=5))
+    compaction = engine.step_until_compacted(name)
+    worker.compactor.listeners.remove(note)
+    table, size = worker.compression.tables[compaction.job.request_id], prompt.keys[0].shape[2]
+    pages, _ = table.aligned_records(slice(None))
+    for head in pages:
+        written = worker.compactor.cache.read_records(head[head >= 0], table.format)
+        biases, (_, values) = table.format.biases(written, size), table.format.decode(written, size)
+        read.append((biases.flatten(), values.flatten(0, 1)))
+    engine.finish()
+    heads = len(prompt.keys[0])
+    bias, values = (
+        [[each[which] for each in read[begin : begin + heads]] for begin in range(0, len(read), heads)]
+        for which in (0, 1)
+    )
+    output, scores = engine.outputs.pop(name), squared_scores(parts, prompt, 608)
+    return MatchedCase(prompt, parts, scores, causal, compaction, output, by, bias, values)
+
+
+def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
+    scores, compaction = matched.scores, matched.compaction
+    assert (compaction.job.num_tokens, compaction.job.boundary, compaction.num_computed) == (640, 608, 640)
+    assert len(compaction.job.destination) == 2, "of 19"
+    kept, in_page = matched.kept, matched_in_page(32)
+    expected, dearest, cheapest = kept_of_pages(scores, 2 * 12, in_page)
+    assert dearest * (1 + NEAR_TIE) < cheapest, "no two pages cost the same"
+    assert [[len(of_head) for of_head in of_layer] for of_layer in kept] == expected
+    assert len({num for own in expected for num in own}) >= 3, "heads differ in how much they keep"
+    exchanged = total = 0
+    for layer, of_heads in enumerate(kept):
+        for head, own in enumerate(of_heads):
+            assert own == sorted(set(own)) and own[:SINKS] == list(range(SINKS))
+            score = scores[layer, head]
+            best = set(score.sort(descending=True, stable=True).indices[: len(own)].tolist())
+            missing, surplus = sorted(best - set(own)), sorted(set(own) - best)
+            if missing:
+                assert float(score[missing].max()) <= float(score[surplus].min()) * (1 + NEAR_TIE)
+            exchanged, total = exchanged + len(missing), total + len(own)
+    assert exchanged <= total / 1000
+
+
+def test_biases_match_the_mass_of_attention_as_least_squares_in_float64_do(matched):
+    told, apart = 0, []
+    for layer, of_heads in enumerate(matched.solved):
+        for head, solved in enumerate(of_heads):
+            kept, bias = matched.kept[layer][head], matched.bias[layer][head].double()
+            assert float(bias.abs().max()) <= 3 + 1e-5
+            errors = [
+                float(((solved.softmax[:, kept] @ own.exp() - 1) ** 2).mean().sqrt())
+                for own in (bias, solved.bias)
+            ]
+            assert errors[0] == pytest.approx(errors[1], rel=2e-2, abs=1e-4), (layer, head)
+            told += solved.plain > 1.5 * errors[1]
+            apart.append(float((bias - solved.bias).abs().mean()))
+    assert told >= 4, "there is something to match"
+    print("biases are off by", apart)
+    assert max(apart) < 1e-2
+
+
+def test_values_match_the_outputs_of_attention_as_least_squares_in_float64_do(matched, models):
+    written = KVCompressionConfig.parse("kivi+k8v4").record_format
+    other = total = moved = 0
+    for layer, of_heads in enumerate(matched.solved):
+        for head, solved in enumerate(of_heads):
+            kept, read = matched.kept[layer][head], matched.values[layer][head]
+            keys = matched.prompt.keys[layer][head, kept].view(-1, 32, 32)
+            expected = written.decode(written.encode(keys, solved.values.float().view(-1, 32, 32)), 32)[1]
+            expected = expected.flatten(0, 1)
+            size = float(expected.abs().mean())
+            other += int(((read - expected).abs() > 1e-2 * size).sum())
+            moved += int(((matched.prompt.values[layer][head, kept] - solved.values).abs() > size / 4).sum())
+            total += read.numel()
+    print(f"of {total} numbers {other} are written otherwise and {moved} are not the token's own")
+    assert other <= total / 100 and moved > total / 20
+
+
+def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_and_values(matched, models):
+    reference, written = models["random"].reference, KVCompressionConfig.parse("kivi+k8v4").record_format
+    answer, shape = tokens(matched.output), matched.scores.shape
+    bias, plain = torch.full(shape, -torch.inf), torch.full(shape, -torch.inf)
+    cache, own = copy.deepcopy(matched.prompt.cache), copy.deepcopy(matched.prompt.cache)
+    for layer, of_heads in enumerate(matched.kept):
+        for head, kept in enumerate(of_heads):
+            solved = matched.solved[layer][head]
+            bias[layer, head, kept], plain[layer, head, kept] = solved.bias.float(), 0.0
+            keys, values = (of[layer][head, kept] for of in (matched.prompt.keys, matched.prompt.values))
+            for values, to in ((solved.values.float(), cache), (values, own)):  # noqa: B020, PLW2901
+                records = written.encode(keys.view(-1, 32, 32), values.view(-1, 32, 32))
+                read = [each.flatten(0, 1) for each in written.decode(records, 32)]
+                to.layers[layer].keys[0, head, kept], to.layers[layer].values[0, head, kept] = read
+    expected, without_biases, without_values, without_both = (
+        continue_with(reference, replace(matched.prompt, cache=values), answer, biases)
+        for values, biases in ((cache, bias), (cache, plain), (own, bias), (own, plain))
+    )
+
+    def off(other: Tensor) -> float:
+        return max(
+            abs(logprob.logprob - float(other[index, token]))
+            for index, top in enumerate(matched.output.outputs[0].logprobs)
+            for token, logprob in top.items()
+        )
+
+    print("off by", off(expected), off(without_biases), off(without_values), off(without_both))
+    assert len(matched.output.outputs[0].logprobs) == NUM_TOKENS
+    # Solved in float32, and what lies between two codes may be written either way.
+    assert off(expected) < 5e-2
+    for other in (without_biases, without_values, without_both):
+        assert off(other) > 1
 
 
 def test_a_policy_in_user_code_runs_in_the_engine(shared_engine, long_ids):

@@ -33,9 +33,10 @@ REQUESTS = {
     "snapkv+auto": "snapkv+auto:budget=0.1,recompact_every=4",
     "snapkv+mixed_dim": "snapkv+mixed_dim:budget=0.3,recompact_every=4",
     "mixed_dim_kv": "mixed_dim_kv:budget=0.3,allocation=uniform",
+    "matched": "attention_matching+kivi8:budget=0.1,allocation=uniform,chunk=128,references=64,waits=true",
 }
 COMPACTED = [name for name in REQUESTS if name not in ("off", "threshold")]
-ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto", "snapkv+mixed_dim", "mixed_dim_kv"]
+ENCODED = ["kivi", "snapkv+kivi8", "snapkv+auto", "snapkv+mixed_dim", "mixed_dim_kv", "matched"]
 # What a head keeps depends on nothing outside the head, or outside its layer.
 OF_HEADS = [name for name in COMPACTED if name not in ("adakv", "kv_compress")]
 OF_LAYERS = [*OF_HEADS, "adakv"]

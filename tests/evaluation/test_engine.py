@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from vllm_kvcompress import KVCompressionConfig
 from vllm_kvcompress.plan import Plan
 
 LENGTH, CONTINUED = 400, 12
@@ -108,3 +109,17 @@ def test_what_the_model_cannot_be_served_with_is_one_line(engine, tokens):
     ) as error:
         engine.run([Ask(tokens, "foresight:scorer=x", max_tokens=2)])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "asked"),
+    [
+        ("attention_matching", "attention_matching:waits=true"),
+        ("attention_matching:budget=0.1", "attention_matching:budget=0.1,waits=true"),
+        ("attention_matching:waits=true,budget=0.1", "attention_matching:waits=true,budget=0.1"),
+        (SNAPKV, SNAPKV),
+    ],
+)
+def test_what_is_evaluated_waits_for_its_solution(engine, variant, asked):
+    assert engine._compression(variant) == {"kv_compression": asked}
+    KVCompressionConfig.parse(asked)

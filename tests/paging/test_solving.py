@@ -215,3 +215,54 @@ def test_a_self_study_is_four_answers_of_their_own_length(clock, mode):
     assert name in sim.worker.late
     sim.finish()
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_who_is_preempted_in_the_step_of_a_share_is_not_solved_for_in_it(clock, mode, waits):
+    # vLLM preempts after the share is given out, and the worker forgets its record first.
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 0.1
+    client = sim.add(prompt_of(60), "off", 200)
+    sim.step()
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(waits), 60)
+    plan, preempted = sim.scheduler._end_abandoned, []
+
+    def then_preempt():
+        plan()
+        request = sim.scheduler.requests.get(name)
+        if sim.scheduler._solving._solves and len(preempted) < 2:
+            sim.scheduler.running.remove(request)
+            sim.scheduler._preempt_request(request, 0.0)
+            preempted.append(request)
+
+    sim.scheduler._end_abandoned = then_preempt
+    while not sim.jobs_of(name):
+        clock.now += 1.1
+        sim.step()
+    assert len(preempted) == 2
+    sim.finish()
+    assert len(sim.answers[name]) == 60 and len(sim.answers[client]) == 200
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize(("beside", "part"), [(False, 1 / 2), (True, 1 / 11)])
+def test_the_time_of_shares_is_none_of_the_steps_beside_which_they_have_theirs(clock, beside, part):
+    sim = simulate()
+    sim.worker.share_seconds = 0.1
+    if beside:
+        sim.add(prompt_of(60), "off", 2000)
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 1000)
+    times: list[float] = []
+    while not sim.jobs_of(name):
+        clock.now += 0.01
+        if shares(sim.step()):  # which takes ten times as long as the step without it
+            times.append(clock.now)
+            clock.now += 0.1
+    assert len(times) == SHARES
+    solving = 0.1 * (len(times) - 2) / (times[-1] - times[1])  # the first one tells how long they take
+    assert part * 0.8 < solving <= part + 1e-9
+    for request in list(sim.scheduler.requests):
+        sim.abort(request)
+    sim.finish()
+    sim.check_nothing_left()

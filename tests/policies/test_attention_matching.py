@@ -173,7 +173,8 @@ def test_what_is_fitted_answers_the_queries_better_than_what_was_kept():
         solved = errors(fit.bias[head, :n].double(), fit.values[head, :n])
         plain = errors(torch.zeros(n), seen.values[head, kept])
         assert solved[0] < plain[0] / 2 and solved[1] < plain[1] / 2
-    one = own.fit(seen, slice(1, 2), columns[1:], present[1:])
+    # Alone a head is fitted to the same queries as beside one that keeps more.
+    one = own.fit(seen, slice(1, 2), columns[1:, :9], present[1:, :9])
     torch.testing.assert_close(one.values[0, :9], fit.values[1, :9], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(one.bias[0, :9], fit.bias[1, :9], atol=1e-4, rtol=1e-3)
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from worker.compaction import Absolute, ByKey, ByTable, Request
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, RECORD, RecordFormat
-from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.worker.compactor import Work
@@ -283,3 +283,37 @@ def test_as_many_blocks_as_the_scheduler_plans_are_never_too_many(allocation, bu
             held, compacted = plan, compacted + 1
         request.write(step)
     assert compacted > 5
+
+
+# ---------------------------------------------------------------------- what is solved for
+
+
+def matched(steps: list[range], num_shares: int) -> tuple[Tensor, Tensor]:
+    """The pages and the kept tokens of a request whose shares are solved in these steps."""
+    request = Encoded("k8v4", 17)
+    config = KVCompressionConfig.parse(
+        "attention_matching:queries=prompt,format=k8v4,references=32,window=1,sink_tokens=2"
+    )
+    request.observer.watch("r", config.build_policy())
+    for tokens in (100, 300, 1):
+        request.compute(tokens)
+    job, observed = request.job(config, 2, 1), request.observer.of("r")
+    for shares in steps:
+        before = request.cache.pages.clone()
+        request.compactor.solve(Solve(replace(job, destination=()), 2, shares, num_shares), observed)
+        assert torch.equal(request.cache.pages, before), "nothing is written yet"
+    request.compactor.run([Work(job, None, observed)])
+    return request.cache.pages.view(torch.uint8), request.kept[-1][1]  # bytes, which are no numbers
+
+
+@pytest.mark.parametrize("num_shares", [3, 6, 10])
+def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares):
+    # Of 6 heads; where a rank has fewer layers than another, some of its shares are of none.
+    pages, kept = matched([range(num_shares)], num_shares)
+    assert len(kept) < 6 * 384 // RECORD, "some tokens are dropped"
+    for steps in (
+        [range(share, share + 1) for share in range(num_shares)],
+        [range(0, 2), range(2, num_shares)],
+    ):
+        again, also = matched(steps, num_shares)
+        assert torch.equal(pages, again) and torch.equal(kept, also)

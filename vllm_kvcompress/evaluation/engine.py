@@ -230,7 +230,10 @@ class Engine:
     def _compression(self, variant: str) -> dict[str, str]:
         if self.stock:
             return {}
-        if KVCompressionConfig.parse(variant).matches:  # else forced tokens are computed on the raw cache
+        config = KVCompressionConfig.parse(variant)
+        if (
+            config.matches and "waits" not in config.options
+        ):  # else forced tokens are computed on the raw cache
             variant += ",waits=true" if ":" in variant else ":waits=true"
         return {"kv_compression": variant}
 

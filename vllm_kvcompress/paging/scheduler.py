@@ -176,10 +176,12 @@ class _Compression:
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
         started += output.scheduled_cached_reqs.resumed_req_ids
+        released = self.compacting_manager.take_released()
         output.kv_compression = CompressionStep(
-            released=self.compacting_manager.take_released(),
-            solves=[solve for solve in self._solving.take() if solve.job.request_id in self._tracked],
-            # A request may have been preempted after its Job was made; its blocks are gone by now.
+            released=released,
+            # A request may have been preempted after its Job was made, or its share was given out; its blocks
+            # are gone by now.
+            solves=[solve for solve in self._solving.take() if solve.job.request_id not in released],
             jobs=[job for job in jobs if job.request_id in compacted],
             late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
             observations=self._observations(started),

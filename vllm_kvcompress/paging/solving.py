@@ -47,7 +47,7 @@ class Solving:
             solved_for: those that are, and decode on their raw cache.
         """
         now = time.monotonic()
-        passed, self._last = min(now - self._last, LONGEST_PAUSE), now
+        passed, self._last = min(max(now - self._last, 0.0), LONGEST_PAUSE), now
         if not others and not solved_for:
             self._left = max(1, int(LONGEST_STEP / self._seconds)) if self._seconds else 1
             return
@@ -79,3 +79,4 @@ class Solving:
         """Note how long a share has taken on a worker; None if there was none."""
         if seconds is not None:
             self._seconds = seconds
+            self._last += seconds  # it is no time of a step's own

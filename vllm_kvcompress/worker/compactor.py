@@ -183,22 +183,18 @@ class Compactor:
             self._solutions[name] = _Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
         solution, heads = self._solutions[name], self.grid.num_heads
         assert solution.choice.raw is not None
-        begin, end = (
-            self.grid.pages_per_block * share // solve.num_shares
-            for share in (solve.shares.start, solve.shares.stop)
-        )
-        if begin == end:  # a rank may have fewer heads than there are shares
-            return
-        kept, num_kept = solution.choice.raw[begin:end] >= 0, solution.num_kept[begin:end]
-        for layer in range(begin // heads, -(-end // heads)):
-            some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
-            rows = slice(layer * heads + some.start - begin, layer * heads + some.stop - begin)
-            part = self._candidates(task, slice(layer, layer + 1))
-            seen = self._observe(task.policy, task, part, everything=True)
-            columns, present = _padded(kept[rows], max(num_kept[rows]))
-            fit = task.policy.fit(seen, some, columns, present)
-            solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept[rows], strict=True))
-            solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept[rows], strict=True))
+        for share in solve.shares:  # one by one: what is solved must not hang on how many a step has
+            begin, end = (self.grid.pages_per_block * edge // solve.num_shares for edge in (share, share + 1))
+            for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
+                some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
+                rows = slice(layer * heads + some.start, layer * heads + some.stop)
+                num_kept = solution.num_kept[rows]
+                part = self._candidates(task, slice(layer, layer + 1))
+                seen = self._observe(task.policy, task, part, everything=True)
+                columns, present = _padded(solution.choice.raw[rows] >= 0, max(num_kept))
+                fit = task.policy.fit(seen, some, columns, present)
+                solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
+                solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
 
     def run(self, works: Sequence[Work]) -> list[RequestTable]:
         """Compact requests, each at most once, as if one after the other.
