@@ -27,6 +27,9 @@ REQUESTS = {
     "snapkv+auto, again": f"snapkv+auto:budget=0.2,recompact_every={EVERY}",
     "mixed_dim_kv, again": f"mixed_dim_kv:budget=0.2,recompact_every={EVERY}",
     "off": "off",
+    # What repeats a prompt reads none of its drafts.
+    "matched": "attention_matching+kivi8:budget=0.1,chunk=128,references=64,waits=true",
+    "matched by itself": "attention_matching+kivi8:budget=0.1,queries=prompt,references=64,waits=true",
 }
 AGAIN = [name for name in REQUESTS if "recompact_every" in REQUESTS[name]]
 ALONE = [f"{method}, again" for method in ("snapkv", "adakv", "kv_compress", "streaming_llm", "h2o", "kivi")]
@@ -129,7 +132,7 @@ def drafts(speculative) -> Drafts:
         output = schedule(*args, **kwargs)
         for id in output.num_scheduled_tokens:
             used = len(output.scheduled_spec_decode_tokens.get(id, ()))
-            seen.cut[external_id(id)] += offered[id] - used
+            seen.cut[external_id(id)] += offered.get(id, used) - used  # repetitions come while it schedules
         return output
 
     def updated(scheduler_output, model_output):
