@@ -188,8 +188,9 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
             initializer_range=0.15,
         )
     )
-    for layer in gpt_oss.model.layers:  # of another strength in every query head
-        layer.self_attn.sinks.data = 2.0 + 3 * torch.rand(4)
+    for layer in gpt_oss.model.layers:  # from a little to most of a softmax, in every query head another part
+        layer.self_attn.k_proj.weight.data *= 0.4
+        layer.self_attn.sinks.data = 6.0 + 4 * torch.rand(4)
     # Heads of full attention are twice as wide, so windows have twice the tokens in a block. Two layers
     # read the caches of others.
     gemma4 = Gemma4ForCausalLM(

@@ -182,6 +182,21 @@ SERVED = {
         sliding_window=64,
         layer_types=["sliding_attention"] * 3 + ["full_attention"],
     ),
+    "gemma3n: windows, layers that read others' caches": family(
+        "Gemma3nForCausalLM",
+        "gemma3n_text",
+        FULL[:1],
+        num_hidden_layers=4,
+        head_dim=32,
+        intermediate_size=[64] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        sliding_window=64,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCABULARY,
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=16,
+    ),
     "granite: sinks": family(
         "GraniteForCausalLM", "granite", FULL, OF_SINKS, layer_types=["full_attention"] * 2
     ),
@@ -370,9 +385,9 @@ def start(tmp_path, monkeypatch):
                 enforce_eager=True,
                 max_model_len=LONGEST,
                 block_size=BLOCK_SIZE,
-                num_gpu_blocks_override=160,  # room for all requests and a repetition
+                num_gpu_blocks_override=640,  # room for all requests and a repetition, and for windows
                 max_num_seqs=32,
-                kv_cache_memory_bytes=1 << 24,
+                kv_cache_memory_bytes=1 << 26,
             ),
             **family.options,
             **options,
@@ -451,6 +466,22 @@ def test_what_no_method_can_serve_is_refused_before_anything_is_loaded(name, sta
     monkeypatch.setattr("vllm.v1.engine.llm_engine.LLMEngine.__init__", None)  # it does not get so far
     with pytest.raises(KVCompressionError, match=message) as error:
         start(family)
+    assert "\n" not in str(error.value)
+
+
+def test_full_attention_in_several_cache_groups_is_refused(start):
+    mostly_full = family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        num_hidden_layers=4,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        head_dim=32,
+        layer_types=["full_attention"] * 3 + ["sliding_attention"],
+    )
+    message = "in one group .*, and this model has them in 3; serve"
+    with pytest.raises(KVCompressionError, match=message) as error:
+        start(mostly_full)
     assert "\n" not in str(error.value)
 
 

@@ -42,7 +42,7 @@ def compactable_group(kv_cache_config: KVCacheConfig) -> int:
     own = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, CompactableSpec)]
     if len(own) == 1:
         return own[0]
-    what = f"has them in {len(own)} groups" if own else "has none, or of several shapes"
+    what = f"has them in {len(own)}" if own else "has none, or of several shapes"
     raise KVCompressionError(
         "kv-compression needs layers of full attention in one group of vLLM's KV cache, "
         f"and this model {what}; serve it without --kv-compression"

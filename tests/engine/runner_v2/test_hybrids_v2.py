@@ -48,7 +48,8 @@ def model(request, tmp_path_factory):
     else:
         made = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=2, num_experts_per_tok=1))
         for layer in made.model.layers:
-            layer.self_attn.sinks.data = 2.0 + 3 * torch.rand(4)
+            layer.self_attn.k_proj.weight.data *= 0.1  # or sinks would not show
+            layer.self_attn.sinks.data = 4.0 + 4 * torch.rand(4)
     path = tmp_path_factory.mktemp(request.param)
     made.save_pretrained(path)
     return path
