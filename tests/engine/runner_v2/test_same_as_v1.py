@@ -29,6 +29,8 @@ REQUESTS = [  # method, prompt tokens
     ("snapkv+kivi8:budget=0.3,window=8", 330),  # of 320 tokens 3 pages of 96 stay
     ("snapkv+mixed_dim:budget=0.2,window=8", 270),
     ("off", 120),
+    # Of 288 tokens 96 stay of each head on average, with biases.
+    ("attention_matching+kivi8:budget=0.1,queries=prompt,references=32,waits=true", 330),
 ]
 
 
