@@ -76,6 +76,11 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(
             f"kv-compression method {config.method} needs the tokenizer; remove --skip-tokenizer-init"
         )
+    if config.matches and config.observes_all and not current_platform.is_cpu():
+        raise KVCompressionError(
+            f"kv-compression: what {config.method} notes of every running prompt's own queries has no memory "
+            "set aside for it on a GPU; use queries=repeat"
+        )
     parallel = vllm_config.parallel_config
     if config.matches and parallel.distributed_executor_backend == "external_launcher":
         # Each rank has a scheduler of its own, and a clock: they would not solve in the same steps.

@@ -225,3 +225,20 @@ def test_states_of_layers_are_scored_as_more_heads():
 def test_hyper_parameters_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         policy(**options)
+
+
+def test_what_is_noted_takes_no_more_memory_than_it_says():
+    own = policy(queries="prompt", references=64)
+    seen = observe(400, 400, 2, 3)
+    state = own.observe(replace(seen, num_tokens=400, num_scored=400))
+    held = [state.squares, state.most, state.by, state.at, state.sample]
+    used = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    said = 2 * own.state_bytes(400, seen.keys.shape[2], 4)
+    assert 0.8 * said < used <= said
+
+
+def test_fitting_long_heads_takes_memory_of_a_part_and_of_their_queries():
+    own = policy()
+    short, long, longer = (own.fit_bytes(tokens, tokens // 4, 128) for tokens in (16384, 65536, 131072))
+    assert short < long < longer < 2.2 * long, "it grows with the context, not with its square"
+    assert own.fit_bytes(2048, 256, 64) < 2**28

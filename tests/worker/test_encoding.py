@@ -14,6 +14,7 @@ from vllm_kvcompress.formats import FORMATS, RECORD, RecordFormat
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
+from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.worker.compactor import Work
 
 BLOCK, SIZE = 32, 16
@@ -317,3 +318,26 @@ def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares):
     ):
         again, also = matched(steps, num_shares)
         assert torch.equal(pages, again) and torch.equal(kept, also)
+
+
+def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypatch):
+    policy, given = POLICIES["attention_matching"], []
+    fit = policy.fit
+
+    def noted(self, observation, heads, columns, present):
+        given.append((heads, columns.shape))
+        return fit(self, observation, heads, columns, present)
+
+    monkeypatch.setattr(policy, "fit", noted)
+    monkeypatch.setattr(PagedCache, "slice_bytes", 1 << 40)
+    matched([range(3)], 3)  # a layer each
+    assert [heads for heads, _ in given] == [slice(0, 2)] * 3
+    widest = max(shape[1] for _, shape in given)
+    given.clear()
+    monkeypatch.setattr(policy, "fit_bytes", lambda self, tokens, columns, size: 1 + (columns > widest // 2))
+    monkeypatch.setattr(PagedCache, "slice_bytes", 2)
+    matched([range(3)], 3)
+    together = [heads for heads, shape in given if shape[1] > widest // 2]
+    assert together and all(heads.stop - heads.start == 1 for heads in together)
+    assert sorted((heads.start, heads.stop) for heads, _ in given)[0][0] == 0
+    assert sum(heads.stop - heads.start for heads, _ in given) == 6

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, Problem, fit_by_parts
+from vllm_kvcompress.matching import Fit, Problem, fit_by_parts, peak_bytes
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.watching import attention_parts
 
@@ -166,6 +166,15 @@ class AttentionMatching(Policy):
         )
         wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
         return fit_by_parts(problem, own, own_limits, columns, present, PART, **wanted)
+
+    def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
+        queries = self.references + columns
+        whole = 4 * (queries * (2 * size + 3) + 2 * tokens * size)  # what is before the parts
+        tokens, columns = min(tokens, PART), min(columns, PART)
+        return whole + peak_bytes(1, tokens, self.references + columns, columns, size)
+
+    def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
+        return tokens * (size * itemsize + 16) + self.references * size * itemsize
 
 
 def _nothing(observation: LayerObservation, width: int) -> Attended:

@@ -223,6 +223,20 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
+        """Memory that `fit` takes of a head of so many tokens and channels that keeps so many, at most."""
+        raise NotImplementedError
+
+    def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
+        """Memory of what a policy that matches notes of a head of so many tokens and channels, at most.
+
+        Args:
+            tokens: T.
+            size: D.
+            itemsize: bytes of a number of the model's dtype.
+        """
+        raise NotImplementedError
+
     def carry(self, state: Any, kept: Tensor) -> Any:
         """The state after a compaction; of several layers at once where `score` sees several.
 

@@ -182,19 +182,35 @@ class Compactor:
             assert choice.raw is not None
             self._solutions[name] = _Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
         solution, heads = self._solutions[name], self.grid.num_heads
-        assert solution.choice.raw is not None
         for share in solve.shares:  # one by one: what is solved must not hang on how many a step has
             begin, end = (self.grid.pages_per_block * edge // solve.num_shares for edge in (share, share + 1))
             for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
                 some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
-                rows = slice(layer * heads + some.start, layer * heads + some.stop)
-                num_kept = solution.num_kept[rows]
                 part = self._candidates(task, slice(layer, layer + 1))
                 seen = self._observe(task.policy, task, part, everything=True)
-                columns, present = _padded(solution.choice.raw[rows] >= 0, max(num_kept))
-                fit = task.policy.fit(seen, some, columns, present)
-                solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
-                solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
+                self._fit(task.policy, seen, some, solution, layer * heads)
+
+    def _fit(
+        self, policy: Policy, seen: LayerObservation, heads: slice, solution: _Solution, first_row: int
+    ) -> None:
+        """Solve for some of a layer's heads, as many at a time as memory is meant for."""
+        assert solution.choice.raw is not None
+        begin = heads.start
+        while begin < heads.stop:
+            num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
+            bytes_of = [
+                policy.fit_bytes(seen.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
+                for n in range(len(num_kept))
+            ]
+            fitting = [n for n, size in enumerate(bytes_of, 1) if n * size <= self.cache.slice_bytes]
+            end = begin + max([1, *fitting])
+            rows = slice(first_row + begin, first_row + end)
+            num_kept = solution.num_kept[rows]
+            columns, present = _padded(solution.choice.raw[rows] >= 0, max(num_kept))
+            fit = policy.fit(seen, slice(begin, end), columns, present)
+            solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
+            solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
+            begin = end
 
     def run(self, works: Sequence[Work]) -> list[RequestTable]:
         """Compact requests, each at most once, as if one after the other.
