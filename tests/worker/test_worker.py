@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.paging.job import CompressionStep, Job, Observation, Repetition
+from vllm_kvcompress.paging.job import CompressionStep, Job, Observation, Repetition, Solve
 from vllm_kvcompress.worker.worker import CompressionWorker, backend_overrides, every_page
 
 SNAPKV = KVCompressionConfig.parse("snapkv:window=4")
@@ -78,12 +78,25 @@ class State(Log):
         self.observer.records.pop(request_id, None)
 
 
+class Solver:
+    """The compactor: what runs the Jobs, and what solves before them."""
+
+    def __init__(self, state: State) -> None:
+        self.run, self.done = state.run, state.done
+
+    def solve(self, solve, observed):
+        self.done.append(("solve", solve.job.request_id, observed))
+
+    def forget(self, request_id):
+        self.done.append(("forget what is solved", request_id))
+
+
 @pytest.fixture
 def worker(monkeypatch):
     class Bare(CompressionWorker):
         def __init__(self):
             self.compression = State()
-            self.compactor = self.compression
+            self.compactor = Solver(self.compression)
             self.seen = []
             self.fails = False
 
@@ -113,11 +126,12 @@ def step(compression: CompressionStep | None, finished=(), drafts=None) -> Simpl
 
 def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_watched(worker):
     state = worker.compression
-    state.observer.records = {name: Record(f"record of {name}") for name in ("a", "b", "old")}
+    state.observer.records = {name: Record(f"record of {name}") for name in ("a", "b", "f", "old")}
     state.tables = {"old": "old's", "gone": "gone's"}
     # `a` is preempted, and starts again in this step; `b` is compacted and ends its record with it.
     started = CompressionStep(
         released=["old"],
+        solves=[Solve(job("f"), 1, range(0, 2), 4)],
         jobs=[job("b"), job("c", STREAMING)],
         late=["d", "e"],
         observations=[Observation("a", SNAPKV), Observation("b", AGAIN)],
@@ -126,7 +140,10 @@ def test_what_is_gone_is_forgotten_then_jobs_run_and_only_then_new_requests_are_
     assert worker.execute_model(step(started, finished=["gone"])) == "output"
     assert state.done == [
         ("forget", "old"),
+        ("forget what is solved", "old"),
         ("forget", "gone"),
+        ("forget what is solved", "gone"),
+        ("solve", "f", "record of f"),
         ("settle", "b"),
         ("settle", "c"),
         ("run", "b", 40, None, "record of b"),

@@ -230,10 +230,11 @@ class Engine:
     def _compression(self, variant: str) -> dict[str, str]:
         if self.stock:
             return {}
-        config = KVCompressionConfig.parse(variant)
-        if (
-            config.matches and "waits" not in config.options
-        ):  # else forced tokens are computed on the raw cache
+        try:
+            config = KVCompressionConfig.parse(variant)
+        except KVCompressionError:
+            return {"kv_compression": variant}  # the engine says what is wrong with it as a request
+        if config.matches and "waits" not in config.options:  # else forced tokens are computed on raw context
             variant += ",waits=true" if ":" in variant else ":waits=true"
         return {"kv_compression": variant}
 
