@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import engine as engine_module
@@ -187,7 +188,7 @@ def test_the_engine_is_made_for_what_is_asked_and_everything_is(monkeypatch, sto
 
     monkeypatch.setattr(engine_module, "Engine", fake)
     work = work_of(monkeypatch, 3000, [2500, 5000])
-    evaluate._measure(argparse.Namespace(block_size=32), "m", work, ROWS, store)
+    evaluate._measure(argparse.Namespace(block_size=32, modes=evaluate.MODES), "m", work, ROWS, store)
     ((length, engine),) = made
     assert max(len(a.prompt) + len(a.forced) + a.max_tokens for a in engine.asked) <= length <= 3000
     assert engine.stepped + evaluate.STEP_ROOM <= length
@@ -299,7 +300,7 @@ def test_kept_bytes_of_a_quantized_cache_are_its_own(store):
 
 
 def test_the_engine_tells_how_small_a_quantized_cache_is():
-    spec = SimpleNamespace(dtype=torch.float8_e4m3fn, page_size_bytes=3200)
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=1, head_size=50, dtype=torch.float8_e4m3fn)
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=["0", "1"])
     hf_config = SimpleNamespace(dtype=torch.bfloat16)
     fake = SimpleNamespace(
@@ -308,6 +309,7 @@ def test_the_engine_tells_how_small_a_quantized_cache_is():
         scheduler=SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[group])),
         llm=SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(hf_config=hf_config))),
     )
+    fake._group = engine_module.Engine._group.fget(fake)
     assert engine_module.Engine.cache_fraction.fget(fake) == 0.5
     assert engine_module.Engine.token_bytes.fget(fake) == 200
     fake.stock = False

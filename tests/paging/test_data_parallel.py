@@ -20,6 +20,7 @@ def configured(num_blocks: int, max_model_len: int = 100_000, watermark: float =
         model_config=SimpleNamespace(max_model_len=max_model_len),
         scheduler_config=SimpleNamespace(watermark=watermark),
         parallel_config=SimpleNamespace(**defaults | parallel),
+        additional_config={},
     )
 
 
@@ -50,7 +51,7 @@ def test_a_repetition_in_an_engine_core_is_as_long_as_its_own_pool_allows():
     repetitions = Repetitions(config)
     repetitions._encode = lambda text: [1] * 10
     repeating = repetitions.next_part(
-        owner, SimpleNamespace(build_policy=lambda: SimpleNamespace(chunk=9999))
+        owner, SimpleNamespace(build_policy=lambda: SimpleNamespace(chunk=9999, study_tokens=0))
     )
     # 100 blocks, of which the context has 50: what is asked and one answered token take some of the rest.
     assert repeating.num_prompt_tokens == 1600 + 50 * 32 - 1

@@ -506,8 +506,8 @@ def test_a_cache_that_scores_windows_itself_is_shown_the_pages_instead_of_the_ke
         def scores_windows(self, policy):
             return policy.name == "snapkv"
 
-        def window_scores(self, policy, pages, queries, scales, soft_caps, num_scored, ends):
-            assert (scales, soft_caps) == ([SCALE] * 3, [0.0] * 3)
+        def window_scores(self, policy, pages, queries, scales, soft_caps, sinks, num_scored, ends):
+            assert (scales, soft_caps, sinks) == ([SCALE] * 3, [0.0] * 3, None)
             (width,) = ends
             assert width == num_scored + request.num_tokens - boundary
             shown.append(pages)

@@ -120,7 +120,7 @@ def test_windows_are_scored_by_what_attention_reads(cache, context, dtype):
     queries = torch.randn(LAYERS, window, HEADS * group, SIZE).to(dtype)
     policy = POLICIES["snapkv"](window=window, kernel_size=1)
     scales, soft_caps, num_scored = [0.2, 0.3], [1.5, 2.0], ends - window - 8
-    found = cache.window_scores(policy, context, queries, scales, soft_caps, num_scored, [ends])
+    found = cache.window_scores(policy, context, queries, scales, soft_caps, None, num_scored, [ends])
     for row, pages in enumerate(context):
         layer, head = divmod(row, HEADS)
         absent = int((pages < 0).sum())
