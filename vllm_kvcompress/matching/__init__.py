@@ -3,7 +3,7 @@
 from vllm_kvcompress.matching.fit import Fit, fit
 from vllm_kvcompress.matching.memory import peak_bytes
 from vllm_kvcompress.matching.nnls import nnls
-from vllm_kvcompress.matching.parts import fit_by_parts
+from vllm_kvcompress.matching.parts import fit_by_parts, padded
 from vllm_kvcompress.matching.problem import Problem
 from vllm_kvcompress.matching.reference import Reference, attend
 from vllm_kvcompress.matching.selection import select_highest, select_omp
@@ -16,6 +16,7 @@ __all__ = [
     "fit",
     "fit_by_parts",
     "nnls",
+    "padded",
     "peak_bytes",
     "select_highest",
     "select_omp",

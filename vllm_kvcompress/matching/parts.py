@@ -63,8 +63,7 @@ def fit_by_parts(
     for (begin, end), mask, width in zip(ranges, inside, widths, strict=True):
         if not width:
             continue
-        place = (~mask).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-        there = mask.gather(1, place)
+        place, there = padded(mask, width)
         rows = torch.cat([torch.arange(queries, device=own.device).expand(len(own), -1), queries + place], 1)
         of_part = Problem(
             keys=problem.keys[:, begin:end],
@@ -88,3 +87,9 @@ def fit_by_parts(
             1, place[..., None].expand(-1, -1, size), torch.where(there[..., None], solved.values, 0.0)
         )
     return Fit(bias, values)
+
+
+def padded(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The columns `[X, width]` int64 that `[X, T]` bool says are kept, ascending, and which are any."""
+    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
+    return order, kept.gather(1, order)

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Global, Profile
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, Mixed, MixedDim, RecordFormat
 from vllm_kvcompress.formats.mixed_dim import half
+from vllm_kvcompress.matching import padded
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
@@ -206,7 +207,7 @@ class Compactor:
             end = begin + max([1, *fitting])
             rows = slice(first_row + begin, first_row + end)
             num_kept = solution.num_kept[rows]
-            columns, present = _padded(solution.choice.raw[rows] >= 0, max(num_kept))
+            columns, present = padded(solution.choice.raw[rows] >= 0, max(num_kept))
             fit = policy.fit(seen, slice(begin, end), columns, present)
             solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
             solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
@@ -460,7 +461,7 @@ class Compactor:
 
     # -------------------------------------------------------------------- ranks
 
-    def _choose_ranks(self, task: _Task, basis: "_Basis", format: MixedDim, num_raw: int) -> _Choice:
+    def _choose_ranks(self, task: _Task, basis: _Basis, format: MixedDim, num_raw: int) -> _Choice:
         """What stays and in how many coordinates, by what each token would lose, and the pages of each head.
 
         With a policy that says losses of its own the heads share the bytes by them, if the allocation is
@@ -515,7 +516,7 @@ class Compactor:
             losses[1:, rows, held.num_scored - part.num_scored :] = task.policy.losses(seen, bases).double()
         return losses
 
-    def _basis(self, held: _Candidates, format: MixedDim, num_raw: int) -> "_Basis":
+    def _basis(self, held: _Candidates, format: MixedDim, num_raw: int) -> _Basis:
         """The heads' bases, those that they have or new ones, and what ranks in them leave out.
 
         They are of the cache's own tokens, all of which are there still, whatever chunks they came in.
@@ -815,12 +816,6 @@ class Compactor:
             after = policy.carry(policy.stack(states[some]), kept)
             for layer, own in zip(range(some.start, some.stop), after.split(heads), strict=True):
                 states[layer] = own[:, -(_longest(new, slice(layer, layer + 1)) + num_raw) :]
-
-
-def _padded(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The columns `[X, width]` int64 that `[X, T]` bool says are kept, ascending, and which are any."""
-    order = (~kept).to(torch.int8).argsort(dim=1, stable=True)[:, :width]
-    return order, kept.gather(1, order)
 
 
 def _of_records(scores: Tensor, width: int) -> Tensor:
