@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import (
     AUTO,
+    AUTO_UNDER_PRESSURE,
     AUTO_WITHOUT_SCORER,
     DEFAULT_BUDGET,
     METHODS,
@@ -100,7 +101,10 @@ def _methods(arguments: argparse.Namespace) -> None:
         for label in ("paper", "allocation", "cost"):
             print(f"    {label:<11}{method[label]}")
         print(f"    {'options':<11}{_assignments(method['options']) or '-'}")
-    print(f"{AUTO}: foresight where a scorer of the model is found, {AUTO_WITHOUT_SCORER} where none is")
+    print(
+        f"{AUTO}: foresight where a scorer of the model is found, {AUTO_WITHOUT_SCORER} where none is, "
+        f"{AUTO_UNDER_PRESSURE} under pressure"
+    )
     print("\nallocations (any method takes any of them: METHOD:allocation=NAME)")
     for allocation in listing["allocations"]:
         print(f"    {allocation['usage']:<14}{allocation['summary']}")

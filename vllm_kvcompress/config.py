@@ -5,8 +5,9 @@ import difflib
 import functools
 import json
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -22,11 +23,13 @@ MOST_WINDOW = 1024
 MOST_VALUE = 2**31 - 1  # of a number: beyond it kernels overflow
 STREAMING_INTERVAL = 1024
 ENCODING_INTERVAL = 128  # KIVI's residual
+LADDER = (0.5, 0.25, 0.125)
 MATCHED_FORMAT = "k4v3"  # of methods that match, which need a place for biases
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
 AUTO = "auto"
 AUTO_WITHOUT_SCORER = "kv_compress"
+AUTO_UNDER_PRESSURE = "keydiff"  # without a scorer: what looks at no query, so that none is kept
 _BOOLEANS = {"true": True, "false": False}
 
 
@@ -129,7 +132,10 @@ class KVCompressionConfig:
         sink_tokens: first tokens of a prompt, never dropped.
         window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
         when: "prompt": once a prompt is computed; "streaming": also while it is computed, every
-            `recompact_every` tokens, so that it may be larger than the pool.
+            `recompact_every` tokens, so that it may be larger than the pool; "pressure": when blocks run
+            short, whoever waits to be admitted or would be preempted otherwise.
+        ladder: under pressure, the fractions of the raw bytes that a request comes down to one after the
+            other, falling, those above `budget`, and then that; None for 0.5, 0.25, 0.125.
         recompact_every: tokens of output after which a request is compacted again; None for never (1024
             when streaming, 128 with a format, unless the method watches every query).
         max_tokens_kept: mean number of tokens that a head keeps below the boundary, at most; None for no
@@ -137,6 +143,7 @@ class KVCompressionConfig:
         min_freed_tokens: a prompt whose first compaction would free fewer tokens than that is left alone, for
             compacting it costs more than it gains. With `recompact_every` it is looked at again at its next
             point; once it was compacted, and with `when="streaming"`, compactions just follow their interval.
+            Under pressure no compaction frees less.
         max_compaction_tokens: tokens that the compactions of one step read, at most, though one is made
             whatever it reads; None for `max_num_batched_tokens`. The engine's: a request may not give it.
         scorer: of the method `foresight`, a file or the name of a packaged one; None for the one that is
@@ -158,7 +165,8 @@ class KVCompressionConfig:
     allocation: str | None = None
     sink_tokens: int = 4
     window: int | None = None
-    when: Literal["prompt", "streaming"] = "prompt"
+    when: Literal["prompt", "streaming", "pressure"] = "prompt"
+    ladder: tuple[float, ...] | None = None
     recompact_every: int | None = None
     max_tokens_kept: int | None = None
     min_freed_tokens: int = 256
@@ -189,6 +197,14 @@ class KVCompressionConfig:
             )
         if self.threshold is not None and self.threshold <= 0:
             raise KVCompressionError(f"threshold must be a score above 0, got {self.threshold}")
+        if self.ladder is not None and not _falls(self.ladder):
+            raise KVCompressionError(
+                f"ladder must be falling fractions, 0 < fraction <= 1, got {list(self.ladder)}"
+            )
+        if self.ladder is not None and (self.when != "pressure" or self.budget is None):
+            raise KVCompressionError(
+                "ladder leads down to a budget under pressure: use it with when=pressure and a budget"
+            )
         if self.sink_tokens < 0:
             raise KVCompressionError(f"sink_tokens must be at least 0, got {self.sink_tokens}")
         if self.window is not None and not 1 <= self.window <= MOST_WINDOW:
@@ -233,6 +249,8 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 "threshold counts the pages of all heads together: use allocation=global"
             )
+        if self.when == "pressure":
+            self._check_under_pressure()
         if self.threshold is not None and self.record_format is not None:
             raise KVCompressionError(
                 f"threshold counts tokens as vLLM has them: leave it or the format {self.record_format.name}"
@@ -254,6 +272,21 @@ class KVCompressionConfig:
         if self.repeats and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
+            )
+
+    def _check_under_pressure(self) -> None:
+        if self.recompact_every is not None:
+            raise KVCompressionError(
+                "recompact_every and when=pressure both say when a request is compacted again; remove one"
+            )
+        if self.threshold is not None:
+            raise KVCompressionError(
+                "threshold and when=pressure both say how much a request keeps; remove one"
+            )
+        if self.watches_every_query:
+            raise KVCompressionError(
+                f"{self.method} watches every query, also of requests that stay raw; with when=pressure use "
+                "foresight, a method that needs keys alone, or one with a window"
             )
 
     # ------------------------------------------------------------------ reading
@@ -318,8 +351,13 @@ class KVCompressionConfig:
     def preset(self) -> Method:
         """The preset that `method` names; a policy registered by user code is its own, with uniform pages."""
         if self.method == AUTO:
-            return METHODS["foresight" if self.scorer else AUTO_WITHOUT_SCORER]
+            return METHODS["foresight" if self.scorer else self.auto_without_scorer]
         return METHODS.get(self.method) or Method(self.method, "uniform", "registered by user code")
+
+    @property
+    def auto_without_scorer(self) -> str:
+        """What `auto` is where no scorer of the model is found."""
+        return AUTO_UNDER_PRESSURE if self.when == "pressure" else AUTO_WITHOUT_SCORER
 
     @property
     def record_format(self) -> Format | None:
@@ -423,12 +461,30 @@ class KVCompressionConfig:
 
     @property
     def interval(self) -> int | None:
-        """Tokens between two compactions of a request; None where there is only one."""
+        """Tokens between two compactions of a request; None where there is only one, or it is not known."""
         if self.when == "streaming":
             return self.recompact_every or STREAMING_INTERVAL
+        if self.when == "pressure":
+            return None
         if self.recompact_every is None and self.record_format is not None and not self.watches_every_query:
             return ENCODING_INTERVAL
         return self.recompact_every
+
+    @property
+    def compacts_again(self) -> bool:
+        """Whether a request may be compacted more than once."""
+        return self.interval is not None or self.when == "pressure"
+
+    @functools.cached_property
+    def expected_loss(self) -> Callable[[float], float]:
+        """What the policy expects to be lost with what is kept, see `Policy.expected_loss`."""
+        return self.build_policy().expected_loss
+
+    @property
+    def ladder_steps(self) -> tuple[float | None, ...]:
+        """Under pressure, the budgets of a request's compactions one after the other."""
+        steps = LADDER if self.ladder is None else self.ladder
+        return *(step for step in steps if step > (self.budget or 1)), self.budget
 
     def _option_types(self) -> dict[str, Any]:
         allocation, _ = self._allocation_and_argument()
@@ -457,6 +513,8 @@ def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConf
             f"{ENGINES_OWN} is the engine's; leave it out of requests and start the server with it"
         )
     flat = engine.to_dict() | {"enabled": True}
+    if override.get("when", engine.when) != engine.when:
+        flat.pop("ladder", None)
     if override.get("method", engine.method) != engine.method:
         for name in ("allocation", "threshold", "format"):
             flat.pop(name, None)
@@ -490,13 +548,16 @@ def _as_dict(value: object) -> dict[str, Any]:
     parsed: dict[str, Any] = {"method": method}
     for assignment in filter(None, assignments.split(",")):
         name, equals, option = (part.strip() for part in assignment.partition("="))
+        if not equals and isinstance(parsed.get("ladder"), list) and list(parsed)[-1] == "ladder":
+            parsed["ladder"].append(name)
+            continue
         if not equals:
             raise KVCompressionError(
                 f"kv_compression option {assignment!r} has no value; write METHOD:NAME=VALUE,NAME=VALUE"
             )
         if name in parsed:
             raise KVCompressionError(f"kv_compression option {name!r} is given twice; remove one")
-        parsed[name] = option
+        parsed[name] = [option] if name == "ladder" else option
     return _as_dict(parsed)
 
 
@@ -536,9 +597,17 @@ def _known(name: str, known: Collection[str], what: str, remedy: str) -> None:
     raise KVCompressionError(f"unknown kv_compression {what} {name!r}; {hint}")
 
 
+def _falls(steps: tuple[float, ...]) -> bool:
+    """Whether these are falling fractions."""
+    return bool(steps) and steps[0] <= 1 and steps[-1] > 0 and all(a > b for a, b in pairwise(steps))
+
+
 def _convert(name: str, value: Any, kind: Any) -> Any:
     """A value as typed on a command line or in JSON, as the option's own type."""
     allowed = typing.get_args(kind) or (kind,)
+    if tuple[float, ...] in allowed and value not in (None, "none", "None"):
+        steps = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(name, step, float) for step in steps)
     if type(None) in allowed and value in (None, "none", "None"):
         return None
     if value in allowed:  # a literal

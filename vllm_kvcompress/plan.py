@@ -36,12 +36,13 @@ class Plan:
         block_size: int,
         held: "Plan | None" = None,
         page_tokens: int | None = None,
+        budget: float | None = None,
     ) -> "Plan | None":
         """What compacting a request would do; None if it is left alone.
 
         That is: if it is disabled, if nothing would be freed, or if a first compaction would free less than
-        `min_freed_tokens`, unless the request is streaming. A threshold keeps `kept_blocks` at most and is
-        taken to keep as little as there can be; it may turn out to free nothing.
+        `min_freed_tokens`, or any under pressure, unless the request is streaming. A threshold keeps
+        `kept_blocks` at most and is taken to keep as little as there can be; it may turn out to free nothing.
 
         Args:
             config: its options.
@@ -50,14 +51,16 @@ class Plan:
             held: its last compaction.
             page_tokens: tokens that a page holds once they are encoded (see `page_tokens`); None without a
                 format.
+            budget: in place of the options' own.
         """
         if not config.enabled:
             return None
         source = max(0, num_tokens - config.recent_tokens) // block_size
         source -= source % _blocks_together(config, block_size)
-        kept = _kept_blocks(config, source, block_size, page_tokens)
+        kept = _kept_blocks(config, source, block_size, page_tokens, budget)
         now = held.kept_blocks + source - held.source_blocks if held else source
-        least = config.min_freed_tokens if held is None and config.when == "prompt" else 1
+        first = held is None and config.when == "prompt"
+        least = config.min_freed_tokens if first or config.when == "pressure" else 1
         fewest = kept
         if config.threshold is not None:  # how much scores above it is known only then
             kept, fewest = min(kept, now), min(kept, _fewest_blocks(config, source, block_size, page_tokens))
@@ -96,8 +99,11 @@ def tokens_read(num_tokens: int, block_size: int, held: Plan | None = None) -> i
 def next_point(config: KVCompressionConfig, num_prompt_tokens: int, point: int | None = None) -> int | None:
     """The number of computed tokens at which a request is compacted first, or next after `point`.
 
-    It depends on the request alone, so that what is kept does not depend on what else was running.
+    It depends on the request alone, so that what is kept does not depend on what else was running; under
+    pressure, when that decides, there is none.
     """
+    if config.when == "pressure":
+        return None
     if point is None or point < num_prompt_tokens:
         if config.when == "prompt":
             return num_prompt_tokens
@@ -124,7 +130,9 @@ def is_ever_compacted(
     """
     last = num_tokens - 2  # computed before its last step
     point = num_prompt_tokens
-    if last < num_prompt_tokens:
+    if config.when == "pressure":
+        point = last
+    elif last < num_prompt_tokens:
         if config.when != "streaming":
             return False
         assert config.interval is not None
@@ -187,7 +195,7 @@ def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens
             together.
         group: query heads of each KV head.
     """
-    at_once = max_num_seqs if config.interval is not None else min(max_num_seqs, PROMPTS_AT_ONCE)
+    at_once = max_num_seqs if config.compacts_again else min(max_num_seqs, PROMPTS_AT_ONCE)
     wanted = at_once * max(ring_tokens(config), DEFAULT_WINDOW + SPARE_QUERIES)
     return min(wanted, num_cache_tokens // 8 * 2 // group)
 
@@ -197,12 +205,19 @@ def _blocks_together(config: KVCompressionConfig, block_size: int) -> int:
     return 1 if config.record_format is None else RECORD // math.gcd(RECORD, block_size)
 
 
-def _kept_blocks(config: KVCompressionConfig, source: int, block_size: int, page_tokens: int | None) -> int:
+def _kept_blocks(
+    config: KVCompressionConfig,
+    source: int,
+    block_size: int,
+    page_tokens: int | None,
+    budget: float | None = None,
+) -> int:
     in_page = block_size if page_tokens is None else page_tokens
     whole = kept = -(-source * block_size // in_page)
-    if config.budget is not None:
+    budget = config.budget if budget is None else budget
+    if budget is not None:
         # Through the decimal form, so that a budget of 0.14 keeps 7 blocks of 50 and not 8.
-        kept = min(kept, math.ceil(Fraction(str(config.budget)) * source))
+        kept = min(kept, math.ceil(Fraction(str(budget)) * source))
     if config.max_tokens_kept is not None:
         kept = min(kept, config.max_tokens_kept // in_page)
     return min(whole, max(kept, _fewest_blocks(config, source, block_size, page_tokens)))

@@ -25,7 +25,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from vllm_kvcompress import profiles, scorers
-from vllm_kvcompress.config import AUTO, AUTO_WITHOUT_SCORER, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import AUTO, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
@@ -165,7 +165,9 @@ def _with_scorer(config: KVCompressionConfig, vllm_config: VllmConfig) -> KVComp
     if config.method == AUTO:
         chosen = f"foresight with the scorer {config.scorer}"
         if config.scorer is None:
-            chosen = f"{AUTO_WITHOUT_SCORER}; `vllm-kvcompress calibrate MODEL --scorer` trains a scorer"
+            chosen = (
+                f"{config.auto_without_scorer}; `vllm-kvcompress calibrate MODEL --scorer` trains a scorer"
+            )
         logger.info("kv-compression: auto chose %s", chosen)
     return config
 
@@ -385,7 +387,7 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
     # With one token of output only its prompt may be compacted, while it is computed.
     in_page = tokens_of_a_page(config, vllm_config)
     compacted = is_ever_compacted(config, length, length + 1, block_size(vllm_config), in_page)
-    if config.enabled and (compacted or request.resumable):
+    if config.enabled and (compacted and config.when == "streaming" or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"
         raise VLLMValidationError(
             f"kv_compression: with {how}, prompt_logprobs (and echo) would be those of compacted context; "

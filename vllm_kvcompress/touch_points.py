@@ -92,7 +92,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.sampling_params:SamplingParams": Touched(
-        reads="extra_args max_tokens",
+        reads="extra_args max_tokens prompt_logprob_token_ids prompt_logprobs",
     ),
     "vllm:SamplingParams": Touched(),
     "vllm.envs": Touched(
@@ -224,6 +224,14 @@ TABLE: dict[str, Touched] = {
         calls={
             "create_kv_cache_blocks": "(self, blocks)",
         },
+        overrides={
+            "allocate_slots": (
+                "(self, request, num_new_tokens, num_new_computed_tokens=..., new_computed_blocks=..., "
+                "num_lookahead_tokens=..., num_external_computed_tokens=..., delay_cache_blocks=..., "
+                "num_encoder_tokens=..., full_sequence_must_fit=..., reserved_blocks=..., "
+                "has_scheduled_reqs=..., skip_zeroing_group_ids=...)"
+            ),
+        },
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheBlocks": Touched(
         reads="blocks",
@@ -235,10 +243,15 @@ TABLE: dict[str, Touched] = {
         },
         overrides={
             "cache_blocks": "(self, request, num_computed_tokens)",
+            "get_num_blocks_to_allocate": (
+                "(self, request_id, num_tokens, new_computed_blocks, num_encoder_tokens, "
+                "total_computed_tokens, num_local_computed_tokens, num_tokens_main_model, "
+                "apply_admission_cap=..., prefill_end=...)"
+            ),
         },
     ),
     "vllm.v1.core.kv_cache_utils:KVCacheBlock": Touched(
-        reads="block_id is_null ref_cnt",
+        reads="block_hash block_id is_null ref_cnt",
     ),
     "vllm.v1.core.block_pool:BlockPool": Touched(
         calls={

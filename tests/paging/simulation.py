@@ -348,7 +348,8 @@ class FakeWorker:
         row, blocks = self.rows[job.request_id], self.scheduler.kv_cache_manager.block_pool.blocks
         assert job.num_tokens <= len(row.keys), "a Job looks at tokens that are not computed"
         assert job.previous == row.destination and job.previous_boundary == row.boundary
-        assert job.boundary % BLOCK == 0 and job.boundary > job.previous_boundary
+        assert job.boundary % BLOCK == 0 and job.boundary >= job.previous_boundary
+        assert job.boundary > job.previous_boundary or len(job.destination) < len(job.previous)
         assert job.boundary <= job.num_tokens
         assert len(job.source) == (job.boundary - job.previous_boundary) // BLOCK
         assert len(job.tail) == -(-(job.num_tokens - job.boundary) // BLOCK)
@@ -377,7 +378,7 @@ class FakeWorker:
         for block in job.destination:  # also what is not kept may be written
             self.blocks.pop(block, None)
             self.compacted[block] = (job.request_id, row.history)
-        if job.config.interval is None:
+        if not job.config.compacts_again:
             self.records.pop(job.request_id, None)
         elif job.request_id in self.records:
             self.records[job.request_id].resume(len(row.keys))

@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -17,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Repetition, Solve
 from vllm_kvcompress.paging.manager import CompactingManager
+from vllm_kvcompress.paging.pressure import Descent, descents, least_loss
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.paging.spec import compactable_group
@@ -32,6 +35,8 @@ from vllm_kvcompress.plan import (
     tokens_read,
 )
 
+logger = init_logger(__name__)
+
 
 @dataclass
 class _Tracked:
@@ -45,6 +50,8 @@ class _Tracked:
         due_since: number of the step in which it was found due; None while it is not.
         uncounted: its last Job, if that has a threshold and how much it keeps is not known yet.
         solved: shares of its next Job that are solved.
+        step: of its ladder, the step that it was compacted at last; 0 before.
+        observed_from: computed tokens when it last started, whose queries nobody has seen.
     """
 
     config: KVCompressionConfig
@@ -54,6 +61,8 @@ class _Tracked:
     due_since: int | None = None
     uncounted: Job | None = None
     solved: int = 0
+    step: int = 0
+    observed_from: int = 0
 
 
 class _Compression:
@@ -76,6 +85,11 @@ class _Compression:
     vLLM preempts somebody. One that is alone has room: for all its raw blocks, or for a peak that counts
     compacted pages twice.
 
+    Under pressure nobody is due. Where vLLM finds too few blocks to admit a request or to go on with one,
+    requests are compacted, one by one, until there are enough, before anybody is preempted; for one that
+    waits only if there can be enough. No compaction frees less than `min_freed_tokens`, and no request gets
+    back what it gave: so a server between two loads does not compact and refill.
+
     How much a threshold keeps is known only where the scores are. Such a Job is given as many blocks as its
     budget allows; with the step's output comes the number that it filled, and the others are freed. Until
     then the request waits if it is due again: what it keeps must not depend on when the answer comes.
@@ -91,6 +105,12 @@ class _Compression:
         if self._is_hybrid:
             coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
         self._tracked: dict[str, _Tracked] = {}
+        self._yielding: set[str] = set()  # requests that are compacted under pressure
+        self._has_run: set[str] = set()  # those that were running before this step
+        self._given: list[Job] = []  # by them, in this step
+        self._asked = 0  # blocks, last
+        coordinator.get_num_blocks_to_allocate = self._noting_blocks(coordinator.get_num_blocks_to_allocate)
+        self.kv_cache_manager.allocate_slots = self._or_compact(self.kv_cache_manager.allocate_slots)
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
@@ -117,6 +137,30 @@ class _Compression:
                 cache_blocks(request, num_computed_tokens)
 
         return cached
+
+    def _noting_blocks(self, get_num_blocks_to_allocate: Callable[..., int]) -> Callable[..., int]:
+        """vLLM's count of the blocks that a request takes; it tells nobody how many it lacks."""
+
+        def counted(*args, **kwargs) -> int:
+            self._asked = get_num_blocks_to_allocate(*args, **kwargs)
+            return self._asked
+
+        return counted
+
+    def _or_compact(
+        self, allocate_slots: Callable[..., KVCacheBlocks | None]
+    ) -> Callable[..., KVCacheBlocks | None]:
+        """vLLM's allocation; under pressure requests are compacted before it fails."""
+
+        def allocated(request: Request, *args, **kwargs) -> KVCacheBlocks | None:
+            while True:
+                blocks = allocate_slots(request, *args, **kwargs)
+                if blocks is not None or not self._yielding:
+                    return blocks
+                if not self._make_room(request, kwargs.get("new_computed_blocks")):
+                    return None
+
+        return allocated
 
     def _memory_for_rings(self) -> float:
         """Queries for which the workers have set memory aside; host memory is not counted."""
@@ -153,6 +197,8 @@ class _Compression:
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
+        if config.when == "pressure":
+            self._yielding.add(request.request_id)
         if config.when == "streaming":
             beside = not current_platform.is_cpu()
             peak = peak_blocks(config, num_prompt, num_tokens, block_size, beside, in_page)
@@ -172,10 +218,15 @@ class _Compression:
         decoding = sum(self._decodes(request) for request in self.running)
         left = self.max_num_scheduled_tokens - decoding * (1 + self.num_spec_tokens)
         self._repetitions.begin_step(decoding, max(left, 0))
+        self._given = []
+        self._has_run = {request.request_id for request in self.running} if self._yielding else set()
         output = super().schedule(throttle_prefills)
+        jobs += self._given
         compacted = self.compacting_manager.compacted
         started = [new.req_id for new in output.scheduled_new_reqs]
         started += output.scheduled_cached_reqs.resumed_req_ids
+        for name in self._yielding.intersection(started):
+            self._tracked[name].observed_from = self._first_observed(name, output)
         released = self.compacting_manager.take_released()
         output.kv_compression = CompressionStep(
             released=released,
@@ -235,7 +286,7 @@ class _Compression:
         return sum(
             ring_tokens(tracked.config)
             for tracked in running
-            if tracked is not None and (tracked.held is None or tracked.config.interval is not None)
+            if tracked is not None and (tracked.held is None or tracked.config.compacts_again)
         )
 
     def _get_local_prefix_cache_hit(
@@ -248,11 +299,10 @@ class _Compression:
             request, *args, **kwargs
         )
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None:
+        if tracked is not None and tracked.point is not None:
             # Queries behind a prefix hit are never computed. The hit gives way to the observation window,
             # so that what a request keeps does not depend on what happened to be cached. At least one token
             # is left to compute: only a running request can be compacted.
-            assert tracked.point is not None
             # Of fewer than two tokens vLLM makes a step of drafts, which may not run past the point.
             uncached = max(tracked.config.observed_window, 2 if self.num_spec_tokens else 1)
             limit = max(tracked.point - uncached, 0) // manager.block_size * manager.block_size
@@ -310,7 +360,7 @@ class _Compression:
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
-            tracked.solved = 0
+            tracked.solved = tracked.step = 0
             self._solving.release(request.request_id)
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
@@ -352,6 +402,7 @@ class _Compression:
         repeating = self._repetitions.abandon(request.request_id)
         super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
         self._tracked.pop(request.request_id, None)
+        self._yielding.discard(request.request_id)
         self.compacting_manager.peak_blocks.pop(request.request_id, None)
         self.compacting_manager.borrowers.discard(request.request_id)
         self._repetitions.ended(request.request_id)
@@ -363,9 +414,13 @@ class _Compression:
         tracked = self._tracked.get(request.request_id)
         if tracked is None or tracked.point is None:
             return False
-        # Of the steps in flight (asynchronous scheduling) drafts may be rejected yet: they do not count.
+        return self._computed(request) >= tracked.point
+
+    def _computed(self, request: Request) -> int:
+        """Tokens of a request that are computed for certain, once the steps in flight are done."""
+        # Of those (asynchronous scheduling) drafts may be rejected yet.
         drafts = max(request.num_output_placeholders - 1, 0) if self.num_spec_tokens else 0
-        return request.num_computed_tokens - drafts >= tracked.point
+        return request.num_computed_tokens - drafts
 
     def _compact_due(self) -> tuple[list[Job], list[str]]:
         """Compact what is due; the Jobs, and the requests that go on raw from this step on."""
@@ -482,44 +537,59 @@ class _Compression:
             return None
         if config.repeats and not self._repeated(request, config):
             return None
-        begin = held.source_blocks if held else 0
-        row = [block.block_id for block in manager.req_to_blocks[request.request_id]]
-        source, tail = (
-            row[begin : plan.source_blocks],
-            row[plan.source_blocks : -(-point // manager.block_size)],
-        )
-        job = Job(
-            request_id=request.request_id,
-            config=config,
-            num_tokens=point,
-            boundary=plan.boundary,
-            previous_boundary=held.boundary if held else 0,
-            previous=(),
-            source=tuple(source),
-            tail=tuple(tail),
-            destination=(),
-        )
+        job = self._job(request, tracked, point, plan)
         if config.matches and not self._solved(tracked, job, plan.kept_blocks):
             return None
         reads = tokens_read(point, manager.block_size, held)
         if self._read and self._read + reads > self._most_read:
             self._deferred[request.request_id] = plan.kept_blocks
             return None
-        in_place = current_platform.is_cpu() or plan.kept_blocks * self._block_bytes <= STAGED_BYTES
-        swapped = manager.compact(request.request_id, begin, plan.source_blocks, plan.kept_blocks, in_place)
+        in_place = self._in_place(plan)
+        swapped = self._swapped(job, tracked, plan)
         if swapped is None:  # it is tried again at the next step
             if not in_place:
                 self._deferred[request.request_id] = plan.kept_blocks
             return None
-        previous, _, destination = swapped
-        job = replace(job, previous=previous, destination=destination)
         self._solving.release(request.request_id)
         self._read += reads
         self._repetitions.abandon(request.request_id)  # all is repeated
-        tracked.held = plan
         self._pass_point(request, tracked)
-        tracked.uncounted = job if config.threshold is not None else None
-        return job
+        tracked.uncounted = swapped if config.threshold is not None else None
+        return swapped
+
+    def _job(self, request: Request, tracked: _Tracked, point: int, plan: Plan) -> Job:
+        """What compacting a request is, without the blocks that it is compacted into."""
+        manager, held = self.compacting_manager, tracked.held
+        begin = held.source_blocks if held else 0
+        row = [block.block_id for block in manager.req_to_blocks[request.request_id]]
+        return Job(
+            request_id=request.request_id,
+            config=tracked.config,
+            num_tokens=point,
+            boundary=plan.boundary,
+            previous_boundary=held.boundary if held else 0,
+            previous=(),
+            source=tuple(row[begin : plan.source_blocks]),
+            tail=tuple(row[plan.source_blocks : -(-point // manager.block_size)]),
+            destination=(),
+        )
+
+    def _in_place(self, plan: Plan) -> bool:
+        """Whether a compaction may write blocks that it reads."""
+        return current_platform.is_cpu() or plan.kept_blocks * self._block_bytes <= STAGED_BYTES
+
+    def _swapped(self, job: Job, tracked: _Tracked, plan: Plan) -> Job | None:
+        """Swap a Job's blocks for new ones; None if there is no room."""
+        begin, end = job.previous_boundary, job.boundary
+        block_size, in_place = self.compacting_manager.block_size, self._in_place(plan)
+        swapped = self.compacting_manager.compact(
+            job.request_id, begin // block_size, end // block_size, plan.kept_blocks, in_place
+        )
+        if swapped is None:
+            return None
+        previous, _, destination = swapped
+        tracked.held = plan
+        return replace(job, previous=previous, destination=destination)
 
     def _solved(self, tracked: _Tracked, job: Job, num_blocks: int) -> bool:
         """Whether all is solved for a Job once this step's shares are; goes on with it if not."""
@@ -553,6 +623,95 @@ class _Compression:
             if request_id in self._tracked and self._tracked[request_id].config.observes
         ]
 
+    # ------------------------------------------------------------------ pressure
+
+    def _make_room(self, asking: Request, hit: KVCacheBlocks | None) -> bool:
+        """Compact requests for one that found too few blocks; False if that is of no use.
+
+        Args:
+            asking: the request that is about to be admitted or to go on.
+            hit: the cached blocks that it is about to take over, which nobody holds yet.
+        """
+        manager, pool = self.compacting_manager, self.kv_cache_manager.block_pool
+        waits = asking.status != RequestStatus.RUNNING
+        lacking = self._asked - pool.get_num_free_blocks()
+        if waits and self.running:
+            lacking += self.kv_cache_manager.watermark_blocks
+        givers = [(self._tracked[r.request_id].config, self._descents(r)) for r in self._yielding_now()]
+        chosen = least_loss([giver for giver in givers if giver[1]], lacking, manager.block_size)
+        awaited = [block for row in (hit.blocks if hit else ()) for block in row if not block.is_null]
+        pool.touch(awaited)  # or they might be compacted into
+        num_given = len(self._given)
+        for descent in chosen:
+            tracked = self._tracked[descent.request.request_id]
+            reads = tokens_read(descent.point, manager.block_size, tracked.held)
+            if waits and self._read and self._read + reads > self._most_read:
+                break  # the others in one of the next steps
+            if self._descend(descent, tracked):
+                self._read += reads
+        pool.free_blocks(reversed(awaited))
+        return len(self._given) > num_given
+
+    def _yielding_now(self) -> list[Request]:
+        """Requests that may be compacted in this step."""
+        given = {job.request_id for job in self._given}
+        names = (self._yielding & self._has_run) - given
+        return [request for request in self.running if request.request_id in names]
+
+    def _descents(self, request: Request) -> list[Descent]:
+        """What a request could give, each more than the one before."""
+        tracked, point = self._tracked[request.request_id], self._computed(request)
+        if point - tracked.observed_from < tracked.config.observed_window:
+            return []
+        if point >= min(request.num_prompt_tokens + request.max_tokens, self.max_model_len) - 1:
+            return []  # it ends with the step in flight
+        if request.is_prefill_chunk and _wants_prompt_logprobs(request.sampling_params):
+            return []  # they are of raw context
+        in_page, block_size = self._page_tokens(tracked.config), self.compacting_manager.block_size
+        return descents(request, tracked.config, point, tracked.step, tracked.held, block_size, in_page)
+
+    def _descend(self, descent: Descent, tracked: _Tracked) -> bool:
+        """Compact a request down to a step of its ladder, if that frees what it should."""
+        request, plan, manager = descent.request, descent.plan, self.compacting_manager
+        job = self._job(request, tracked, descent.point, plan)
+        row = manager.req_to_blocks[request.request_id]
+        begin = job.previous_boundary // manager.block_size
+        shared = sum(block.ref_cnt > 1 for block in row[begin : plan.source_blocks])
+        if (descent.freed - shared) * manager.block_size < tracked.config.min_freed_tokens:
+            return False
+        swapped = self._swapped(job, tracked, plan)
+        if swapped is None:
+            return False
+        self._withdraw(request, descent.point)
+        tracked.step = descent.step
+        self._given.append(swapped)
+        logger.debug(
+            "kv-compression: under pressure %s was compacted at %d tokens to %d blocks below %d",
+            request.request_id,
+            descent.point,
+            plan.kept_blocks,
+            plan.boundary,
+        )
+        return True
+
+    def _withdraw(self, request: Request, point: int) -> None:
+        """Take back from the prefix cache what a request computes from a token on in this step.
+
+        vLLM offers blocks when it schedules them. Once the request is compacted they will not be what their
+        hash promises. Nobody has taken them over, for who had would share all before them, too.
+        """
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        rows = (
+            manager.req_to_blocks[request.request_id][point // manager.block_size :] for manager in managers
+        )
+        offered = [block for row in rows for block in row if block.block_hash is not None]
+        assert all(block.ref_cnt == 1 for block in offered)
+        self.kv_cache_manager.block_pool.evict_blocks({block.block_id for block in offered})
+
+    def _first_observed(self, name: str, output: SchedulerOutput) -> int:
+        """The first token of a request that started in this step whose query is computed."""
+        return self.requests[name].num_computed_tokens - output.num_scheduled_tokens[name]
+
     # ------------------------------------------------------------------ repetition
 
     def _repeated(self, request: Request, config: KVCompressionConfig) -> bool:
@@ -566,6 +725,10 @@ class _Compression:
     def _end_abandoned(self) -> None:
         abandoned, self._abandoned = self._abandoned, []
         super().finish_requests(abandoned, RequestStatus.FINISHED_ABORTED)
+
+
+def _wants_prompt_logprobs(params: SamplingParams | None) -> bool:
+    return params is not None and not (params.prompt_logprobs is params.prompt_logprob_token_ids is None)
 
 
 class CompressionScheduler(_Compression, Scheduler):

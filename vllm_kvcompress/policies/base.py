@@ -167,6 +167,17 @@ class Policy(ABC):
             `[H, T]` float32, higher = keep; scores of padding are ignored.
         """
 
+    def expected_loss(self, kept: float) -> float:
+        """What it should cost to keep so large a share of a request's bytes, beside other requests.
+
+        Under pressure those are compacted first that free most for it. By default as KL divergence grows in
+        what was measured, about as the inverse of what is kept.
+
+        Args:
+            kept: the share, above 0 and up to 1.
+        """
+        return 1 / kept - 1
+
     def losses(self, observation: LayerObservation, bases: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """What is lost with every column below the boundary in each of several ranks, if the policy says so.
 

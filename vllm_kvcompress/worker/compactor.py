@@ -286,7 +286,7 @@ class Compactor:
         positions = columns if held.positions is None else held.positions()[row[:, None], columns]
         for listener in self.listeners:
             listener(job, counts, positions)
-        again = job.config.interval is not None
+        again = job.config.compacts_again
         destination = task.destination[: len(columns) // self.grid.pages_per_block]
         new = RequestTable(
             self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
@@ -388,7 +388,7 @@ class Compactor:
         job, observed = task.work.job, task.work.observed
         shape = self.grid.num_layers, self.grid.num_heads
         positions = columns if held.positions is None else held.positions()[row[:, None], columns]
-        again = job.config.interval is not None
+        again = job.config.compacts_again
         stored = positions.to(torch.int32) if again else None
         new = RequestTable(self.grid, task.destination, counts.view(shape), job.boundary, stored, records)
         for listener in self.listeners:

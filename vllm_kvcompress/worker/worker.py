@@ -229,7 +229,7 @@ class CompressionWorker(Worker):
             works.append(Work(job, state.tables.get(job.request_id), observed))
         for work, table in zip(works, self.compactor.run(works), strict=True):
             state.put(work.job.request_id, table)
-            if work.job.config.interval is None:
+            if not work.job.config.compacts_again:
                 state.observer.forget(work.job.request_id)
             elif work.observed is not None:
                 work.observed.paused = False
