@@ -10,7 +10,7 @@ import pytest
 from vllm_kvcompress import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.allocation import ALLOCATIONS
 from vllm_kvcompress.config import METHODS
-from vllm_kvcompress.plan import Plan, next_point, peak_blocks
+from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point, peak_blocks
 from vllm_kvcompress.policies import POLICIES, Policy, get_policy, register_policy
 
 FULL = {"method": "snapkv", "budget": 0.5, "allocation": "global", "kernel_size": 5}
@@ -485,6 +485,19 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
         ("snapkv:threshold=0.1", "scores of snapkv mean nothing across prompts: use threshold with one"),
         ("kvzip:threshold=0.1,allocation=uniform", "use allocation=global"),
         ("snapkv:when=never", "when must be"),
+        ("snapkv:when=pressure,recompact_every=64", "both say when a request is compacted again; remove one"),
+        ("foresight:when=pressure,threshold=1", "both say how much a request keeps; remove one"),
+        ("h2o:when=pressure", "h2o watches every query, also of requests that stay raw"),
+        ("kvzip:when=pressure", "kvzip watches every query, also of requests that stay raw"),
+        ("attention_matching:when=pressure", "attention_matching watches every query"),
+        ("snapkv:ladder=0.5,0.25", "use it with when=pressure and a budget"),
+        ("kivi:ladder=0.5,when=pressure", "use it with when=pressure and a budget"),
+        ("snapkv:when=pressure,ladder=0.25,0.5", "ladder must be falling fractions"),
+        ("snapkv:when=pressure,ladder=0.5,0.5", "ladder must be falling fractions"),
+        ("snapkv:when=pressure,ladder=1.5", "ladder must be falling fractions"),
+        ("snapkv:when=pressure,ladder=0.5,0", "ladder must be falling fractions"),
+        ("snapkv:when=pressure,ladder=half", "option ladder must be float, got 'half'"),
+        ("snapkv:when=pressure,0.5", "option '0.5' has no value"),
         ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),
         ("kvzip:when=streaming", "remove when=streaming and recompact_every"),
         ("criticalkv:base=kvzip,when=streaming", "remove when=streaming and recompact_every"),
@@ -507,6 +520,55 @@ def test_mistakes_in_what_goes_on_are_one_line(text, said):
     with pytest.raises(KVCompressionError, match=said) as error:
         KVCompressionConfig.parse(text)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "snapkv:budget=0.2,when=pressure,ladder=0.6,0.4",
+        "snapkv:ladder=0.6,0.4,when=pressure,budget=0.2",
+        {"method": "snapkv", "budget": 0.2, "when": "pressure", "ladder": [0.6, 0.4]},
+        {"method": "snapkv", "budget": "0.2", "when": "pressure", "ladder": ["0.6", "0.4"]},
+    ],
+)
+def test_a_ladder_leads_down_to_the_budget(form):
+    config = KVCompressionConfig.parse(form)
+    assert config.ladder == (0.6, 0.4) and config.ladder_steps == (0.6, 0.4, 0.2)
+    assert KVCompressionConfig.parse(json.loads(json.dumps(config.to_dict()))) == config
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert config.for_request({"budget": 0.5}).ladder_steps == (0.6, 0.5)
+    assert config.for_request({"when": "prompt"}).ladder is None
+    assert config.for_request("keydiff").ladder == (0.6, 0.4)
+
+
+def test_without_a_ladder_there_is_a_usual_one():
+    assert KVCompressionConfig.parse("snapkv:when=pressure").ladder_steps == (0.5, 0.25)
+    assert KVCompressionConfig.parse("snapkv:when=pressure,budget=0.1").ladder_steps == (
+        0.5,
+        0.25,
+        0.125,
+        0.1,
+    )
+    assert KVCompressionConfig.parse("kivi:when=pressure").ladder_steps == (None,)
+
+
+def test_under_pressure_auto_is_what_looks_at_no_query():
+    for form, policy in (("auto", "kv_compress"), ("auto:when=pressure", "keydiff")):
+        assert KVCompressionConfig.parse(form).build_policy().name == policy
+    assert not KVCompressionConfig.parse("auto:when=pressure").observes
+
+
+def test_under_pressure_no_compaction_is_planned_and_none_frees_little():
+    config = KVCompressionConfig.parse("snapkv:when=pressure,budget=0.25,min_freed_tokens=100")
+    assert next_point(config, 1000) is None and config.interval is None and config.compacts_again
+    assert is_ever_compacted(config, 10, 400, 32) and not is_ever_compacted(config, 10, 120, 32)
+    held = Plan.of(config, 1000, 32, budget=0.5)
+    assert (held.boundary, held.kept_blocks) == (960, 15)
+    lower = Plan.of(config, 1001, 32, held, budget=0.25)
+    assert (lower.boundary, lower.kept_blocks) == (960, 8)
+    assert Plan.of(config, 1001, 32, lower, budget=0.25) is None
+    assert Plan.of(config, 1100, 32, lower, budget=0.25) is None
+    assert Plan.of(config, 1152, 32, lower, budget=0.25) is not None
 
 
 def test_a_threshold_goes_with_its_method():

@@ -12,6 +12,8 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress.paging.pressure import Descent
+from vllm_kvcompress.plan import Plan
 
 BLOCK_SIZE = 32
 WINDOW = 32  # last prompt tokens that stay raw, and whose queries score the others
@@ -224,6 +226,34 @@ class Engine:
             yield
         finally:
             self.pool.free_blocks(taken)
+
+    @contextmanager
+    def replaying(self, request: str, points: list[tuple[int, int, int]]) -> Iterator[None]:
+        """Compact a request under pressure where a log says so: at so many tokens, below a boundary, into so
+        many blocks."""
+        scheduler, left = self.scheduler, list(points)
+        manager = scheduler.kv_cache_manager
+        allocate, lookahead = manager.allocate_slots, scheduler._reserve_prefill_lookahead
+
+        def compacted(asking, *args, **kwargs):
+            if left and asking is self.live(request) and scheduler._computed(asking) == left[0][0]:
+                point, boundary, kept = left.pop(0)
+                plan = Plan(boundary, boundary // self.manager.block_size, kept)
+                descent = Descent(asking, point, 0, plan, 1000)
+                assert scheduler._descend(descent, scheduler._tracked[asking.request_id])
+            return allocate(asking, *args, **kwargs)
+
+        def to_the_point(asking, computed, num_tokens):
+            if asking is self.live(request) and left and computed < left[0][0]:
+                num_tokens = min(num_tokens, left[0][0] - computed)
+            return lookahead(asking, computed, num_tokens)
+
+        manager.allocate_slots, scheduler._reserve_prefill_lookahead = compacted, to_the_point
+        try:
+            yield
+        finally:
+            manager.allocate_slots, scheduler._reserve_prefill_lookahead = allocate, lookahead
+        assert not left, "the request passed a point of the log by"
 
     # ------------------------------------------------------------------ what must hold at any time
 

@@ -363,13 +363,15 @@ class Compactor:
             from_start[unit[is_old]] = old_columns.expand(len(old), -1, -1)[keep_old[number]]
             of_raw, columns = None if choice.raw is None else choice.raw == number, []
             new_target = target[~is_old].split(num_new[number].tolist())
-            for first_head, end in self._head_slices(len(old), num_raw):
+            # Without raw tokens, which there may be none of under pressure, records just go.
+            for first_head, end in self._head_slices(len(old), num_raw) if num_raw else ():
                 content, kept = self._encoded(held, first_head, end, num_raw, of_raw, own, solution)
                 columns.append(kept)
                 staged.append((torch.cat(new_target[first_head:end]), content, own))
                 if not overlaps:
                     self._write(staged)
-            from_start[unit[~is_old]] = torch.cat(columns) + old.shape[1] * RECORD
+            if columns:
+                from_start[unit[~is_old]] = torch.cat(columns) + old.shape[1] * RECORD
         self._write(staged)
         if freed := sorted({*job.previous} - {*job.destination}):
             self.cache.clear(self.cache.on_device(freed))
@@ -528,11 +530,13 @@ class Compactor:
         before = torch.zeros_like(raw)
         columns = held.num_scored
         for begin, end in self._head_slices(heads, columns):
-            pages = held.pages[begin:end, : num_raw // self.grid.block_size]
-            tokens = half(self.cache.read_keys(pages)).double(), half(self.cache.read_values(pages)).double()
-            mean[begin:end] = tokens[0].mean(1)
-            for own, part in zip(raw, tokens, strict=True):
-                own[begin:end] = part.mT @ part
+            if num_raw:
+                pages = held.pages[begin:end, : num_raw // self.grid.block_size]
+                read = self.cache.read_keys, self.cache.read_values
+                tokens = [half(of_pages(pages)).double() for of_pages in read]
+                mean[begin:end] = tokens[0].mean(1)
+                for own, part in zip(raw, tokens, strict=True):
+                    own[begin:end] = part.mT @ part
             if held.records is not None and held.parts is not None:
                 present = held.records[begin:end] >= 0
                 some = replace(

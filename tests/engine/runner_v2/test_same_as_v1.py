@@ -86,6 +86,31 @@ def test_same_kept_tokens_and_same_answers(results, other):
         assert first_difference(one, two) is None, method
 
 
+@pytest.mark.parametrize(
+    ("method", "length", "points"),
+    [
+        ("snapkv:budget=0.25,window=8", 140, [(140, 128, 2), (142, 128, 1)]),
+        ("kv_compress+k4v3:budget=0.1,window=8", 330, [(330, 320, 3), (332, 320, 2)]),
+    ],
+)
+def test_the_same_under_pressure_at_the_same_points(engines, method, length, points):
+    """At the second one nothing raw is compacted: what was kept before is cut."""
+    ended = []
+    for engine in engines.values():
+        engine.compactions.clear()
+        name = engine.add(prompt(99, length), sampling(8, f"{method},when=pressure", detokenize=False))
+        with engine.replaying(name, points):
+            engine.finish()
+        ended.append((engine.outputs.pop(name), list(engine.compactions)))
+        engine.check_accounts(), engine.check_nothing_left()
+    (reference, before), *others = ended
+    assert [len(each.job.source) > 0 for each in before] == [True, False]
+    for output, after in others:
+        for one, other in zip(before, after, strict=True):
+            assert torch.equal(one.counts, other.counts) and torch.equal(one.kept, other.kept)
+        assert first_difference(reference, output) is None
+
+
 def test_our_kernel_computes_what_compacted_rows_attend_to(engines, monkeypatch):
     """Fails if compaction did not fire, or if vLLM's kernel served compacted rows."""
     engine = engines["v2", "gpu"]
