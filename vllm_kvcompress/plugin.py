@@ -23,6 +23,7 @@ from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, KVCompressionConfig, KVCompressionError
@@ -58,6 +59,9 @@ def register() -> None:
     EngineCore._initialize_kv_caches = _with_lacks(EngineCore._initialize_kv_caches)
     EngineCoreProc._make_ready_response = _with_lacks_sent(EngineCoreProc._make_ready_response)
     MPClient._apply_ready_response = _with_lacks_received(MPClient._apply_ready_response)
+    StatLoggerManager.__init__ = _with_metrics(StatLoggerManager.__init__)
+    StatLoggerManager.record = _with_metrics_recorded(StatLoggerManager.record)
+    StatLoggerManager.log = _with_metrics_logged(StatLoggerManager.log)
     InputProcessor.__init__ = _with_watched_endpoints(InputProcessor.__init__)
 
 
@@ -394,6 +398,42 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
             'leave them out, or send vllm_xargs {"kv_compression": "off"}',
             parameter=KEY,
         )
+
+
+def _with_metrics(init):
+    @functools.wraps(init)
+    def wrapped(self, vllm_config, engine_idxs=None, *args, **kwargs):
+        init(self, vllm_config, engine_idxs, *args, **kwargs)
+        self.kv_compression = None
+        if _compresses(vllm_config):
+            from vllm_kvcompress.metrics import CompressionMetrics
+
+            self.kv_compression = CompressionMetrics(vllm_config, self.engine_indexes)
+
+    return wrapped
+
+
+def _with_metrics_recorded(record):
+    @functools.wraps(record)
+    def wrapped(self, scheduler_stats, *args, engine_idx=None, **kwargs):
+        if self.kv_compression is not None:
+            from vllm_kvcompress.metrics import take
+
+            if (own := take(scheduler_stats)) is not None:
+                self.kv_compression.record(own, engine_idx or 0)
+        return record(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
+
+    return wrapped
+
+
+def _with_metrics_logged(log):
+    @functools.wraps(log)
+    def wrapped(self):
+        log(self)
+        if self.kv_compression is not None:
+            self.kv_compression.log()
+
+    return wrapped
 
 
 def _with_watched_endpoints(init):

@@ -184,6 +184,7 @@ TABLE: dict[str, Touched] = {
             "num_waiting_for_streaming_input requests running scheduler_config vllm_config waiting"
         ),
         overrides={
+            "_connector_finished": "(self, request)",
             "_free_blocks": "(self, request)",
             "_get_local_prefix_cache_hit": {
                 "0.32": "(self, request)",
@@ -195,8 +196,25 @@ TABLE: dict[str, Touched] = {
             "_reserve_prefill_lookahead": "(self, request, num_computed_tokens, num_new_tokens)",
             "add_request": "(self, request)",
             "finish_requests": "(self, request_ids, finished_status)",
+            "make_stats": (
+                "(self, spec_decoding_stats=..., kv_connector_stats=..., cudagraph_stats=..., "
+                "perf_stats=..., ec_connector_stats=...)"
+            ),
             "schedule": "(self, throttle_prefills=...)",
             "update_from_output": "(self, scheduler_output, model_runner_output)",
+        },
+    ),
+    "vllm.v1.metrics.stats:SchedulerStats": Touched(reads="kv_connector_stats"),
+    "vllm.v1.metrics.loggers:PrometheusStatLogger": Touched(reads="_counter_cls _gauge_cls"),
+    "vllm.v1.metrics.loggers:StatLoggerManager": Touched(
+        reads="engine_indexes",
+        overrides={
+            "__init__": (
+                "(self, vllm_config, engine_idxs=..., custom_stat_loggers=..., enable_default_loggers=..., "
+                "aggregate_engine_logging=..., client_count=...)"
+            ),
+            "log": "(self)",
+            "record": "(self, scheduler_stats, iteration_stats, mm_cache_stats=..., engine_idx=...)",
         },
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": Touched(reads="__init__"),

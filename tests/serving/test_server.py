@@ -182,6 +182,49 @@ def test_a_wrong_option_of_a_chat_is_a_bad_request(server, client):
 # ---------------------------------------------------------------------- requests that end early
 
 
+@pytest.mark.parametrize("option", [None, "off"])
+def test_what_was_kept_is_told_with_the_answer_and_in_the_metrics(server, complete, prompt, option):
+    """Of 1,000 tokens and a little more 30 blocks are compacted to 8."""
+    before = server.metrics()
+    told = complete(prompt, option, max_tokens=40).model_extra.get("kv_transfer_params")
+    after = server.metrics()
+    counted = [
+        after[name] - before[name]
+        for name in ("vllm:kv_compression_compactions_total", "vllm:kv_compression_freed_blocks_total")
+    ]
+    if option == "off":
+        assert told is None and counted == [0, 0]
+        return
+    source = told["kv_compression"]["compacted_tokens"] // BLOCK_SIZE
+    kept = -(-source // 4)
+    assert told == {
+        "kv_compression": {
+            "method": "snapkv",
+            "compacted_tokens": source * BLOCK_SIZE,
+            "kept_tokens": kept * BLOCK_SIZE,
+        }
+    }
+    assert source >= 29 and counted == [1, source - kept]
+
+
+def test_metrics_tell_of_running_requests_and_so_does_the_log(server, complete, prompt):
+    seen = {"compacted": 0.0, "raw": 0.0, "kept": 1.0}
+    with ThreadPoolExecutor() as pool:
+        sent = [pool.submit(complete, prompt, option, max_tokens=400) for option in (None, "off")]
+        while not all(each.done() for each in sent):
+            for state in ("compacted", "raw"):
+                now = server.metrics(f'state="{state}"')["vllm:kv_compression_requests"]
+                seen[state] = max(seen[state], now)
+            seen["kept"] = min(seen["kept"], server.metrics()["vllm:kv_compression_kept_fraction"])
+        assert all(each.exception() is None for each in sent)
+    assert seen["compacted"] == 1 and seen["raw"] >= 1 and 0.5 < seen["kept"] < 0.75
+    deadline = time.monotonic() + 30  # vLLM logs every ten seconds
+    while "KV compression: " not in (log := server.log.read_text(errors="replace")):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "running requests compacted" in log
+
+
 def test_a_client_that_hangs_up_frees_its_blocks(complete, prompt):
     stream = complete(prompt, max_tokens=2000, stream=True)
     for _ in itertools.islice(stream, 3):

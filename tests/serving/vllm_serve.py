@@ -30,11 +30,12 @@ class Server:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
             return answer.read().decode()
 
-    def metrics(self) -> dict[str, float]:
-        """Prometheus gauges and counters by name, all read at the same moment, summed over their labels."""
+    def metrics(self, label: str = "") -> dict[str, float]:
+        """Prometheus gauges and counters by name, all read at the same moment, summed over their labels, or
+        of one label alone, as it is written there."""
         values: dict[str, float] = defaultdict(float)
         for line in self.get("/metrics").splitlines():
-            if not line.startswith("#"):
+            if not line.startswith("#") and label in line:
                 name, value = line.rsplit(" ", 1)
                 values[name.partition("{")[0]] += float(value)
         return values

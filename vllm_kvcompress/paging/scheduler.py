@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -13,6 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
@@ -23,6 +25,7 @@ from vllm_kvcompress.paging.pressure import Descent, descents, least_loss
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.paging.spec import compactable_group
+from vllm_kvcompress.paging.statistics import CARRIER, CompressionStats
 from vllm_kvcompress.plan import (
     STAGED_BYTES,
     Plan,
@@ -35,7 +38,7 @@ from vllm_kvcompress.plan import (
     tokens_read,
 )
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 
 
 @dataclass
@@ -109,6 +112,7 @@ class _Compression:
         self._has_run: set[str] = set()  # those that were running before this step
         self._given: list[Job] = []  # by them, in this step
         self._asked = 0  # blocks, last
+        self._stats = CompressionStats()
         coordinator.get_num_blocks_to_allocate = self._noting_blocks(coordinator.get_num_blocks_to_allocate)
         self.kv_cache_manager.allocate_slots = self._or_compact(self.kv_cache_manager.allocate_slots)
         self._repetitions = Repetitions(self.vllm_config)
@@ -228,12 +232,14 @@ class _Compression:
         for name in self._yielding.intersection(started):
             self._tracked[name].observed_from = self._first_observed(name, output)
         released = self.compacting_manager.take_released()
+        # A request may have been preempted after its Job was made, or its share was given out; its blocks are
+        # gone by now.
+        jobs = [job for job in jobs if job.request_id in compacted]
+        self._stats.count(jobs)
         output.kv_compression = CompressionStep(
             released=released,
-            # A request may have been preempted after its Job was made, or its share was given out; its blocks
-            # are gone by now.
             solves=[solve for solve in self._solving.take() if solve.job.request_id not in released],
-            jobs=[job for job in jobs if job.request_id in compacted],
+            jobs=jobs,
             late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
             observations=self._observations(started),
             repetitions=self._repetitions.announced(started),
@@ -407,6 +413,40 @@ class _Compression:
         self.compacting_manager.borrowers.discard(request.request_id)
         self._repetitions.ended(request.request_id)
         self._solving.release(request.request_id)
+
+    # ------------------------------------------------------------------ what is told
+
+    def make_stats(self, *args, **kwargs) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            # The one field of vLLM's that takes anything; connectors, whose it is, are refused.
+            assert stats.kv_connector_stats is None
+            stats.kv_connector_stats = {CARRIER: self._take_stats().to_dict()}
+        return stats
+
+    def _take_stats(self) -> CompressionStats:
+        """What was counted since the last call, and how things stand."""
+        stats, self._stats = self._stats, CompressionStats()
+        steps: list[float] = []
+        for request in self.running:
+            tracked = self._tracked.get(request.request_id)
+            held = None if tracked is None else tracked.held
+            stats.add_request(request.num_computed_tokens, held, self.compacting_manager.block_size)
+            if tracked is not None and tracked.config.when == "pressure":
+                down = 0 if held is None else tracked.step + 1
+                steps.append(down / len(tracked.config.ladder_steps))
+        stats.pressure = sum(steps) / len(steps) if steps else 0.0
+        return stats
+
+    def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        """vLLM's parameters of a response, with what was kept of a request that was compacted."""
+        delayed, told = super()._connector_finished(request)
+        tracked = self._tracked.get(request.request_id)
+        if tracked is not None and tracked.held is not None:
+            held, block_size = tracked.held, self.compacting_manager.block_size
+            kept = {"compacted_tokens": held.boundary, "kept_tokens": held.kept_blocks * block_size}
+            told = {**(told or {}), CARRIER: {"method": tracked.config.method} | kept}
+        return delayed, told
 
     # ------------------------------------------------------------------ compaction
 

@@ -1,0 +1,104 @@
+"""What the server tells of compression: in `/metrics` beside vLLM's own, and in its periodic log line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+from vllm.v1.metrics.stats import SchedulerStats
+
+from vllm_kvcompress.paging.statistics import CARRIER, CompressionStats
+
+logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
+
+COUNTERS = {
+    "compactions": "Compactions of requests.",
+    "freed_blocks": "KV cache blocks that compactions freed, as if no request shared them.",
+}
+GAUGES = {
+    "kept_fraction": "Blocks that the running requests hold, of those that they would hold uncompressed.",
+    "pressure": (
+        "How far running requests have come down the ladder of when=pressure: 0 for raw, 1 for its end, "
+        "on average."
+    ),
+}
+STATES = "raw", "compacted"
+
+
+def take(stats: SchedulerStats | None) -> CompressionStats | None:
+    """What travels of ours with vLLM's own, which is left as vLLM would have it."""
+    carried = None if stats is None else stats.kv_connector_stats
+    if not carried or CARRIER not in carried:
+        return None
+    assert stats is not None
+    stats.kv_connector_stats = {name: value for name, value in carried.items() if name != CARRIER} or None
+    return CompressionStats(**carried[CARRIER])
+
+
+class CompressionMetrics:
+    """Prometheus metrics of one front end, named as vLLM's are, by model and engine.
+
+    To be made after vLLM's, which then unregisters all that there were.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engines: list[int]) -> None:
+        self._model = vllm_config.model_config.served_model_name
+        labels = ["model_name", "engine"]
+        self._counters = {
+            name: PrometheusStatLogger._counter_cls(f"vllm:kv_compression_{name}", shown, labelnames=labels)
+            for name, shown in COUNTERS.items()
+        }
+        gauges = {
+            name: PrometheusStatLogger._gauge_cls(
+                f"vllm:kv_compression_{name}", shown, labelnames=labels, multiprocess_mode="mostrecent"
+            )
+            for name, shown in GAUGES.items()
+        }
+        self._gauges: Mapping[str, Any] = gauges
+        self._requests = PrometheusStatLogger._gauge_cls(
+            "vllm:kv_compression_requests",
+            "Running requests by whether all of their KV cache is there.",
+            labelnames=[*labels, "state"],
+            multiprocess_mode="mostrecent",
+        )
+        self._since_log = CompressionStats()
+        self._latest: dict[int, CompressionStats] = {}
+        for engine in engines:
+            self.record(CompressionStats(), engine)
+
+    def record(self, stats: CompressionStats, engine: int) -> None:
+        """Note what an engine reports."""
+        labels = self._model, str(engine)
+        for name, counter in self._counters.items():
+            counter.labels(*labels).inc(getattr(stats, name))
+        self._gauges["kept_fraction"].labels(*labels).set(_kept([stats]))
+        self._gauges["pressure"].labels(*labels).set(stats.pressure)
+        for state in STATES:
+            self._requests.labels(*labels, state).set(getattr(stats, state))
+        self._latest[engine] = stats
+        self._since_log.compactions += stats.compactions
+        self._since_log.freed_blocks += stats.freed_blocks
+
+    def log(self) -> None:
+        """One line, if there is anything to tell."""
+        since, self._since_log = self._since_log, CompressionStats()
+        latest = list(self._latest.values())
+        compacted = sum(stats.compacted for stats in latest)
+        if not compacted and not since.compactions:
+            return
+        logger.info(
+            "KV compression: %d compactions, %d blocks freed; %d of %d running requests compacted, "
+            "all hold %.1f%% of their raw blocks",
+            since.compactions,
+            since.freed_blocks,
+            compacted,
+            compacted + sum(stats.raw for stats in latest),
+            100 * _kept(latest),
+        )
+
+
+def _kept(engines: list[CompressionStats]) -> float:
+    """Blocks held of those that there would be; 1 without any."""
+    raw = sum(stats.raw_blocks for stats in engines)
+    return sum(stats.held_blocks for stats in engines) / raw if raw else 1.0

@@ -1,0 +1,51 @@
+"""What operators see of compression, counted where it is decided."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.plan import Plan
+
+CARRIER = "kv_compression"  # under which they travel beside vLLM's own
+
+
+@dataclass
+class CompressionStats:
+    """Counts since the last report, and how things stand.
+
+    Attributes:
+        compactions: how many there were.
+        freed_blocks: blocks that they freed where nobody shared them.
+        raw: running requests that hold all they computed.
+        compacted: running requests that do not.
+        raw_blocks: blocks that all of these would hold, were they raw.
+        held_blocks: blocks that they hold.
+        pressure: mean over the running requests that may be asked to give, from 0 for raw to 1 for the end
+            of the ladder.
+    """
+
+    compactions: int = 0
+    freed_blocks: int = 0
+    raw: int = 0
+    compacted: int = 0
+    raw_blocks: int = 0
+    held_blocks: int = 0
+    pressure: float = 0.0
+
+    def count(self, jobs: Iterable[Job]) -> None:
+        """Add a step's compactions."""
+        for job in jobs:
+            self.compactions += 1
+            self.freed_blocks += len(job.previous) + len(job.source) - len(job.destination)
+
+    def add_request(self, num_tokens: int, held: Plan | None, block_size: int) -> None:
+        """Add a running request, by what it was compacted to last."""
+        whole = -(-num_tokens // block_size)
+        self.raw += held is None
+        self.compacted += held is not None
+        self.raw_blocks += whole
+        self.held_blocks += whole if held is None else whole - held.source_blocks + held.kept_blocks
+
+    def to_dict(self) -> dict[str, float]:
+        """As it travels."""
+        return asdict(self)
