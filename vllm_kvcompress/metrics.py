@@ -14,6 +14,7 @@ logger = init_logger("vllm.kv_compression")  # under the name whose messages vLL
 
 COUNTERS = {
     "compactions": "Compactions of requests.",
+    "compacted_requests": "Requests that were compacted; once more if preempted since.",
     "freed_blocks": "KV cache blocks that compactions freed, as if no request shared them.",
 }
 GAUGES = {

@@ -1,6 +1,7 @@
 """Values of the commands' options, each checked before anything is loaded, with one line on what is wrong."""
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,14 @@ def fractions(given: str) -> list[float]:
     numbers = list(dict.fromkeys(_number(part, float) for part in given.split(",")))
     if not all(0 < number <= 1 for number in numbers):
         raise argparse.ArgumentTypeError(f"must be fractions, above 0 and at most 1, got {given}")
+    return numbers
+
+
+def rates(given: str) -> list[float]:
+    """Comma-separated numbers above 0, ascending, without repetitions."""
+    numbers = sorted({_number(part, float) for part in given.split(",")})
+    if not all(0 < number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be numbers above 0, got {given}")
     return numbers
 
 

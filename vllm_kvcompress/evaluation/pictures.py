@@ -354,6 +354,47 @@ def concurrency(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> An
     return _save(figure, path, title)
 
 
+def rates(result: Mapping[str, Any], path: Path, title: str) -> Any:
+    """Throughput, waiting and answers against the rate of requests, a line for each server.
+
+    Args:
+        result: what `evaluation.speed.rates` measured.
+        path: PNG to write.
+        title: of the picture.
+    """
+    panels = {
+        "output tokens/s": lambda row: row["output_throughput"],
+        "time to first token, 99th percentile (s)": lambda row: row["p99_ttft_ms"] / 1000,
+        "inter-token latency, 99th percentile (ms)": lambda row: row["p99_itl_ms"],
+        "requests compacted": lambda row: row["compacted"] / row["n"],
+        "preemptions": lambda row: row["preemptions"],
+        "pass keys found": lambda row: row["right"] / row["n"],
+    }
+    figure = _figure(12, 7)
+    axes = figure.subplots(2, 3).flatten()
+    variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
+    for axis, (caption, value) in zip(axes, panels.items(), strict=True):
+        for index, variant in enumerate(variants):
+            rows = [row for row in result["rows"] if row["variant"] == variant]
+            axis.plot(
+                [row["rate"] for row in rows],
+                [value(row) for row in rows],
+                label=variant,
+                color=COLOURS[index],
+                marker=MARKERS[index],
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("requests/s")
+        axis.set_title(caption, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        if value in (panels["requests compacted"], panels["pass keys found"]):
+            axis.set_ylim(0, 1.05)
+            axis.yaxis.set_major_formatter(_percent)
+    _legend_below(figure, axes, variants)
+    return _save(figure, path, title)
+
+
 def text_heatmap(kept: Sequence[Sequence[float]]) -> str:
     """`kept_by_head` for a terminal: percent of the tokens kept, a line per layer, a column per head."""
     width = max(2, len(str(len(kept) - 1)))

@@ -15,6 +15,7 @@ class CompressionStats:
 
     Attributes:
         compactions: how many there were.
+        compacted_requests: how many of them were a request's first, also its first since it was preempted.
         freed_blocks: blocks that they freed where nobody shared them.
         raw: running requests that hold all they computed.
         compacted: running requests that do not.
@@ -25,6 +26,7 @@ class CompressionStats:
     """
 
     compactions: int = 0
+    compacted_requests: int = 0
     freed_blocks: int = 0
     raw: int = 0
     compacted: int = 0
@@ -36,6 +38,7 @@ class CompressionStats:
         """Add a step's compactions."""
         for job in jobs:
             self.compactions += 1
+            self.compacted_requests += not job.previous
             self.freed_blocks += len(job.previous) + len(job.source) - len(job.destination)
 
     def add_request(self, num_tokens: int, held: Plan | None, block_size: int) -> None:

@@ -3,7 +3,8 @@
 Engines stepped by hand, one process each, give decode step times against context length and the
 time spent in compaction. Servers with pools of one size, loaded by vLLM's own benchmark client, give what
 users see: how many requests run at once, throughput, time to first token, inter-token latency, preemptions;
-once under memory pressure and once with short prompts in a roomy pool, where compression does not pay.
+once under memory pressure and once with short prompts in a roomy pool, where compression does not pay. If
+asked for, also at rates from light to overload, with prompts that are compacted always or under pressure.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.speed.held import check_pool, longest_request, measure_blocks
+from vllm_kvcompress.evaluation.speed.rates import measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
 from vllm_kvcompress.plan import Plan
@@ -48,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--output-tokens", 48, "answer tokens of the served requests", options.at_least(2))
     number("--requests", 12, "requests sent at once")
     number("--server-rounds", 2, "alternations of the served load")
-    parser.add_argument("--parts", default="steps,serve", help="of steps, serve, blocks")
+    parser.add_argument("--parts", default="steps,serve", help="of steps, serve, rates, blocks")
+    parser.add_argument(
+        "--rates", type=options.rates, default="0.1,0.2,0.4", help="requests a second of the part `rates`"
+    )
     number("--long-output", 4000, "output tokens of the part `blocks`")
     number("--long-prompt", 6000, "prompt tokens of the part `blocks`")
     number("--block-size", 32, "tokens per KV block")
@@ -58,7 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Measure, write results and pictures, print the tables."""
     config = KVCompressionConfig.parse(arguments.compression)
-    parts = {"steps": measure_steps, "serve": measure_serving, "blocks": measure_blocks}
+    parts = {
+        "steps": measure_steps,
+        "serve": measure_serving,
+        "rates": measure_rates,
+        "blocks": measure_blocks,
+    }
     chosen = [part for part in arguments.parts.split(",") if part]
     if not chosen or set(chosen) - set(parts):
         raise KVCompressionError(f"--parts takes {', '.join(parts)}, got {arguments.parts!r}")
@@ -84,6 +94,7 @@ def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, p
     longest = {
         "steps": max(arguments.contexts) + output_room(arguments),
         "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
+        "rates": arguments.prompt + arguments.output_tokens,
         "blocks": longest_request(arguments),
     }
     limit = context_limit(arguments.model)
@@ -114,6 +125,8 @@ def table(result: dict[str, Any]) -> str:
         lines += _serving_table(result["serve"], settings)
     if "steps" in result:
         lines += _steps_table(result["steps"])
+    if "rates" in result:
+        lines += rates_table(result["rates"])
     if "blocks" in result:
         lines += _blocks_lines(result["blocks"])
     return "\n".join(lines) + "\n"
@@ -210,6 +223,8 @@ def _draw(result: dict[str, Any], folder: Path) -> None:
         every, kept = (result["blocks"]["options"][name] for name in ("recompact_every", "max_tokens_kept"))
         how = f"{title.partition(':')[0]}, compacted every {every} tokens to {kept}"
         pictures.blocks_over_time(result["blocks"], folder / "blocks_over_time.png", how)
+    if "rates" in result:
+        pictures.rates(result["rates"], folder / "rates.png", title)
     if "serve" in result:
         rows = []
         for name, regime in result["serve"]["regimes"].items():

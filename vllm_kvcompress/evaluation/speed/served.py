@@ -15,6 +15,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,14 @@ SERVED = {
 class Server:
     """A `vllm serve` with a pool of a given size; starting when made, in use once `wait` has returned."""
 
-    def __init__(self, variant: str, arguments: argparse.Namespace, blocks: int, folder: Path) -> None:
+    def __init__(
+        self,
+        variant: str,
+        config: KVCompressionConfig | None,
+        arguments: argparse.Namespace,
+        blocks: int,
+        folder: Path,
+    ) -> None:
         self.variant, self.model, self.blocks = variant, arguments.model, blocks
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -50,9 +58,8 @@ class Server:
         longest = max(arguments.prompt, arguments.short) + arguments.output_tokens
         command += ["--max-model-len", str(min(longest + 512, (blocks - 1) * arguments.block_size))]
         command += ["--max-num-seqs", "64", "--no-enable-prefix-caching"]
-        if variant != "stock":
-            config = KVCompressionConfig.parse(arguments.compression).engine_kwargs()["additional_config"]
-            command += ["--additional-config", json.dumps(config)]
+        if config is not None:
+            command += ["--additional-config", json.dumps(config.engine_kwargs()["additional_config"])]
         self.log = folder / f"{variant}.log"
         environment = {
             **os.environ,
@@ -104,9 +111,10 @@ class Server:
                 values[name] = values.get(name, 0.0) + float(value)
         return values
 
-    def load(self, arguments: argparse.Namespace, prompt: int, seed: int) -> dict[str, Any]:
-        """Send all requests at once with vLLM's benchmark client; its report and what the server showed."""
-        before = self.metrics()["vllm:num_preemptions_total"]
+    def load(self, num_requests: int, given: list[str]) -> dict[str, Any]:
+        """Send requests with vLLM's benchmark client, as its options say; its report and what the server
+        showed."""
+        before = self.metrics()
         peak = {"running": 0.0, "usage": 0.0}
         done = threading.Event()
 
@@ -119,22 +127,29 @@ class Server:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        given = ["--backend", "openai", "--port", str(self.port), "--model", arguments.model]
-        given += ["--dataset-name", "random", "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
-        given += ["--random-input-len", str(prompt), "--random-output-len", str(arguments.output_tokens)]
-        given += ["--num-prompts", str(arguments.requests), "--percentile-metrics", "ttft,itl"]
+        given = ["--backend", "openai", "--port", str(self.port), "--model", self.model, *given]
+        given += ["--ignore-eos", "--temperature", "0", "--percentile-metrics", "ttft,itl"]
+        given += ["--num-prompts", str(num_requests), "--ready-check-timeout-sec", "0", "--disable-tqdm"]
         try:
-            values = _benchmark_client([*given, "--ready-check-timeout-sec", "0", "--disable-tqdm"])
+            values = _benchmark_client(given)
         finally:
             done.set()
             watcher.join()
-        if values["completed"] != arguments.requests:
-            raise KVCompressionError(f"{values['completed']} of {arguments.requests} requests were answered")
+        if values["completed"] != num_requests:
+            raise KVCompressionError(f"{values['completed']} of {num_requests} requests were answered")
+        after = self.metrics()
+        counted = {
+            shown: after.get(name, 0.0) - before.get(name, 0.0)
+            for shown, name in {
+                "preemptions": "vllm:num_preemptions_total",
+                "compacted": "vllm:kv_compression_compacted_requests_total",
+            }.items()
+        }
         return {
-            **{name: values[name] for name in SERVED},
+            **values,
+            **counted,
             "at_once": peak["running"],
             "peak_blocks": round(peak["usage"] * (self.blocks - 1)),
-            "preemptions": self.metrics()["vllm:num_preemptions_total"] - before,
         }
 
     def stop(self) -> None:
@@ -145,6 +160,26 @@ class Server:
                 self.process.wait(STOP_SECONDS)
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+@contextlib.contextmanager
+def running(
+    variants: dict[str, KVCompressionConfig | None], arguments: argparse.Namespace, blocks: int
+) -> Iterator[dict[str, Server]]:
+    """Servers with pools of one size, by name, ready to answer; ended whatever happens."""
+    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        stack.callback(_stop_all, servers)
+        for name, config in variants.items():
+            servers[name] = Server(name, config, arguments, blocks, Path(work))
+        for server in servers.values():
+            server.wait()
+        yield servers
+
+
+def pool_blocks(arguments: argparse.Namespace) -> int:
+    """Blocks in which `FITTING` of the longest requests fit uncompressed, and vLLM's null block."""
+    return FITTING * -(-(arguments.prompt + arguments.output_tokens) // arguments.block_size) + 1
 
 
 def _stop_all(servers: dict[str, Server]) -> None:
@@ -178,23 +213,21 @@ def measure_serving(arguments: argparse.Namespace) -> dict[str, Any]:
     """The same load on a stock and a compressed server, alternating."""
     from tqdm import tqdm
 
-    per_request = -(-(arguments.prompt + arguments.output_tokens) // arguments.block_size)
-    blocks = FITTING * per_request + 1  # one is vLLM's null block
+    blocks = pool_blocks(arguments)
+    variants = {"stock": None, "compressed": KVCompressionConfig.parse(arguments.compression)}
     regimes = {"pressure": arguments.prompt, "short": arguments.short}
     runs: dict[str, dict[str, list]] = {name: {"stock": [], "compressed": []} for name in regimes}
-    with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
-        folder = Path(work)
-        servers: dict[str, Server] = {}
-        stack.callback(_stop_all, servers)
-        for variant in ("stock", "compressed"):
-            servers[variant] = Server(variant, arguments, blocks, folder)
-        for server in servers.values():
-            server.wait()
+    shown = (*SERVED, "at_once", "peak_blocks", "preemptions")
+    with running(variants, arguments, blocks) as servers:
         with tqdm(total=len(regimes) * arguments.server_rounds * 2, desc="served load") as bar:
             for name, prompt in regimes.items():
                 for number in range(arguments.server_rounds):
+                    given = ["--dataset-name", "random", "--seed", str(number)]
+                    given += ["--random-input-len", str(prompt)]
+                    given += ["--random-output-len", str(arguments.output_tokens)]
                     for variant, server in servers.items():
-                        runs[name][variant].append(server.load(arguments, prompt, number))
+                        values = server.load(arguments.requests, given)
+                        runs[name][variant].append({key: values[key] for key in shown})
                         bar.update()
     return {
         "pool_blocks": blocks - 1,
