@@ -3,14 +3,16 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoTokenizer
 
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.evaluation.quality import retrieval
-from vllm_kvcompress.evaluation.speed import bench, stepped
+from vllm_kvcompress.evaluation.speed import bench, rates, stepped
 from vllm_kvcompress.evaluation.speed.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
@@ -21,6 +23,8 @@ def test_methods_are_split_where_a_method_begins():
     assert split_methods(given) == ["adakv", "snapkv:allocation=global,window=16", "kv_compress"]
     given = "snapkv:window=16,allocation=profile:/a/b.json,kv_compress:window=8"
     assert split_methods(given) == ["snapkv:window=16,allocation=profile:/a/b.json", "kv_compress:window=8"]
+    given = "snapkv:when=pressure,ladder=0.5,0.25,kv_compress"
+    assert split_methods(given) == ["snapkv:when=pressure,ladder=0.5,0.25", "kv_compress"]
 
 
 def test_variants_start_with_the_full_cache():
@@ -238,6 +242,30 @@ def test_bench_says_where_compression_does_not_pay(throughput, said):
 
 def test_ratios_are_of_pairs():
     assert stepped.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]
+
+
+def test_every_request_of_a_rate_has_its_pass_key_and_a_length_of_three(smollm2, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    arguments = SimpleNamespace(model=str(smollm2), prompt=800, requests=6)
+    keys = rates._write(arguments, tmp_path / "requests.jsonl")
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(set(keys)) == 6
+    for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+        assert prompt.count(key) == 2 and prompt.endswith("The pass key is")
+        wanted = 800 // (1, 2, 4)[number % 3]
+        assert 0.95 * wanted <= len(tokenizer(prompt)["input_ids"]) <= wanted
+
+
+def test_rates_are_told_in_a_row_each():
+    row = dict(
+        rate=0.5, variant="pressure", request_throughput=0.44, output_throughput=12.3, median_ttft_ms=900.0,
+        p99_ttft_ms=2100.0, median_itl_ms=40.0, p99_itl_ms=90.0, at_once=3.0, preemptions=0.0, compacted=2.0,
+        right=3, n=4,
+    )  # fmt: skip
+    *_, line, empty = rates.rates_table({"pool_blocks": 9, "rows": [row]})
+    assert not empty and line == (
+        "| 0.5 | pressure | 0.44 | 12.3 | 0.9, 2.1 s | 40, 90 ms | 3 | 0 | 2 of 4 | 3 of 4 [30, 95] |"
+    )
 
 
 def test_a_server_that_ends_says_why():

@@ -71,6 +71,15 @@ def test_budgets_that_are_no_fractions_are_refused(refused, given):
     assert "--budgets: must be" in refused("eval", f"--budgets={given}")
 
 
+@pytest.mark.parametrize("given", ["", "0", "-1", "0.5,", "nan", "inf", "fast"])
+def test_rates_that_are_none_are_refused(refused, given):
+    assert "--rates: must be" in refused("bench", f"--rates={given}")
+
+
+def test_rates_ascend(monkeypatch):
+    assert parsed(monkeypatch, "bench", "--rates", "2,0.5,2")["rates"] == [0.5, 2.0]
+
+
 @pytest.mark.parametrize(
     ("command", "option"), [("eval", "text"), ("inspect", "prompt"), ("calibrate", "data")]
 )
@@ -147,6 +156,7 @@ def said(smollm2, monkeypatch, capsys, tmp_path):
         (["bench", "--contexts", "64"], "leaves a prompt of 64 tokens as it is"),
         (["bench", "--contexts", "9000"], "the model has 8192"),
         (["bench", "--parts", "serve", "--prompt", "9000"], "the model has 8192"),
+        (["bench", "--parts", "rates", "--prompt", "9000"], "the model has 8192"),
         (["bench", "--parts", "serve", "--short", "200", "--prompt", "100"], "exceeds --prompt 100"),
         (["bench", "--parts", "blocks", "--long-output", "9000"], "the model has 8192"),
         (["bench", "--parts", "blocks", "--long-prompt", "700"], "use at least 2592"),

@@ -173,6 +173,23 @@ def test_text_heatmap():
     ]
 
 
+def test_rates_have_a_line_for_each_server(tmp_path):
+    shown = dict(p99_ttft_ms=2000.0, p99_itl_ms=50.0, preemptions=1.0, right=3, n=4)
+    rows = [
+        {"rate": rate, "variant": variant, "output_throughput": 10 * rate, "compacted": 2.0, **shown}
+        for rate in (0.5, 1.0)
+        for variant in ("stock", "pressure")
+    ]
+    figure = pictures.rates({"rows": rows}, tmp_path / "r.png", "title")
+    panels = {axis.get_title(): [list(line.get_ydata()) for line in axis.lines] for axis in figure.axes}
+    assert panels["output tokens/s"] == [[5.0, 10.0]] * 2
+    assert panels["time to first token, 99th percentile (s)"] == [[2.0, 2.0]] * 2
+    assert (
+        panels["requests compacted"] == [[0.5, 0.5]] * 2 and panels["pass keys found"] == [[0.75, 0.75]] * 2
+    )
+    assert legend(figure) == ["stock", "pressure"]
+
+
 def test_blocks_over_time_show_the_pool_and_what_stock_would_hold(tmp_path):
     run = {"prompt": 64, "held": [(64, 2), (96, 3), (128, 2)]}
     blocks = {"pool_blocks": 3, "block_size": 32, "output": run, "prompt": {**run, "prompt": 120}}

@@ -44,7 +44,8 @@ def split_methods(given: str) -> list[str]:
     """`"adakv,snapkv:allocation=global,window=16"` as two methods."""
     methods: list[str] = []
     for part in given.split(","):
-        if methods and "=" in part.partition(":")[0]:  # an option, whose value may have a colon
+        goes_on = part[:1].isdigit() or part[:1] == "."  # a list, of a ladder's numbers
+        if methods and (goes_on or "=" in part.partition(":")[0]):  # an option's value may have a colon
             methods[-1] += "," + part
         elif part:
             methods.append(part)
