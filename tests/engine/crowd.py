@@ -62,7 +62,7 @@ def serve(engine: Engine, members: dict[str, Member], pool: int, random_: random
                 for request in engine.scheduler.running
                 if (tracked := engine.scheduler._tracked.get(request.request_id))
                 and tracked.held is not None
-                and tracked.point is not None
+                and (tracked.point is not None or tracked.config.when == "pressure")
             ]
             if growing and random_.random() < 0.08:  # as a full pool would, between two of its compactions
                 victim = random_.choice(growing)

@@ -103,6 +103,7 @@ class Engine:
         late: internal ids of the requests that went on raw past a point, for want of room.
         compactions: what the worker did, in order.
         preemptions: how often the scheduler preempted a request.
+        preempted: those requests.
     """
 
     def __init__(self, llm: LLM) -> None:
@@ -118,6 +119,7 @@ class Engine:
         self.late: set[str] = set()
         self.compactions: list[Compaction] = []
         self.preemptions = 0
+        self.preempted: set[str] = set()
         self._count = 0
         self._watch_preemptions()
         if self.manager is not None:
@@ -126,9 +128,10 @@ class Engine:
     def _watch_preemptions(self) -> None:
         preempt = self.scheduler._preempt_request
 
-        def counted(*args, **kwargs):
+        def counted(request, *args, **kwargs):
             self.preemptions += 1
-            return preempt(*args, **kwargs)
+            self.preempted.add(external_id(request.request_id))
+            return preempt(request, *args, **kwargs)
 
         self.scheduler._preempt_request = counted
 

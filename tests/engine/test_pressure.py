@@ -1,7 +1,10 @@
 """Requests that stay raw until blocks run short: exact while there is room, then as if they were compacted at
 the same points alone."""
 
+import random
+
 import pytest
+from crowd import Member, compare, finished, serve, tolerate
 from harness import SINKS, Engine, first_difference, same_kept, sampling, tokens
 
 METHODS = [
@@ -92,3 +95,38 @@ def test_a_step_down_takes_its_tokens_from_what_was_kept_also_where_the_boundary
             assert kept <= set(before) | fresh and set(range(SINKS)) <= kept
         held, boundary = heads, each.job.boundary
     assert len(compactions[0].job.destination) > len(compactions[1].job.destination) or method == "kivi"
+
+
+CROWD = [
+    options("keydiff", min_freed_tokens=32),
+    options("snapkv", budget=0.2, min_freed_tokens=32, ladder=[0.7, 0.4]),
+    options("kv_compress+k4v3", min_freed_tokens=32),
+    "snapkv:budget=0.25",
+    "off",
+]
+
+
+def test_in_a_crowd_each_is_what_its_own_log_makes_of_it_alone(engine, long_ids):
+    random_ = random.Random(3)
+    members = {}
+    for index in range(48):
+        prompt = long_ids(int(random_.triangular(20, 700, 200)), seed=300 + random_.randrange(40))
+        dies = random_.randint(0, 30) if random_.random() < 0.1 else None
+        members[f"crowd{index}"] = Member(prompt, random_.randint(8, 60), 1, random_.choice(CROWD), dies)
+    engine.preempted.clear()
+    run = serve(engine, members, 45, random.Random(4))
+    engine.check_nothing_left()
+    pressed, differences = {}, []
+    for compaction in run.compactions:
+        name = compaction.request
+        # What a preempted request had answered before was computed on what it kept then.
+        if compaction.job.config.when == "pressure" and finished(run, name) and name not in engine.preempted:
+            pressed.setdefault(name, []).append(compaction)
+    assert len(pressed) >= 8 and any(len(own) > 1 for own in pressed.values())
+    assert run.preemptions and run.most_running > 3
+    for name, own in sorted(pressed.items(), key=lambda item: -len(item[1]))[:12]:
+        member = members[name]
+        alone, again = replayed(engine, member.prompt, member.params(), points_of(own))
+        assert all(same_kept(one, other) for one, other in zip(own, again, strict=True)), name
+        compare(run.outputs[name], alone, differences, name)
+    tolerate(differences, 20)

@@ -38,7 +38,7 @@ def measure_rates(arguments: argparse.Namespace) -> dict[str, Any]:
         requests = Path(work) / "requests.jsonl"
         keys = _write(arguments, requests)
         given = ["--dataset-name", "custom", "--dataset-path", str(requests), "--skip-chat-template"]
-        given += ["--disable-shuffle", "--custom-output-len", str(arguments.output_tokens)]
+        given += ["--disable-shuffle", "--custom-output-len", str(arguments.output_tokens), "--save-detailed"]
         with tqdm(total=len(arguments.rates) * len(servers), desc="rates") as bar:
             for rate in arguments.rates:
                 for name, server in servers.items():
