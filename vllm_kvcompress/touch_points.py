@@ -272,6 +272,7 @@ TABLE: dict[str, Touched] = {
         reads="block_hash block_id is_null ref_cnt",
     ),
     "vllm.v1.core.block_pool:BlockPool": Touched(
+        reads="num_gpu_blocks",
         calls={
             "evict_blocks": "(self, block_ids)",
             "free_blocks": "(self, ordered_blocks)",

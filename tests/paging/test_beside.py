@@ -51,6 +51,51 @@ def test_a_large_request_waits_for_free_blocks_and_goes_on_raw(gpu):
     sim.check_nothing_left()
 
 
+def pressed(num_blocks: int, **options) -> Simulation:
+    """A large request and a small one grow under pressure until the pool is full."""
+    compression = "knorm:budget=0.125,when=pressure,min_freed_tokens=64"
+    sim = Simulation(compression, num_blocks=num_blocks, max_num_batched_tokens=2048, **options)
+    sim.add(prompt_of(1600), max_tokens=200)
+    sim.add(prompt_of(100, 1), "off", max_tokens=200)
+    return sim
+
+
+def test_under_pressure_a_large_request_gives_while_there_is_room_to_do_it_in(gpu):
+    """It would keep 12 blocks at least. Without any free one nobody could give, and one be preempted."""
+    sim = pressed(128)
+    while not sim.jobs:
+        sim.step()
+        assert not sim.preempted
+    (job,) = sim.jobs
+    assert not in_place(job) and 0 < sim.free
+    sim.finish()
+    assert not sim.preempted
+    sim.check_nothing_left()
+
+
+def test_under_pressure_a_step_that_finds_no_room_gives_way_to_a_deeper_one(gpu):
+    """With 15 free blocks 13 fit, half or a quarter of a hundred do not."""
+    sim = pressed(128)
+    while sim.free > 15:
+        sim.step()
+        assert not sim.jobs
+    sim.add(prompt_of(400, 2), "off", max_tokens=2)
+    sim.step()
+    (job,) = sim.jobs
+    assert len(job.destination) <= 13 and not in_place(job) and sim.computed("r2")
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_elsewhere_it_is_compacted_in_place_also_under_pressure():
+    sim = pressed(128)
+    while not sim.jobs:
+        sim.step()
+    assert sim.free == 0 or in_place(sim.jobs[0])
+    sim.finish()
+    sim.check_nothing_left()
+
+
 def test_elsewhere_it_is_compacted_in_place():
     sim, _, name = full(510, 3)
     sim.step()

@@ -38,6 +38,8 @@ from vllm_kvcompress.plan import (
     tokens_read,
 )
 
+EARLY = 8  # under pressure no more than this part of the pool is kept free to compact into
+
 logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 
 
@@ -224,6 +226,8 @@ class _Compression:
         self._repetitions.begin_step(decoding, max(left, 0))
         self._given = []
         self._has_run = {request.request_id for request in self.running} if self._yielding else set()
+        if self._yielding:
+            self._keep_room()
         output = super().schedule(throttle_prefills)
         jobs += self._given
         compacted = self.compacting_manager.compacted
@@ -672,25 +676,45 @@ class _Compression:
             asking: the request that is about to be admitted or to go on.
             hit: the cached blocks that it is about to take over, which nobody holds yet.
         """
-        manager, pool = self.compacting_manager, self.kv_cache_manager.block_pool
+        pool = self.kv_cache_manager.block_pool
         waits = asking.status != RequestStatus.RUNNING
         lacking = self._asked - pool.get_num_free_blocks()
         if waits and self.running:
             lacking += self.kv_cache_manager.watermark_blocks
-        givers = [(self._tracked[r.request_id].config, self._descents(r)) for r in self._yielding_now()]
-        chosen = least_loss([giver for giver in givers if giver[1]], lacking, manager.block_size)
         awaited = [block for row in (hit.blocks if hit else ()) for block in row if not block.is_null]
         pool.touch(awaited)  # or they might be compacted into
         num_given = len(self._given)
-        for descent in chosen:
-            tracked = self._tracked[descent.request.request_id]
-            reads = tokens_read(descent.point, manager.block_size, tracked.held)
-            if waits and self._read and self._read + reads > self._most_read:
-                break  # the others in one of the next steps
-            if self._descend(descent, tracked):
-                self._read += reads
+        self._give(lacking, bounded=waits)
         pool.free_blocks(reversed(awaited))
         return len(self._given) > num_given
+
+    def _keep_room(self) -> None:
+        """Compact while there are still blocks to compact into, where a large request needs them.
+
+        On a GPU no more than `STAGED_BYTES` are rewritten in place, and when the last block is taken a larger
+        request could give nothing.
+        """
+        pool = self.kv_cache_manager.block_pool
+        free, growth = pool.get_num_free_blocks(), len(self.running)
+        if current_platform.is_cpu() or free > pool.num_gpu_blocks // EARLY:
+            return
+        ends = [found[-1].plan for request in self._yielding_now() if (found := self._descents(request))]
+        large = [plan.kept_blocks for plan in ends if not self._in_place(plan)]
+        if large and free - growth < min(large):
+            self._give(growth)
+
+    def _give(self, lacking: int, bounded: bool = False) -> None:
+        """Compact requests until so many blocks are free, if there can be; those that would exceed the bound
+        of a step in one of the next."""
+        block_size = self.compacting_manager.block_size
+        givers = [(self._tracked[r.request_id].config, self._descents(r)) for r in self._yielding_now()]
+        for descent in least_loss([giver for giver in givers if giver[1]], lacking, block_size):
+            tracked = self._tracked[descent.request.request_id]
+            reads = tokens_read(descent.point, block_size, tracked.held)
+            if bounded and self._read and self._read + reads > self._most_read:
+                return
+            if self._descend(descent, tracked):
+                self._read += reads
 
     def _yielding_now(self) -> list[Request]:
         """Requests that may be compacted in this step."""
@@ -708,7 +732,9 @@ class _Compression:
         if request.is_prefill_chunk and _wants_prompt_logprobs(request.sampling_params):
             return []  # they are of raw context
         in_page, block_size = self._page_tokens(tracked.config), self.compacting_manager.block_size
-        return descents(request, tracked.config, point, tracked.step, tracked.held, block_size, in_page)
+        every = descents(request, tracked.config, point, tracked.step, tracked.held, block_size, in_page)
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        return [each for each in every if self._in_place(each.plan) or each.plan.kept_blocks <= free]
 
     def _descend(self, descent: Descent, tracked: _Tracked) -> bool:
         """Compact a request down to a step of its ladder, if that frees what it should."""
