@@ -383,10 +383,13 @@ def rates(result: Mapping[str, Any], path: Path, title: str) -> Any:
                 color=COLOURS[index],
                 marker=MARKERS[index],
             )
+        every = sorted({row["rate"] for row in result["rows"]})
         axis.set_xscale("log")
+        axis.set_xticks(every, [f"{rate:g}" for rate in every])
+        axis.minorticks_off()
         axis.set_xlabel("requests/s")
         axis.set_title(caption, fontsize=10)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(1, axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
         if value in (panels["requests compacted"], panels["pass keys found"]):
             axis.set_ylim(0, 1.05)
