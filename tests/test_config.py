@@ -509,6 +509,7 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
         ("attention_matching+auto", "solves for tokens of one format, and auto mixes several"),
         ("attention_matching+auto:max_tokens_kept=100", "and auto mixes several"),
         ("attention_matching:queries=all", "queries must be"),
+        ("attention_matching:keys=all", "keys must be"),
         ("attention_matching:references=0", "references must be at least 1, got 0"),
         ("criticalkv:base=snapkw", "did you mean 'snapkv'"),
         ("criticalkv:base=criticalkv", "base of criticalkv must be another policy"),

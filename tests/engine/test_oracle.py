@@ -18,7 +18,7 @@ import pytest
 import torch
 from harness import BLOCK_SIZE, SINKS, WINDOW, Compaction, sampling, tokens
 from safetensors.torch import load_file
-from scipy.optimize import lsq_linear
+from scipy.optimize import lsq_linear, nnls
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from vllm import RequestOutput
@@ -796,6 +796,9 @@ MATCHED = {  # in the bytes of a tenth
     "the prompt's own": (
         f"attention_matching+k8v4:budget=0.1,waits=true,queries=prompt,references={REFERENCES}"
     ),
+    "pursued": (
+        f"attention_matching+k8v4:budget=0.1,waits=true,chunk={CHUNK},references={REFERENCES},keys=omp"
+    ),
 }
 CODED = 1e-3  # relative: the engine takes any query that pays as much as the best one but for this
 
@@ -940,6 +943,8 @@ class MatchedCase:
     """What the engine did with one request, and what was to be expected.
 
     Attributes:
+        causal: whether the prompt's own queries are the references.
+        pursued: whether tokens are chosen by orthogonal matching pursuit.
         by: per layer `[H, T, D]`, the query that paid a token most, as the engine noted it.
         bias: per layer and head, as its pages have them.
         values: likewise, as they are read.
@@ -950,6 +955,7 @@ class MatchedCase:
     parts: list[Part]
     scores: Tensor
     causal: bool
+    pursued: bool
     compaction: Compaction
     output: RequestOutput
     by: list[Tensor]
@@ -975,7 +981,7 @@ class MatchedCase:
 def matched(request, engines, models, long_ids, tokenizer) -> MatchedCase:
     model, engine = models["random"], engines(models["random"].path, "snapkv:budget=0.25")
     prompt, options, by, read = model.prompt(long_ids(640, seed=7)), MATCHED[request.param], [], []
-    causal = request.param != "repeated"
+    causal = "queries=prompt" in options
     parts = [own_attention(prompt)] if causal else list(repeated_parts(model.reference, tokenizer, prompt))
     worker = engine.worker
     note = lambda job, *_: by.extend(  # noqa: E731
@@ -999,7 +1005,8 @@ def matched(request, engines, models, long_ids, tokenizer) -> MatchedCase:
         for which in (0, 1)
     )
     output, scores = engine.outputs.pop(name), squared_scores(parts, prompt, 608)
-    return MatchedCase(prompt, parts, scores, causal, compaction, output, by, bias, values)
+    pursued = "keys=omp" in options
+    return MatchedCase(prompt, parts, scores, causal, pursued, compaction, output, by, bias, values)
 
 
 def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
@@ -1015,6 +1022,8 @@ def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
     for layer, of_heads in enumerate(kept):
         for head, own in enumerate(of_heads):
             assert own == sorted(set(own)) and own[:SINKS] == list(range(SINKS))
+            if matched.pursued:
+                continue
             score = scores[layer, head]
             best = set(score.sort(descending=True, stable=True).indices[: len(own)].tolist())
             missing, surplus = sorted(best - set(own)), sorted(set(own) - best)
@@ -1022,6 +1031,20 @@ def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
                 assert float(score[missing].max()) <= float(score[surplus].min()) * (1 + NEAR_TIE)
             exchanged, total = exchanged + len(missing), total + len(own)
     assert exchanged <= total / 1000
+
+
+@pytest.mark.parametrize("matched", ["pursued"], indirect=True)
+def test_pursued_tokens_add_up_to_more_of_the_mass_than_those_that_are_attended_to_most(matched):
+    better = []
+    for layer, of_heads in enumerate(matched.kept):
+        for head, kept in enumerate(of_heads):
+            score, softmax = matched.scores[layer, head], matched.solved[layer][head].softmax
+            best = score.sort(descending=True, stable=True).indices[: len(kept)].tolist()
+            sampled = softmax[: len(softmax) - len(kept)].numpy()  # not the tokens' own queries
+            left = [nnls(sampled[:, own], sampled.sum(1))[1] for own in (kept, best)]
+            better.append(left[0] / left[1])
+    print("of what the best leave, the pursued leave", better)
+    assert sum(better) / len(better) < 0.9
 
 
 def test_biases_match_the_mass_of_attention_as_least_squares_in_float64_do(matched):

@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, Problem, fit_by_parts, peak_bytes
+from vllm_kvcompress.matching import Fit, Own, Problem, fit_by_parts, peak_bytes, select_by_parts
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns that are solved for at once
+PURSUED = 512  # columns among which tokens are pursued at once: it takes their square, and should end soon
 OF_COLUMNS = "squares", "most", "by", "at"  # of `Attended`
 
 
@@ -61,6 +62,8 @@ class AttentionMatching(Policy):
     Attributes:
         queries: "repeat": of the context's repetition; "self-study": of summaries, questions, answers and
             lists that the model makes of the context; "prompt": the prompt's own, causal.
+        keys: "attention": a head keeps the tokens of the largest s; "omp": as many of them by orthogonal
+            matching pursuit, whose weighted attention adds up to the mass of all.
         references: sampled queries of each KV head, at most; half of that at least if there are as many.
         bias: whether biases are solved for.
         values: whether values are.
@@ -81,6 +84,7 @@ class AttentionMatching(Policy):
     matches: ClassVar[bool] = True
     needs_no_sinks: ClassVar[bool] = True
     queries: Literal["repeat", "self-study", "prompt"] = "repeat"
+    keys: Literal["attention", "omp"] = "attention"
     references: int = 2048
     bias: bool = True
     values: bool = True
@@ -147,7 +151,21 @@ class AttentionMatching(Policy):
     def score(self, observation: LayerObservation) -> Tensor:
         return observation.state.squares[:, : observation.num_scored]
 
+    def select(
+        self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys == "attention":
+            return columns, present
+        problem, own = self._problem(observation, heads, columns)
+        return select_by_parts(problem, own, columns, present, PURSUED, leading)
+
     def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
+        wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
+        problem, own = self._problem(observation, heads, columns)
+        return fit_by_parts(problem, own, columns, present, PART, **wanted)
+
+    def _problem(self, observation: LayerObservation, heads: slice, columns: Tensor) -> tuple[Problem, Own]:
+        """What some heads' columns are to answer: the sample, and of each column the query that paid most."""
         state, scored = observation.state, observation.num_scored
         own = state.by[heads].gather(1, columns[..., None].expand(-1, -1, state.by.shape[2]))
         sample = state.sample[:, heads].permute(1, 2, 0, 3)  # `[h, G, m, D]`
@@ -157,21 +175,25 @@ class AttentionMatching(Policy):
             limits = (sampled + 1).clamp(max=scored)
             own_limits = (state.at[heads].gather(1, columns) + 1).clamp(max=scored)
         problem = Problem(
-            keys=observation.keys[heads, :scored],
-            values=observation.values[heads, :scored],
+            keys=observation.keys[:, :scored],
+            values=observation.values[:, :scored],
             queries=sample.flatten(1, 2),
             scale=observation.scale,
             logits_soft_cap=observation.logits_soft_cap,
             limits=limits,
         )
-        wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
-        return fit_by_parts(problem, own, own_limits, columns, present, PART, **wanted)
+        return problem, Own(own, own_limits)
 
     def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
         queries = self.references + columns
         whole = 4 * (queries * (2 * size + 3) + 2 * tokens * size)  # what is before the parts
-        tokens, columns = min(tokens, PART), min(columns, PART)
-        return whole + peak_bytes(1, tokens, self.references + columns, columns, size)
+        parts = [(PART, False), *([(PURSUED, True)] if self.keys == "omp" else [])]
+        most = max(self._peak(tokens, columns, size, part, omp) for part, omp in parts)
+        return whole + most
+
+    def _peak(self, tokens: int, columns: int, size: int, part: int, omp: bool) -> int:
+        tokens, columns = min(tokens, part), min(columns, part)
+        return peak_bytes(1, tokens, self.references + columns, columns, size, omp=omp)
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
         return tokens * (size * itemsize + 16) + self.references * size * itemsize

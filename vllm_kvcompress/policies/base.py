@@ -223,12 +223,30 @@ class Policy(ABC):
         torch.maximum(own, most[:, part.seen], out=own)
         return state
 
+    def select(
+        self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
+    ) -> tuple[Tensor, Tensor]:
+        """Which tokens are kept, once the number of them is known, if the policy matches.
+
+        Args:
+            observation: as of `fit`.
+            heads: likewise.
+            columns: `[h, t]` int64, the best by its scores, ascending.
+            present: `[h, t]` bool, which of them are: heads keep different numbers.
+            leading: first tokens that are kept whatever else is.
+
+        Returns:
+            Columns and which of them are, likewise, as many of each head.
+        """
+        return columns, present
+
     def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
         """Biases and values of the kept tokens, if the policy matches.
 
         Args:
-            observation: with keys and values, whatever the policy says that it reads.
-            heads: of the observation's, h of them.
+            observation: of a layer; its keys and values are there, of these heads alone, whatever the policy
+                says that it reads.
+            heads: of the layer's, h of them.
             columns: `[h, t]` int64, those that these keep, ascending.
             present: `[h, t]` bool, which of them are: heads keep different numbers.
         """

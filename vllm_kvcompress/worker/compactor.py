@@ -187,30 +187,30 @@ class Compactor:
             begin, end = (self.grid.pages_per_block * edge // solve.num_shares for edge in (share, share + 1))
             for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
                 some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
-                part = self._candidates(task, slice(layer, layer + 1))
-                seen = self._observe(task.policy, task, part, everything=True)
-                self._fit(task.policy, seen, some, solution, layer * heads)
+                self._fit(task, solution, layer, some)
 
-    def _fit(
-        self, policy: Policy, seen: LayerObservation, heads: slice, solution: _Solution, first_row: int
-    ) -> None:
+    def _fit(self, task: _Task, solution: _Solution, layer: int, heads: slice) -> None:
         """Solve for some of a layer's heads, as many at a time as memory is meant for."""
         assert solution.choice.raw is not None
-        begin = heads.start
+        policy, first_row, begin = task.policy, layer * self.grid.num_heads, heads.start
+        part = self._candidates(task, slice(layer, layer + 1))
         while begin < heads.stop:
             num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
             bytes_of = [
-                policy.fit_bytes(seen.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
+                policy.fit_bytes(part.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
                 for n in range(len(num_kept))
             ]
             fitting = [n for n, size in enumerate(bytes_of, 1) if n * size <= self.cache.slice_bytes]
             end = begin + max([1, *fitting])
-            rows = slice(first_row + begin, first_row + end)
-            num_kept = solution.num_kept[rows]
-            columns, present = padded(solution.choice.raw[rows] >= 0, max(num_kept))
-            fit = policy.fit(seen, slice(begin, end), columns, present)
+            own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
+            seen = self._observe(policy, task, replace(part, pages=part.pages[own]), everything=True)
+            num_kept, raw = solution.num_kept[rows], solution.choice.raw[rows]
+            columns, present = padded(raw >= 0, max(num_kept))
+            columns, present = policy.select(seen, own, columns, present, task.work.job.config.sink_tokens)
+            raw.fill_(-1).scatter_(1, columns, present.long() - 1)
+            fit = policy.fit(seen, own, columns, present)
             solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
-            solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
+            solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
             begin = end
 
     def run(self, works: Sequence[Work]) -> list[RequestTable]:
