@@ -1,8 +1,12 @@
 """Attention Matching in the engine: solved for beside others' steps, and attended to as solved."""
 
+import json
+
 import pytest
 from harness import first_difference, same_kept, sampling, tokens
 from vllm.v1.request import RequestStatus
+
+from vllm_kvcompress import profiles
 
 OPTIONS = "attention_matching:budget=0.05,chunk=600,references=256,waits="
 RAW, WAITS = OPTIONS + "false", OPTIONS + "true"
@@ -154,6 +158,28 @@ def test_a_self_study_is_observed_as_it_is_written(engine, long_ids):
     assert observed.states[0].seen == sum(
         max(p for n, p in noted if n == s) - 400 for s in {n for n, _ in noted}
     )
+    engine.finish()
+    engine.outputs.clear()
+
+
+def test_a_profile_says_how_many_pages_each_head_has(engine, long_ids, tmp_path, monkeypatch):
+    # Of 19 blocks 2 stay, 24 pages of six records; a head has 19 records.
+    pages = [[4, 1, 1], [2, 2, 2], [1, 4, 2], [1, 2, 2]]
+    content = {"version": 1, "model": "random", "num_layers": 4, "num_kv_heads": 3, "budgets": [0.1]}
+    shares = [[[own / 2 for own in layer] for layer in pages]]
+    (tmp_path / "of-random.json").write_text(json.dumps({**content, "shares": shares}))
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)  # of those that come with the package
+    options = WAITS.replace("0.05", "0.1") + ",allocation=profile:of-random"
+    name = engine.add(long_ids(640, seed=3), sampling(20, options))
+    compaction = engine.step_until_compacted(name)
+    table = engine.worker.compression.tables[compaction.job.request_id]
+    assert table.counts.tolist() == pages
+    assert compaction.counts.tolist() == [[min(6 * own, 19) for own in layer] for layer in pages]
+    assert all(kept[:4] == [0, 1, 2, 3] for layer in compaction.positions() for kept in layer)
+    records, _ = table.aligned_records(slice(None))
+    written = engine.worker.compactor.cache.read_records(records[records >= 0], table.format)
+    biases = table.format.biases(written, 32)
+    assert float((biases.abs() > 1e-3).float().mean()) > 0.5, "solved for, but where a head keeps all"
     engine.finish()
     engine.outputs.clear()
 
