@@ -266,3 +266,62 @@ def test_the_time_of_shares_is_none_of_the_steps_beside_which_they_have_theirs(c
         sim.abort(request)
     sim.finish()
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, pytest.param(dict(num_drafts=3), id="drafts")])
+def test_what_is_matched_is_compacted_again_as_it_grows_and_solved_for_anew_once_it_was_preempted(
+    clock, mode, waits
+):
+    sim = simulate(**mode)
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(waits) + ",recompact_every=64", 700)
+    for preempted in (False, True):
+        if preempted:
+            sim.preempt(name)
+        before = len(sim.jobs_of(name))
+        while len(jobs := sim.jobs_of(name)[before:]) < 3:
+            clock.now += 0.05
+            sim.step()
+        assert [job.solved for job in jobs] == [True, False, False]
+        assert jobs[0].num_tokens == 500 and all((job.num_tokens - 500) % 64 == 0 for job in jobs)
+        assert jobs[1].previous == jobs[0].destination and sim.scheduler._solving.turn is None
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_who_is_compacted_again_waits_for_nobody_who_is_solved_for(clock):
+    sim = simulate()
+    grows = sim.add(prompt_of(500, 31), OPTIONS.format(True) + ",recompact_every=16", 300)
+    sim.step_until_compacted(grows)
+    solved = sim.add(prompt_of(400, 32), OPTIONS.format(True), 300)
+    while sim.scheduler._solving.turn != solved:
+        sim.step()
+    compact, beside = sim.manager.compact, []
+    sim.worker.share_seconds = 100.0
+    for step in range(40):
+        clock.now += 0.01
+        sim.manager.compact = compact if step >= 20 else lambda *args: None
+        output = sim.step()
+        assert grows in output.num_scheduled_tokens, "without room it goes on raw"
+        beside += [job for job in output.kv_compression.jobs if sim.scheduler._solving.turn == solved]
+    assert grows in sim.worker.late and beside and not sim.jobs_of(solved)
+    assert {job.request_id for job in beside} == {grows}
+    sim.worker.share_seconds = 0.0
+    while not sim.jobs_of(solved):
+        clock.now += 1.0
+        sim.step()
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_a_prompt_that_is_left_alone_is_compacted_with_its_output_and_not_solved_for(clock):
+    sim = simulate()
+    options = OPTIONS.format(False) + ",recompact_every=64,min_freed_tokens=200"
+    name = sim.add(prompt_of(150, 31), options, 400)
+    while not sim.jobs_of(name):
+        sim.step()
+        assert len(sim.scheduler.requests) == 1 and sim.scheduler._solving.turn is None, "nor repeated"
+    (job,) = sim.jobs_of(name)
+    assert not job.solved and job.num_tokens > 200
+    sim.finish()
+    sim.check_nothing_left()

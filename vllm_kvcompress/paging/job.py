@@ -20,6 +20,7 @@ class Job:
         tail: block ids that hold tokens `[boundary, num_tokens)`, raw; they stay.
         destination: block ids that receive the kept pages; may overlap `previous` and `source`. With a
             threshold, as many as may be needed.
+        solved: whether biases and values of what is kept are solved for before it is run.
     """
 
     request_id: str
@@ -31,11 +32,12 @@ class Job:
     source: tuple[int, ...]
     tail: tuple[int, ...]
     destination: tuple[int, ...]
+    solved: bool = False
 
 
 @dataclass(frozen=True)
 class Solve:
-    """A share of the work before a Job whose policy matches: for what is kept biases and values are solved.
+    """A share of the work before a Job that says `solved`: for what is kept biases and values are.
 
     The shares of a request come in order, and then its Job, of the same tokens.
 

@@ -534,14 +534,14 @@ class _Compression:
         What is noted of a context for that takes memory like its keys: so of one context at a time.
         """
         owner = self.requests.get(self._solving.turn or "")
-        if owner is None or not self._due(owner):
+        if owner is None or not self._is_solved_for(owner):
             self._solving.turn = request.request_id
         return self._solving.turn == request.request_id
 
     def _waits_for_turn(self, request: Request) -> bool:
         """Whether a due request waits for another one that is repeated or solved for, and gets on."""
         turn = self._solving.turn
-        if not self._tracked[request.request_id].config.matches or turn in (None, request.request_id):
+        if not self._is_solved_for(request) or turn in (None, request.request_id):
             return False
         owner = self.requests[turn]
         return self._is_being_repeated(owner) or self._is_being_solved(owner)
@@ -573,12 +573,13 @@ class _Compression:
             return None
         if tracked.uncounted is not None:  # the answer is on its way
             return None
-        if config.matches and not self._has_turn(request):
+        solved = self._is_solved_for(request)
+        if solved and not self._has_turn(request):
             return None
-        if config.repeats and not self._repeated(request, config):
+        if config.repeats and (solved or not config.matches) and not self._repeated(request, config):
             return None
-        job = self._job(request, tracked, point, plan)
-        if config.matches and not self._solved(tracked, job, plan.kept_blocks):
+        job = replace(self._job(request, tracked, point, plan), solved=solved)
+        if solved and not self._solved(tracked, job, plan.kept_blocks):
             return None
         reads = tokens_read(point, manager.block_size, held)
         if self._read and self._read + reads > self._most_read:
@@ -642,9 +643,10 @@ class _Compression:
         return tracked.solved == num_shares
 
     def _is_solved_for(self, request: Request) -> bool:
-        """Whether a running request is due and will be compacted once it is solved."""
+        """Whether a running request is due and will be compacted once it is solved: its prompt is."""
         tracked = self._tracked.get(request.request_id)
-        return tracked is not None and tracked.config.matches and self._due(request)
+        matches = tracked is not None and tracked.config.matches
+        return matches and tracked.point == request.num_prompt_tokens and self._due(request)
 
     def _pass_point(self, request: Request, tracked: _Tracked) -> None:
         """Go on to a request's next compaction point."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vllm_kvcompress.matching import Fit, Own, Problem, fit_by_parts, peak_bytes, select_by_parts
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
+from vllm_kvcompress.policies.kv_compress import KVCompress
 from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns that are solved for at once
@@ -73,6 +74,7 @@ class AttentionMatching(Policy):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens of the context that every part's attention includes.
         answer_tokens: of each of the four answers of a self-study, at most.
+        window: last queries by which a request is compacted again, see `later`; 0 if it never is.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -93,6 +95,7 @@ class AttentionMatching(Policy):
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
     answer_tokens: int = 128
+    window: int = 0
 
     def __post_init__(self) -> None:
         for name in ("references", "chunk", "answer_tokens"):
@@ -113,6 +116,12 @@ class AttentionMatching(Policy):
     @property
     def accumulates(self) -> bool:  # type: ignore[override]
         return self.queries == "prompt"
+
+    @property
+    def later(self) -> Policy:
+        """What was matched stays as it was written, keys, values and biases, or goes, by what the last
+        queries of the output pay to it, and so does the output, which nothing is solved for."""
+        return KVCompress(window=self.window)
 
     def observe(self, observation: LayerObservation) -> Attended:
         width = observation.keys.shape[1]

@@ -215,9 +215,12 @@ class CompressionWorker(Worker):
             state.observer.watch_repetition(repetition)
 
     def _solve(self, solves: Sequence[Solve]) -> None:
-        begin = time.perf_counter()
+        begin, observer = time.perf_counter(), self.compression.observer
         for solve in solves:
-            self.compactor.solve(solve, self.compression.observer.of(solve.job.request_id))
+            name = solve.job.request_id
+            self.compactor.solve(solve, observer.of(name))
+            if solve.shares.stop == solve.num_shares:
+                observer.drop_states(name)
         self._solving_seconds = (time.perf_counter() - begin) / sum(len(solve.shares) for solve in solves)
 
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
