@@ -203,6 +203,10 @@ class FakeWorker:
             self._forget(name)
         for name in output.preempted_req_ids or ():
             self.rows[name].blocks, self.rows[name].keys = [], []
+        for name in step.unsolved:
+            assert name in self.rows
+            self.solved.pop(name, None), self.repeated.pop(name, None)
+            self.records[name].resume(len(self.rows[name].keys))
         for solve in step.solves:
             self._solve(solve)
         kept_blocks = {}

@@ -325,3 +325,106 @@ def test_a_prompt_that_is_left_alone_is_compacted_with_its_output_and_not_solved
     assert not job.solved and job.num_tokens > 200
     sim.finish()
     sim.check_nothing_left()
+
+
+def repeats(sim: Simulation) -> bool:
+    return any(sim.scheduler._repetitions.of(name) is not None for name in sim.scheduler.requests)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whose_output_is_too_short_to_be_solved_for_is_not_repeated_either(clock, mode):
+    # 304 tokens are repeated in five steps of 64, and four have a share; the last token is not computed.
+    least, compacted = 5 + SHARES + 1, []
+    for max_tokens in range(least - 3, least + 4):
+        sim = simulate(**mode)
+        sim.worker.share_seconds = 0.0
+        name = sim.add(prompt_of(304, 5), OPTIONS.format(False), max_tokens)
+        repeated = False
+        while name in sim.scheduler.requests:
+            clock.now += 0.1
+            sim.step()
+            repeated |= repeats(sim)
+        assert repeated == (max_tokens >= least)
+        compacted += [max_tokens] * len(sim.jobs_of(name))
+        sim.check_nothing_left()
+    steps_late = 1 if mode else 0  # of asynchronous scheduling
+    assert compacted == list(range(least + steps_late, least + 4))
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_who_waits_is_solved_for_however_short_its_output_is(clock, study):
+    sim = simulate()
+    options = OPTIONS.format(True) + ",queries=self-study,answer_tokens=5" * study
+    name = sim.add(prompt_of(300, 5), options, 2)
+    sim.finish()
+    assert [job.solved for job in sim.jobs_of(name)] == [True]
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whose_output_is_too_short_to_be_solved_for_may_be_compacted_with_it(clock, mode):
+    sim = simulate(**mode)
+    options = OPTIONS.format(False) + ",recompact_every=16"
+    name = sim.add(prompt_of(2000, 5), options, 34)  # a repetition takes 32 steps
+    while name in sim.scheduler.requests:
+        sim.step()
+        assert not repeats(sim) and not sim.worker.solved
+    assert [(job.num_tokens, job.solved) for job in sim.jobs_of(name)] == [(2016, False)]
+    assert name not in sim.worker.late
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_would_have_ended_by_then_gives_its_turn_to_the_next(clock, mode):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 1.0
+    first = sim.add(prompt_of(500, 31), OPTIONS.format(False), 80)
+    second = sim.add(prompt_of(400, 32), OPTIONS.format(False), 400)
+    turns: list[str] = []
+    beside = 0  # steps that it goes on
+    while first in sim.scheduler.requests:
+        clock.now += 0.01
+        sim.step()
+        turns += [turn for turn in [sim.scheduler._solving.turn] if turn and turns[-1:] != [turn]]
+        if turns[-1:] == [second]:
+            beside += first in sim.scheduler.requests
+            assert first not in sim.worker.solved
+    assert turns == [first, second] and beside
+    assert not sim.jobs_of(first)
+    while not sim.jobs_of(second):
+        clock.now += 1.0
+        sim.step()
+    sim.finish()
+    assert len(sim.answers[first]) == 80
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_that_is_solved_and_has_no_room_does_not_keep_others_from_their_turn(clock, mode, waits):
+    sim = simulate(**mode)
+    names = [sim.add(prompt_of(300 + 50 * seed, seed), OPTIONS.format(waits), 900) for seed in range(4)]
+    compact, refused = sim.manager.compact, {names[0]}
+    sim.manager.compact = lambda name, *args: None if name in refused else compact(name, *args)
+
+    def step_until(condition) -> None:
+        while not condition():
+            clock.now += 0.2
+            sim.step()
+
+    step_until(lambda: sim.jobs_of(names[1]))
+    assert not sim.jobs_of(names[0])
+    assert sim.scheduler._solving.without_room == names[0]
+    refused.add(names[2])
+    step_until(lambda: len(sim.worker.solved.get(names[2], ())) == SHARES)
+    for _ in range(20):
+        clock.now += 0.2
+        sim.step()
+    # What is solved takes memory: of two at most.
+    assert sim.scheduler._solving.turn == names[2] and names[3] not in sim.worker.solved
+    refused.clear()
+    step_until(lambda: sim.jobs_of(names[3]))
+    assert all(len(sim.jobs_of(name)) == 1 for name in names)
+    assert sim.scheduler._solving.turn is None and sim.scheduler._solving.without_room is None
+    sim.finish()
+    sim.check_nothing_left()

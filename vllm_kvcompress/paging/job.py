@@ -107,6 +107,8 @@ class CompressionStep:
         late: requests that are due, but go on raw while there is no room for their compacted pages, or until
             the compactions before them are done. What is kept of their queries stays as it is, so that later
             they keep what they would have kept now.
+        unsolved: requests that will end before they could be solved for: what is noted of their contexts, and
+            what of them is solved, is dropped. They stay raw, or are compacted once their output is longer.
         observations: requests that start to be computed in this step.
         repetitions: repeating requests that start to be computed in this step.
     """
@@ -115,5 +117,6 @@ class CompressionStep:
     solves: list[Solve] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
+    unsolved: list[str] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     repetitions: list[Repetition] = field(default_factory=list)

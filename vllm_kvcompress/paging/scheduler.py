@@ -200,6 +200,8 @@ class _Compression:
             return
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
+        if config.interval is None and self._ends_unsolved(request, config, num_prompt):
+            return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "pressure":
             self._yielding.add(request.request_id)
@@ -216,6 +218,7 @@ class _Compression:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         solved_for = [self._is_solved_for(request) for request in self.running if self._decodes(request)]
         self._solving.begin_step(solved_for.count(False), solved_for.count(True))
+        unsolved = self._give_up()
         jobs, late = self._compact_due()
         self._end_abandoned()
         self._ring_tokens, self._ring_awaited = self._rings(), False
@@ -240,7 +243,8 @@ class _Compression:
             released=released,
             solves=[solve for solve in self._solving.take() if solve.job.request_id not in released],
             jobs=jobs,
-            late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
+            late=[name for name in (*unsolved, *late) if (own := self._tracked.get(name)) and own.late],
+            unsolved=[name for name in unsolved if name not in released],
             observations=self._observations(started),
             repetitions=self._repetitions.announced(started),
         )
@@ -488,6 +492,30 @@ class _Compression:
             late.append(request.request_id)
         return jobs, late
 
+    def _give_up(self) -> list[str]:
+        """Solve no further for those who would have ended by then; the others have their turn."""
+        hopeless = []
+        for request in filter(self._is_solved_for, self.running):
+            tracked = self._tracked[request.request_id]
+            if self._ends_unsolved(request, tracked.config, request.num_computed_tokens, tracked.solved):
+                self._abandoned += self._repetitions.abandon(request.request_id)
+                self._solving.release(request.request_id)
+                self._pass_point(request, tracked)
+                tracked.late = tracked.point is None
+                hopeless.append(request.request_id)
+        return hopeless
+
+    def _ends_unsolved(
+        self, request: Request, config: KVCompressionConfig, num_computed: int, solved: int = 0
+    ) -> bool:
+        """Whether a request will have ended before it is solved for: it has a token in each step, at least,
+        and a share at most."""
+        if not config.matches or config.waits:
+            return False
+        end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        shares = self._solving.num_shares - solved
+        return end - 1 - num_computed < shares + self._repetitions.fewest_steps(request, config)
+
     def _compact_others(self, due: list[Request], compacted: set[str]) -> list[Job]:
         """Compact who found no room before; whoever was compacted and is due again has its turn next step."""
         again = [request for request in due if self._due(request) and request.request_id in compacted]
@@ -574,7 +602,7 @@ class _Compression:
         if tracked.uncounted is not None:  # the answer is on its way
             return None
         solved = self._is_solved_for(request)
-        if solved and not self._has_turn(request):
+        if solved and tracked.solved < self._solving.num_shares and not self._has_turn(request):
             return None
         if config.repeats and (solved or not config.matches) and not self._repeated(request, config):
             return None
@@ -584,12 +612,14 @@ class _Compression:
         reads = tokens_read(point, manager.block_size, held)
         if self._read and self._read + reads > self._most_read:
             self._deferred[request.request_id] = plan.kept_blocks
+            self._solving.pass_on(request.request_id)
             return None
         in_place = self._in_place(plan)
         swapped = self._swapped(job, tracked, plan)
         if swapped is None:  # it is tried again at the next step
             if not in_place:
                 self._deferred[request.request_id] = plan.kept_blocks
+            self._solving.pass_on(request.request_id)
             return None
         self._solving.release(request.request_id)
         self._read += reads

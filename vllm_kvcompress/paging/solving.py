@@ -24,9 +24,11 @@ class Solving:
     Attributes:
         num_shares: of a request's solves.
         turn: the request whose context is repeated and solved for; None for nobody's.
+        without_room: one that is solved for, finds no room to be compacted into, and has passed its turn on.
     """
 
     turn: str | None = None
+    without_room: str | None = None
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
@@ -65,6 +67,16 @@ class Solving:
         """Have it be nobody's turn, if it is this request's."""
         if self.turn == request_id:
             self.turn = None
+        if self.without_room == request_id:
+            self.without_room = None
+
+    def pass_on(self, request_id: str) -> None:
+        """Have it be another one's turn while this request, which is solved for, waits for room.
+
+        What is solved takes memory until it is written: so of one request, beside the one whose turn it is.
+        """
+        if self.turn == request_id and self.without_room is None:
+            self.turn, self.without_room = None, request_id
 
     def add(self, solve: Solve) -> None:
         """Have it done in this step."""

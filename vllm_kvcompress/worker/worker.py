@@ -202,6 +202,10 @@ class CompressionWorker(Worker):
         for request_id in (*step.released, *finished):
             state.forget(request_id)
             self.compactor.forget(request_id)
+        for request_id in step.unsolved:
+            state.observer.drop_states(request_id)
+            state.observer.resume(request_id)
+            self.compactor.forget(request_id)
         if step.solves:
             self._solve(step.solves)
         if step.jobs:
@@ -235,7 +239,7 @@ class CompressionWorker(Worker):
             if not work.job.config.compacts_again:
                 state.observer.forget(work.job.request_id)
             elif work.observed is not None:
-                work.observed.paused = False
+                state.observer.resume(work.job.request_id)
         counting = (job.request_id for job in jobs if job.config.threshold is not None)
         self._counting = {name: state.tables[name] for name in counting}
 
