@@ -792,14 +792,12 @@ def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written
 # ---------------------------------------------------------------------- Attention Matching, solved in float64
 
 REFERENCES = 256  # queries of each KV head, of both its query heads, beside the kept tokens' own
-MATCHED = {  # in the bytes of a tenth
-    "repeated": f"attention_matching+k8v4:budget=0.1,waits=true,chunk={CHUNK},references={REFERENCES}",
-    "the prompt's own": (
-        f"attention_matching+k8v4:budget=0.1,waits=true,queries=prompt,references={REFERENCES}"
-    ),
-    "pursued": (
-        f"attention_matching+k8v4:budget=0.1,waits=true,chunk={CHUNK},references={REFERENCES},keys=omp"
-    ),
+REPEATED = f"attention_matching+k8v4:budget=0.1,waits=true,chunk={CHUNK},references={REFERENCES}"
+MATCHED = {  # model and options, in the bytes of a tenth
+    "repeated": ("random", REPEATED),
+    "the prompt's own": ("random", REPEATED.replace(f"chunk={CHUNK}", "queries=prompt")),
+    "pursued": ("random", REPEATED + ",keys=omp"),
+    "sinks": ("gpt-oss", REPEATED),
 }
 CODED = 1e-3  # relative: the engine takes any query that pays as much as the best one but for this
 
@@ -813,7 +811,8 @@ def own_attention(prompt: Prompt) -> Part:
         for query_head, query in enumerate(prompt.queries[layer]):
             head = query_head * len(keys) // len(prompt.queries[layer])
             logits = query.double() @ keys[head].double().T * prompt.scale
-            paid[layer, query_head] = logits.masked_fill(future, -torch.inf).softmax(-1)
+            masked = logits.masked_fill(future, -torch.inf)
+            paid[layer, query_head] = attention(prompt, layer, query_head, masked)
     queries = {layer: own.double() for layer, own in prompt.queries.items()}
     return Part(0, num_prompt, paid, queries)
 
@@ -899,6 +898,7 @@ def solve(
     at = range(0, num_positions, stride)
     queries = [torch.cat([part.queries[layer][member] for part in parts])[at] for member in members]
     limits = [position + 1 for _ in members for position in at]
+    asking = [member for member in members for _ in at]
     for token in kept:
         (part,) = (part for part in parts if part.begin <= token < part.end)
         paid = torch.cat([part.attention[layer, member][:, token - part.begin] for member in members])
@@ -908,27 +908,31 @@ def solve(
         assert float(paid[chosen]) >= float(paid.max()) * (1 - CODED), (layer, head, token)
         queries.append(asked[chosen][None])
         limits.append(chosen % (len(asked) // group) + 1)
+        asking.append(members[chosen // (len(asked) // group)])
     logits = torch.cat(queries) @ keys.T * prompt.scale
     if causal:
         logits.masked_fill_(torch.arange(boundary) >= torch.tensor(limits)[:, None], -torch.inf)
-    softmax = logits.softmax(-1)
+    of_sinks = prompt.sinks.get(layer, torch.full((max(asking) + 1,), -torch.inf))[asking, None].double()
+    softmax = torch.cat([logits, of_sinks], 1).softmax(-1)[:, :-1]
 
-    # Each query's mass is 1: w of the kept tokens' shares, towards the one factor that suits all best.
-    shares, ones = softmax[:, kept].numpy(), np.ones(len(softmax))
+    # A query's mass is 1, less its sink's: w of the kept tokens' shares, towards the one factor that suits
+    # all best.
+    shares, whole = softmax[:, kept].numpy(), softmax.sum(1).numpy()
     even = shares.sum(1)
-    factor = np.clip(even @ ones / (even @ even), math.exp(-3), math.exp(3))
+    factor = np.clip(even @ whole / (even @ even), math.exp(-3), math.exp(3))
     damping = 1e-3 * (shares**2).sum(0).mean()
     matrix = np.concatenate([shares, math.sqrt(damping) * np.eye(len(kept))])
-    target = np.concatenate([ones, np.full(len(kept), math.sqrt(damping) * factor)])
+    target = np.concatenate([whole, np.full(len(kept), math.sqrt(damping) * factor)])
     factors = bounded_least_squares(matrix, target, math.exp(-3), math.exp(3))
 
     bias = torch.from_numpy(np.log(factors))
-    weights = torch.nan_to_num((logits[:, kept] + bias).softmax(-1), 0.0).numpy()
+    weights = torch.cat([logits[:, kept] + bias, of_sinks], 1).softmax(-1)[:, :-1]
+    weights = torch.nan_to_num(weights, 0.0).numpy()
     own, outputs = values[kept].numpy(), (softmax @ values).numpy()
     damping = 1e-2 * (weights**2).sum(0).mean()
     system = weights.T @ weights + damping * np.eye(len(kept))
     solved = own + np.linalg.solve(system, weights.T @ (outputs - weights @ own))
-    return Solved(bias, torch.from_numpy(solved), softmax, float(np.sqrt(((even - 1) ** 2).mean())))
+    return Solved(bias, torch.from_numpy(solved), softmax, float(np.sqrt(((even - whole) ** 2).mean())))
 
 
 def bounded_least_squares(matrix, target, lower: float, upper: float):
@@ -952,6 +956,7 @@ class MatchedCase:
         scores: `[L, H, T]`.
     """
 
+    reference: PreTrainedModel
     prompt: Prompt
     parts: list[Part]
     scores: Tensor
@@ -1012,8 +1017,9 @@ def written_of(engine, compaction: Compaction) -> list[Written]:
 
 @pytest.fixture(params=MATCHED, scope="module")
 def matched(request, engines, models, long_ids, tokenizer) -> MatchedCase:
-    model, engine = models["random"], engines(models["random"].path, "snapkv:budget=0.25")
-    prompt, options, by = model.prompt(long_ids(640, seed=7)), MATCHED[request.param], []
+    name, options = MATCHED[request.param]
+    model, engine = models[name], engines(models[name].path, "snapkv:budget=0.25")
+    prompt, by = model.prompt(long_ids(640, seed=7)), []
     causal = "queries=prompt" in options
     parts = [own_attention(prompt)] if causal else list(repeated_parts(model.reference, tokenizer, prompt))
     worker = engine.worker
@@ -1036,7 +1042,10 @@ def matched(request, engines, models, long_ids, tokenizer) -> MatchedCase:
     )
     output, scores = engine.outputs.pop(name), squared_scores(parts, prompt, 608)
     pursued = "keys=omp" in options
-    return MatchedCase(prompt, parts, scores, causal, pursued, compaction, output, by, bias, values)
+    reference = model.reference
+    return MatchedCase(
+        reference, prompt, parts, scores, causal, pursued, compaction, output, by, bias, values
+    )
 
 
 def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
@@ -1044,10 +1053,13 @@ def test_what_is_matched_are_the_tokens_that_are_attended_to_most(matched):
     assert (compaction.job.num_tokens, compaction.job.boundary, compaction.num_computed) == (640, 608, 640)
     assert len(compaction.job.destination) == 2, "of 19"
     kept, in_page = matched.kept, matched_in_page(32)
-    expected, dearest, cheapest = kept_of_pages(scores, 2 * 12, in_page)
+    num_heads = scores.shape[0] * scores.shape[1]
+    expected, dearest, cheapest = kept_of_pages(scores, 2 * num_heads, in_page)
     assert dearest * (1 + NEAR_TIE) < cheapest, "no two pages cost the same"
     assert [[len(of_head) for of_head in of_layer] for of_layer in kept] == expected
-    assert len({num for own in expected for num in own}) >= 3, "heads differ in how much they keep"
+    assert len({num for own in expected for num in own}) >= min(3, num_heads // 2), (
+        "heads differ in how much they keep"
+    )
     exchanged = total = 0
     for layer, of_heads in enumerate(kept):
         for head, own in enumerate(of_heads):
@@ -1083,19 +1095,20 @@ def test_biases_match_the_mass_of_attention_as_least_squares_in_float64_do(match
         for head, solved in enumerate(of_heads):
             kept, bias = matched.kept[layer][head], matched.bias[layer][head].double()
             assert float(bias.abs().max()) <= 3 + 1e-5
+            whole = solved.softmax.sum(1)
             errors = [
-                float(((solved.softmax[:, kept] @ own.exp() - 1) ** 2).mean().sqrt())
+                float(((solved.softmax[:, kept] @ own.exp() - whole) ** 2).mean().sqrt())
                 for own in (bias, solved.bias)
             ]
             assert errors[0] == pytest.approx(errors[1], rel=2e-2, abs=1e-4), (layer, head)
             told += solved.plain > 1.5 * errors[1]
             apart.append(float((bias - solved.bias).abs().mean()))
-    assert told >= 4, "there is something to match"
+    assert told >= len(apart) / 3, "there is something to match"
     print("biases are off by", apart)
     assert max(apart) < 1e-2
 
 
-def test_values_match_the_outputs_of_attention_as_least_squares_in_float64_do(matched, models):
+def test_values_match_the_outputs_of_attention_as_least_squares_in_float64_do(matched):
     written = KVCompressionConfig.parse("kivi+k8v4").record_format
     other = total = moved = 0
     for layer, of_heads in enumerate(matched.solved):
@@ -1109,14 +1122,15 @@ def test_values_match_the_outputs_of_attention_as_least_squares_in_float64_do(ma
             moved += int(((matched.prompt.values[layer][head, kept] - solved.values).abs() > size / 4).sum())
             total += read.numel()
     print(f"of {total} numbers {other} are written otherwise and {moved} are not the token's own")
-    assert other <= total / 100 and moved > total / 20
+    assert other <= total / 50 and moved > total / 20  # biases of what hardly weighs are solved for roughly
 
 
-def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_and_values(matched, models):
-    reference, written = models["random"].reference, KVCompressionConfig.parse("kivi+k8v4").record_format
+def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_and_values(matched):
+    reference, written = matched.reference, KVCompressionConfig.parse("kivi+k8v4").record_format
     answer, shape = tokens(matched.output), matched.scores.shape
     bias, plain = torch.full(shape, -torch.inf), torch.full(shape, -torch.inf)
     cache, own = copy.deepcopy(matched.prompt.cache), copy.deepcopy(matched.prompt.cache)
+    number = full_layers(reference.config)
     for layer, of_heads in enumerate(matched.kept):
         for head, kept in enumerate(of_heads):
             solved = matched.solved[layer][head]
@@ -1125,7 +1139,8 @@ def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_a
             for values, to in ((solved.values.float(), cache), (values, own)):  # noqa: B020, PLW2901
                 records = written.encode(keys.view(-1, 32, 32), values.view(-1, 32, 32))
                 read = [each.flatten(0, 1) for each in written.decode(records, 32)]
-                to.layers[layer].keys[0, head, kept], to.layers[layer].values[0, head, kept] = read
+                of_layer = to.layers[number[layer]]
+                of_layer.keys[0, head, kept], of_layer.values[0, head, kept] = read
     expected, without_biases, without_values, without_both = (
         continue_with(reference, replace(matched.prompt, cache=values), answer, biases)
         for values, biases in ((cache, bias), (cache, plain), (own, bias), (own, plain))
@@ -1209,7 +1224,7 @@ class AgainCase:
 def again(engines, models, long_ids) -> AgainCase:
     model, engine = models["random"], engines(models["random"].path, "snapkv:budget=0.25")
     prompt = model.prompt(long_ids(640, seed=7))
-    options = MATCHED["repeated"].replace("0.1", "0.09") + f",recompact_every={AGAIN}"
+    options = REPEATED.replace("0.1", "0.09") + f",recompact_every={AGAIN}"
     engine.forget_prefixes()
     name = engine.add(prompt.ids, sampling(AGAIN + NUM_TOKENS, options, logprobs=5))
     compactions = [engine.step_until_compacted(name)]

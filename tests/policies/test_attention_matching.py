@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocated import measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
-from test_memory import measured
 from test_policies import naive_attention, observe
 
 from vllm_kvcompress.policies import POLICIES, LayerObservation
@@ -92,6 +92,8 @@ def test_what_a_repetition_pays_is_summed_and_its_best_query_kept(
         for column in range(part):
             same = (queries[head] == state.by[head, begin + column]).all(1)
             assert same.any(), "it is one of the queries"
+            member = int(state.member[head, begin + column])
+            assert same.view(group, -1)[member].any()
             assert paid[head, same, column].max() >= most[head, column] * (1 - CODED) - 1e-6
             position = int(state.at[head, begin + column]) - (whole.num_tokens - asked - part)
             assert same.view(group, -1)[:, position].any()
@@ -144,6 +146,11 @@ def observed(own, width=60, scored=48, heads=2, group=3, seed=3):
     whole = replace(whole, num_tokens=width, num_scored=width)
     state = own.observe(whole)
     return replace(whole, state=state, num_scored=scored, queries=whole.queries[:0])
+
+
+def drawn(head, member, width=60, heads=2, group=3, seed=3):
+    """A query head's queries, as `observed` drew them."""
+    return observe(width, width, heads, group, seed=seed).queries[:, head, member]
 
 
 def dense(queries, keys, values, bias, scale):
@@ -204,6 +211,23 @@ def test_pursued_tokens_are_as_many_and_add_up_to_more_of_the_mass():
     assert one[0].tolist() == pursued[1][there[1]].tolist()
 
 
+def test_a_querys_sink_is_that_of_its_own_head():
+    own = policy()
+    seen = observed(policy(queries="prompt"))
+    columns = seen.state.squares[:, :48].argsort(1, descending=True)[:, :12].sort(1).values
+    random = torch.Generator().manual_seed(4)
+    sinks = torch.randn(2, 3, generator=random) * 3 + 3
+    problem, asked = own._problem(replace(seen, sinks=sinks), slice(0, 2), columns)
+    for head in range(2):
+        for queries, told in ((problem.queries, problem.sinks), (asked.queries, asked.sinks)):
+            for query, sink in zip(queries[head], told[head].tolist(), strict=True):
+                members = {g for g in range(3) if (drawn(head, g) == query).all(1).any()}
+                assert any(sink == float(sinks[head, member]) for member in members) and members
+    second = replace(seen, sinks=sinks, keys=seen.keys[1:], values=seen.values[1:])
+    some, _ = own._problem(second, slice(1, 2), columns[1:])
+    assert torch.equal(some.sinks, problem.sinks[1:])
+
+
 def test_ablations_leave_biases_or_values_as_they_were():
     seen = observed(policy(queries="prompt"))
     columns = torch.arange(0, 48, 4).expand(2, -1)
@@ -256,7 +280,7 @@ def test_what_is_noted_takes_no_more_memory_than_it_says():
     own = policy(queries="prompt", references=64)
     seen = observe(400, 400, 2, 3)
     state = own.observe(replace(seen, num_tokens=400, num_scored=400))
-    held = [state.squares, state.most, state.by, state.at, state.sample]
+    held = [state.squares, state.most, state.by, state.at, state.member, state.sample]
     used = sum(tensor.numel() * tensor.element_size() for tensor in held)
     said = 2 * own.state_bytes(400, seen.keys.shape[2], 4)
     assert 0.8 * said < used <= said

@@ -13,7 +13,7 @@ from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns that are solved for at once
 PURSUED = 512  # columns among which tokens are pursued at once: it takes their square, and should end soon
-OF_COLUMNS = "squares", "most", "by", "at"  # of `Attended`
+OF_COLUMNS = "squares", "most", "by", "at", "member"  # of `Attended`
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Attended:
         most: `[H, W]` float32, the most that one of them paid; lower by up to a thousandth.
         by: `[H, W, D]` in the model's dtype, the query that did.
         at: `[H, W]` int64, its position.
+        member: `[H, W]` uint8, which of the group's query heads it is of.
         sample: `[m, H, G, D]` likewise, every `stride`-th position's queries.
         positions: `[m]` int64, of these.
         stride: see `sample`.
@@ -35,6 +36,7 @@ class Attended:
     most: Tensor
     by: Tensor
     at: Tensor
+    member: Tensor
     sample: Tensor
     positions: Tensor
     stride: int = 1
@@ -84,7 +86,6 @@ class AttentionMatching(Policy):
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     matches: ClassVar[bool] = True
-    needs_no_sinks: ClassVar[bool] = True
     queries: Literal["repeat", "self-study", "prompt"] = "repeat"
     keys: Literal["attention", "omp"] = "attention"
     references: int = 2048
@@ -183,15 +184,21 @@ class AttentionMatching(Policy):
             sampled = state.positions.repeat(sample.shape[1]).expand(len(columns), -1)
             limits = (sampled + 1).clamp(max=scored)
             own_limits = (state.at[heads].gather(1, columns) + 1).clamp(max=scored)
+        sinks = of_own = None
+        if observation.sinks is not None:
+            of_heads = observation.sinks[heads]  # `[h, G]`
+            sinks = of_heads.repeat_interleave(sample.shape[2], 1)
+            of_own = of_heads.gather(1, state.member[heads].gather(1, columns).long())
         problem = Problem(
             keys=observation.keys[:, :scored],
             values=observation.values[:, :scored],
             queries=sample.flatten(1, 2),
             scale=observation.scale,
             logits_soft_cap=observation.logits_soft_cap,
+            sinks=sinks,
             limits=limits,
         )
-        return problem, Own(own, own_limits)
+        return problem, Own(own, own_limits, of_own)
 
     def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
         queries = self.references + columns
@@ -205,7 +212,7 @@ class AttentionMatching(Policy):
         return peak_bytes(1, tokens, self.references + columns, columns, size, omp=omp)
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
-        return tokens * (size * itemsize + 16) + self.references * size * itemsize
+        return tokens * (size * itemsize + 17) + self.references * size * itemsize
 
 
 def _nothing(observation: LayerObservation, width: int) -> Attended:
@@ -216,6 +223,7 @@ def _nothing(observation: LayerObservation, width: int) -> Attended:
         most=torch.zeros(heads, width, device=device),
         by=torch.zeros(heads, width, size, dtype=dtype, device=device),
         at=torch.zeros(heads, width, dtype=torch.int64, device=device),
+        member=torch.zeros(heads, width, dtype=torch.uint8, device=device),
         sample=torch.zeros(0, heads, group, size, dtype=dtype, device=device),
         positions=torch.zeros(0, dtype=torch.int64, device=device),
     )
@@ -250,5 +258,7 @@ def _attend(state: Attended, observation: LayerObservation, columns: slice, seen
         better = most > state.most[heads, own]
         state.most[heads, own] = torch.where(better, most, state.most[heads, own])
         state.by[heads, own] = torch.where(better[..., None], chosen, state.by[heads, own])
-        at = positions[part.queries][which % (part.queries.stop - part.queries.start)]
+        num_queries = part.queries.stop - part.queries.start
+        at, member = positions[part.queries][which % num_queries], (which // num_queries).to(torch.uint8)
         state.at[heads, own] = torch.where(better, at, state.at[heads, own])
+        state.member[heads, own] = torch.where(better, member, state.member[heads, own])

@@ -129,7 +129,6 @@ class Policy(ABC):
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         needs_output_projection: True if it cannot do without the projection behind the layer.
-        needs_no_sinks: True if its attention is without sinks, so that it is refused where layers have any.
         needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
             says. A policy must say what it needs, so that it is refused where a model has it not.
         gives_losses: True if it answers `losses`.
@@ -150,7 +149,6 @@ class Policy(ABC):
     waits: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
-    needs_no_sinks: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
     gives_losses: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048

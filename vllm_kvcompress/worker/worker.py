@@ -118,8 +118,6 @@ class CompressionWorker(Worker):
             self.lacks["needs_known_shape"] = differs
             if said[1] != cache.head_size:
                 self.lacks[NEEDS_HEAD_SIZE] = differs
-        if any(layer.sinks is not None for layer in probed.layers):
-            self.lacks["needs_no_sinks"] = "its attention has sinks"
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
