@@ -6,6 +6,7 @@ import pytest
 from simulation import Simulation, prompt_of
 
 from vllm_kvcompress.paging import repetition, solving
+from vllm_kvcompress.paging.job import CompressionReport
 
 MODES = [pytest.param({}, id="sync"), pytest.param(dict(asynchronous=True), id="async")]
 OPTIONS = "attention_matching:budget=0.25,waits={}"
@@ -347,7 +348,7 @@ def test_whose_output_is_too_short_to_be_solved_for_is_not_repeated_either(clock
         assert repeated == (max_tokens >= least)
         compacted += [max_tokens] * len(sim.jobs_of(name))
         sim.check_nothing_left()
-    steps_late = 1 if mode else 0  # of asynchronous scheduling
+    steps_late = 2 if mode else 0  # asynchronous scheduling hears later of what a first share took, too
     assert compacted == list(range(least + steps_late, least + 4))
 
 
@@ -427,4 +428,44 @@ def test_one_that_is_solved_and_has_no_room_does_not_keep_others_from_their_turn
     assert all(len(sim.jobs_of(name)) == 1 for name in names)
     assert sim.scheduler._solving.turn is None and sim.scheduler._solving.without_room is None
     sim.finish()
+    sim.check_nothing_left()
+
+
+def test_until_it_is_known_how_long_a_share_takes_there_is_one(clock):
+    sim = simulate()
+    execute, sent = sim.worker.execute, []
+
+    def as_on_a_gpu(output):  # the report comes some steps later
+        result = execute(output)
+        if getattr(result, "kv_compression", None) is not None:
+            sent.append(sim.steps)
+            del result.kv_compression
+        if sent and sim.steps >= sent[0] + 5:
+            result.kv_compression = CompressionReport({}, 0.05)
+        return result
+
+    sim.worker.execute = as_on_a_gpu
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 60)
+    while not sim.jobs_of(name):
+        clock.now += 0.1
+        sim.step()
+    assert sent[1] - sent[0] >= 5 and len(sent) == SHARES
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_a_first_share_that_was_not_sent_is_not_waited_for(clock):
+    sim = simulate()
+    name, taken = sim.add(prompt_of(500, 31), OPTIONS.format(True), 60), []
+    plan = sim.scheduler._end_abandoned
+
+    def then_preempt():
+        plan()
+        if sim.scheduler._solving._solves and not taken:
+            taken.append(name)
+            sim.preempt(name)
+
+    sim.scheduler._end_abandoned = then_preempt
+    sim.finish()
+    assert taken and len(sim.jobs_of(name)) == 1
     sim.check_nothing_left()

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation, Repetition, Solve
+from vllm_kvcompress.worker.stopwatch import HostStopwatch
 from vllm_kvcompress.worker.worker import CompressionWorker, backend_overrides, every_page
 
 SNAPKV = KVCompressionConfig.parse("snapkv:window=4")
@@ -103,6 +104,7 @@ def worker(monkeypatch):
         def __init__(self):
             self.compression = State()
             self.compactor = Solver(self.compression)
+            self._stopwatch = HostStopwatch()
             self.seen = []
             self.fails = False
 

@@ -61,7 +61,8 @@ class CompressionReport:
     Attributes:
         kept_blocks: of the step's Jobs with a threshold, by request id: the first so many blocks of the
             destination hold all that is kept. The others are read by nobody.
-        solving_seconds: what the step's solves took on the host, each share.
+        solving_seconds: what a share of the last solves took that are done; None if no others were since the
+            last report. A GPU does them after their step has been sent off.
     """
 
     kept_blocks: dict[str, int]

@@ -241,7 +241,7 @@ class _Compression:
         self._stats.count(jobs)
         output.kv_compression = CompressionStep(
             released=released,
-            solves=[solve for solve in self._solving.take() if solve.job.request_id not in released],
+            solves=self._solving.take(released),
             jobs=jobs,
             late=[name for name in (*unsolved, *late) if (own := self._tracked.get(name)) and own.late],
             unsolved=[name for name in unsolved if name not in released],

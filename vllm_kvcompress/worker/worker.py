@@ -1,6 +1,5 @@
 """vLLM's workers, extended: they compact before they compute."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +32,7 @@ from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
 from vllm_kvcompress.worker.compactor import Compactor, Work
+from vllm_kvcompress.worker.stopwatch import Stopwatch
 
 
 class CompressionWorker(Worker):
@@ -53,7 +53,7 @@ class CompressionWorker(Worker):
     lacks: dict[str, str]
     _serving = False
     _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
-    _solving_seconds: float | None = None  # of a share of this step's solves
+    _stopwatch: Stopwatch  # of shares of solves
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -123,6 +123,7 @@ class CompressionWorker(Worker):
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
+        self._stopwatch = Stopwatch.of(cache.device)
 
     def _attention_layers(self) -> list[Attention]:
         """All of this rank's, also those that are not compacted."""
@@ -171,11 +172,12 @@ class CompressionWorker(Worker):
 
     def _reported(self, output):
         """The step's output, with the word of what its thresholds keep and how long it solved."""
-        nothing = not self._counting and self._solving_seconds is None
-        if nothing or not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+        if not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+            return output
+        seconds = self._stopwatch.read()
+        if not self._counting and seconds is None:
             return output
         tables, self._counting = self._counting, MappingProxyType({})
-        seconds, self._solving_seconds = self._solving_seconds, None
         if isinstance(output, AsyncModelRunnerOutput):
             return _ReportedLater(output, tables, seconds)
         return _with_report(output, tables, seconds)
@@ -217,13 +219,13 @@ class CompressionWorker(Worker):
             state.observer.watch_repetition(repetition)
 
     def _solve(self, solves: Sequence[Solve]) -> None:
-        begin, observer = time.perf_counter(), self.compression.observer
-        for solve in solves:
-            name = solve.job.request_id
-            self.compactor.solve(solve, observer.of(name))
-            if solve.shares.stop == solve.num_shares:
-                observer.drop_states(name)
-        self._solving_seconds = (time.perf_counter() - begin) / sum(len(solve.shares) for solve in solves)
+        observer = self.compression.observer
+        with self._stopwatch.parts(sum(len(solve.shares) for solve in solves)):
+            for solve in solves:
+                name = solve.job.request_id
+                self.compactor.solve(solve, observer.of(name))
+                if solve.shares.stop == solve.num_shares:
+                    observer.drop_states(name)
 
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
         state, works = self.compression, []
