@@ -113,12 +113,13 @@ def test_formats_are_compacted_again_every_128_tokens_where_nobody_watches_every
             "kvzip+kivi4",
             "attention_matching",
             "attention_matching:queries=prompt",
+            "attention_matching:recompact_every=96",
             "h2o+turbo4",
             "snapkv",
             "kivi:when=streaming",
         )
     }
-    assert list(intervals.values()) == [128, 128, 64, None, None, None, None, None, 1024]
+    assert list(intervals.values()) == [128, 128, 64, None, None, None, 96, None, None, 1024]
 
 
 @pytest.mark.parametrize(
@@ -501,14 +502,14 @@ def test_the_peak_of_a_streamed_prompt_is_far_below_its_length():
         ("kvzip:recompact_every=64", "remove when=streaming and recompact_every"),
         ("kvzip:when=streaming", "remove when=streaming and recompact_every"),
         ("criticalkv:base=kvzip,when=streaming", "remove when=streaming and recompact_every"),
-        ("attention_matching:recompact_every=64", "attention_matching solves for a whole prompt at once"),
         ("attention_matching:when=streaming", "attention_matching solves for a whole prompt at once"),
-        ("attention_matching:queries=prompt,recompact_every=64", "solves for a whole prompt at once"),
+        ("attention_matching:queries=prompt,recompact_every=64", "watches every query.* over matched k4v3"),
         ("attention_matching:queries=prompt,when=streaming", "solves for a whole prompt at once"),
         ("attention_matching:threshold=0.1", "scores of attention_matching mean nothing across prompts"),
         ("attention_matching+auto", "solves for tokens of one format, and auto mixes several"),
         ("attention_matching+auto:max_tokens_kept=100", "and auto mixes several"),
         ("attention_matching:queries=all", "queries must be"),
+        ("attention_matching:keys=all", "keys must be"),
         ("attention_matching:references=0", "references must be at least 1, got 0"),
         ("criticalkv:base=snapkw", "did you mean 'snapkv'"),
         ("criticalkv:base=criticalkv", "base of criticalkv must be another policy"),

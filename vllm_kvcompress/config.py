@@ -131,6 +131,7 @@ class KVCompressionConfig:
         allocation: how pages are shared among heads, `NAME` or `profile:PATH`; None for the method's own.
         sink_tokens: first tokens of a prompt, never dropped.
         window: last prompt tokens, never dropped, whose queries score the others; None for the method's own.
+            Of methods that match, and look at their window where they compact again, 32.
         when: "prompt": once a prompt is computed; "streaming": also while it is computed, every
             `recompact_every` tokens, so that it may be larger than the pool; "pressure": when blocks run
             short, whoever waits to be admitted or would be preempted otherwise.
@@ -260,16 +261,16 @@ class KVCompressionConfig:
                 f"max_tokens_kept counts tokens, and {self.record_format.name} keeps as many as their bits "
                 "allow: use budget alone, or another format"
             )
-        if self.matches and self.interval is not None:
+        if self.matches and self.when == "streaming":
             raise KVCompressionError(
-                f"{self.method} solves for a whole prompt at once; remove when=streaming and recompact_every"
+                f"{self.method} solves for a whole prompt at once; remove when=streaming"
             )
         if self.record_format is not None and self.observes_all and self.interval is not None:
             raise KVCompressionError(
                 f"{self.method} watches every query, which it cannot over {self.record_format.name}; "
                 "remove when=streaming and recompact_every, or the format"
             )
-        if self.repeats and self.interval is not None:
+        if self.repeats and self.interval is not None and not self.matches:
             raise KVCompressionError(
                 f"{self.method} scores a whole prompt at once; remove when=streaming and recompact_every"
             )
@@ -385,7 +386,9 @@ class KVCompressionConfig:
 
     def _build(self, cls: type[Policy]) -> Policy:
         options = self._options_of(cls)
-        if self.window is not None and "window" in _field_types(cls):
+        if cls.matches:  # its window is of outputs, and none of them is compacted unless it is asked for
+            options["window"] = self.window or DEFAULT_WINDOW if self.recompact_every is not None else 0
+        elif self.window is not None and "window" in _field_types(cls):
             options["window"] = self.window
         if self.scorer is not None and "scorer" in _field_types(cls):
             options["scorer"] = self.scorer

@@ -34,7 +34,6 @@ NONE = (0, NEOX, 0)  # a layer without position embedding
 NO_ROTARY = dict.fromkeys(
     ("expected_attention", "foresight"), "do not follow a one-dimensional rotary embedding"
 )
-OF_SINKS = {"attention_matching": "cannot serve this model: its attention has sinks; use another method"}
 NARROW_VALUES = {
     "criticalkv": "the output projection of .* cannot be used",
     **dict.fromkeys(
@@ -197,14 +196,11 @@ SERVED = {
         activation_sparsity_pattern=[0.0] * 4,
         laurel_rank=16,
     ),
-    "granite: sinks": family(
-        "GraniteForCausalLM", "granite", FULL, OF_SINKS, layer_types=["full_attention"] * 2
-    ),
+    "granite: sinks": family("GraniteForCausalLM", "granite", FULL, layer_types=["full_attention"] * 2),
     "gpt-oss: windows, sinks": family(
         "GptOssForCausalLM",
         "gpt_oss",
         FULL[:1],
-        OF_SINKS,
         head_dim=32,
         layer_types=["sliding_attention", "full_attention"],
         sliding_window=64,

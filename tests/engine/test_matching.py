@@ -1,8 +1,12 @@
 """Attention Matching in the engine: solved for beside others' steps, and attended to as solved."""
 
+import json
+
 import pytest
 from harness import first_difference, same_kept, sampling, tokens
 from vllm.v1.request import RequestStatus
+
+from vllm_kvcompress import profiles
 
 OPTIONS = "attention_matching:budget=0.05,chunk=600,references=256,waits="
 RAW, WAITS = OPTIONS + "false", OPTIONS + "true"
@@ -140,20 +144,42 @@ def test_a_self_study_is_observed_as_it_is_written(engine, long_ids):
     engine.step_until_due(name)
     observed = engine.worker.compression.observer.of(engine.live(name).request_id)
     noted: list[tuple[str, int]] = []
+    seen = 0
     while engine.compaction_of(name) is None:
         if observed.repeated and observed.repeated[0] not in noted:
             noted.append(observed.repeated[0])
             assert len(set(observed.repeated.values())) == 1, "every layer's queries are"
             assert observed.states[0].squares.shape[1] == 400
+        seen = seen if observed.states[0] is None else observed.states[0].seen
         engine.step()
     assert len({name for name, _ in noted}) == 4
     # Each answer is observed token by token, all but its last, which is sampled and not computed.
     for study in sorted({name for name, _ in noted}):
         own = [position for name, position in noted if name == study]
         assert own == list(range(own[0], own[0] + 12)) and own[0] > 405
-    assert observed.states[0].seen == sum(
-        max(p for n, p in noted if n == s) - 400 for s in {n for n, _ in noted}
-    )
+    assert seen == sum(max(p for n, p in noted if n == s) - 400 for s in {n for n, _ in noted})
+    engine.finish()
+    engine.outputs.clear()
+
+
+def test_a_profile_says_how_many_pages_each_head_has(engine, long_ids, tmp_path, monkeypatch):
+    # Of 19 blocks 2 stay, 24 pages of six records; a head has 19 records.
+    pages = [[4, 1, 1], [2, 2, 2], [1, 4, 2], [1, 2, 2]]
+    content = {"version": 1, "model": "random", "num_layers": 4, "num_kv_heads": 3, "budgets": [0.1]}
+    shares = [[[own / 2 for own in layer] for layer in pages]]
+    (tmp_path / "of-random.json").write_text(json.dumps({**content, "shares": shares}))
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)  # of those that come with the package
+    options = WAITS.replace("0.05", "0.1") + ",allocation=profile:of-random"
+    name = engine.add(long_ids(640, seed=3), sampling(20, options))
+    compaction = engine.step_until_compacted(name)
+    table = engine.worker.compression.tables[compaction.job.request_id]
+    assert table.counts.tolist() == pages
+    assert compaction.counts.tolist() == [[min(6 * own, 19) for own in layer] for layer in pages]
+    assert all(kept[:4] == [0, 1, 2, 3] for layer in compaction.positions() for kept in layer)
+    records, _ = table.aligned_records(slice(None))
+    written = engine.worker.compactor.cache.read_records(records[records >= 0], table.format)
+    biases = table.format.biases(written, 32)
+    assert float((biases.abs() > 1e-3).float().mean()) > 0.5, "solved for, but where a head keeps all"
     engine.finish()
     engine.outputs.clear()
 
@@ -171,5 +197,39 @@ def test_any_quantizing_format_may_hold_what_is_matched(engine, long_ids, format
     engine.step_until_compacted(name)
     table = engine.worker.compression.tables[engine.live(name).request_id]
     assert table.format.name == f"matched {format}"
+    engine.finish()
+    engine.outputs.clear()
+
+
+def test_what_is_matched_is_compacted_again_alone_or_beside_others_or_after_a_preemption(engine, long_ids):
+    params = sampling(120, WAITS.replace("0.05", "0.1") + ",recompact_every=48")
+    alone = engine.run_fresh(long_ids(640, seed=3), params)
+    reference = list(engine.compactions)
+    assert [(c.job.num_tokens, c.job.solved) for c in reference] == [(640, True), (688, False), (736, False)]
+    assert any(token >= 640 for layer in reference[2].positions() for own in layer for token in own)
+    for preempted in (False, True):
+        engine.forget_prefixes()
+        engine.compactions.clear()
+        other = engine.add(long_ids(300, seed=4), sampling(150, "off"))
+        name = engine.add(long_ids(640, seed=3), params)
+        while preempted and sum(c.request == name for c in engine.compactions) < 2:
+            engine.step()
+        if preempted:
+            engine.compactions.clear()
+            request = engine.live(name)
+            engine.scheduler.running.remove(request)
+            engine.scheduler._preempt_request(request, 0.0)
+        engine.finish()
+        again = [c for c in engine.compactions if c.request == name]
+        assert all(same_kept(*both) for both in zip(again, reference, strict=True))
+        assert first_difference(engine.outputs.pop(name), alone) is None
+        engine.outputs.pop(other)
+
+
+def test_nothing_of_a_context_is_noted_any_more_once_it_is_solved_for(engine, long_ids):
+    name = engine.add(long_ids(640, seed=3), sampling(60, WAITS + ",recompact_every=48"))
+    engine.step_until_compacted(name)
+    observed = engine.worker.compression.observer.of(engine.live(name).request_id)
+    assert observed.states == [None] * 4 and observed.ring.shape[1] == 64
     engine.finish()
     engine.outputs.clear()

@@ -1,25 +1,13 @@
 """Memory: what is stated is enough, and not far above what is taken."""
 
-import json
 from dataclasses import replace
 
 import pytest
 import torch
+from allocated import measured
 from plain_attention import draw
-from torch.profiler import ProfilerActivity, profile
 
 from vllm_kvcompress.matching import attend, fit, peak_bytes, select_highest, select_omp
-
-
-def measured(path, function) -> int:
-    """The most that PyTorch's allocator had given away at a time while the function ran."""
-    function()  # what libraries keep from their first call
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        function()
-    record.export_chrome_trace(str(path))
-    events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
-    held = [event["args"]["Bytes"] for event in sorted(events, key=lambda event: event["ts"])]
-    return max(torch.tensor(held).cumsum(0).tolist())
 
 
 @pytest.mark.parametrize("omp", [False, True])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_kvcompress.matching import Problem, attend, fit, fit_by_parts
+from vllm_kvcompress.matching import Own, Problem, attend, fit, fit_by_parts, select_by_parts, select_omp
 
 SIZE, SCALE = 16, 0.25
 
@@ -29,6 +29,11 @@ def chosen(problem: Problem, counts: list[int]):
     return columns, present, own
 
 
+def drawn_sinks(queries: int, heads: int):
+    """As much as a few of the largest of a query's logits."""
+    return torch.randn(heads, queries, generator=torch.Generator().manual_seed(6)) + 6
+
+
 def dense(queries, keys, values, bias):
     logits = queries.double() @ keys.double().mT * SCALE + bias[:, None].double()
     return logits.softmax(-1) @ values.double(), logits.logsumexp(-1)
@@ -42,15 +47,20 @@ def errors(problem: Problem, queries, columns, present, bias, values) -> tuple[f
     return float((got - wanted).square().mean()), float((own - mass).square().mean())
 
 
-def test_a_head_of_one_part_is_matched_at_once():
-    problem = draw()
-    columns, present, own = chosen(problem, [40, 25])
+@pytest.mark.parametrize("sunk", [False, True])
+def test_a_head_of_one_part_is_matched_at_once(sunk):
+    columns, present, own = chosen(draw(), [40, 25])
+    sinks = drawn_sinks(190, heads=2) if sunk else None
+    problem = draw(sinks=None if sinks is None else sinks[:, :150])
     for head in range(2):
         rows, there = slice(head, head + 1), present[head]
         queries = torch.cat([problem.queries[rows], own[rows, there]], 1)
-        alone = Problem(problem.keys[rows], problem.values[rows], queries, SCALE)
+        of_head = of_own = None
+        if sinks is not None:
+            of_head, of_own = torch.cat([sinks[rows, :150], sinks[rows, 150:][:, there]], 1), sinks[:, 150:]
+        alone = Problem(problem.keys[rows], problem.values[rows], queries, SCALE, sinks=of_head)
         wanted = fit(alone, attend(alone), columns[rows, there], present[rows, there])
-        got = fit_by_parts(problem, own, None, columns, present, 240)
+        got = fit_by_parts(problem, Own(own, sinks=of_own), columns, present, 240)
         torch.testing.assert_close(got.bias[rows, there], wanted.bias, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(got.values[rows, there], wanted.values, atol=2e-3, rtol=2e-3)
 
@@ -60,8 +70,8 @@ def test_parts_answer_nearly_as_well_as_the_whole(most):
     problem = draw(queries=600)
     columns, present, own = chosen(problem, [60, 45])
     held_out = draw(seed=5).queries
-    at_once = fit_by_parts(problem, own, None, columns, present, 240)
-    by_parts = fit_by_parts(problem, own, None, columns, present, most)
+    at_once = fit_by_parts(problem, Own(own), columns, present, 240)
+    by_parts = fit_by_parts(problem, Own(own), columns, present, most)
     plain = problem.values.gather(1, columns[..., None].expand(-1, -1, SIZE))
     whole = errors(problem, held_out, columns, present, at_once.bias, at_once.values)
     parts = errors(problem, held_out, columns, present, by_parts.bias, by_parts.values)
@@ -80,7 +90,7 @@ def test_where_each_part_can_be_matched_exactly_the_whole_is():
     columns = torch.arange(0, 160, 8).expand(2, -1).contiguous()
     present = torch.ones_like(columns, dtype=torch.bool)
     own = torch.randn(2, 20, SIZE, generator=generator)
-    solved = fit_by_parts(problem, own, None, columns, present, 80, bias_ridge=1e-9, value_ridge=1e-7)
+    solved = fit_by_parts(problem, Own(own), columns, present, 80, bias_ridge=1e-9, value_ridge=1e-7)
     torch.testing.assert_close(solved.bias, torch.full_like(solved.bias, 8.0).log(), atol=2e-2, rtol=0)
     means = values.unflatten(1, (20, 8)).mean(2)
     torch.testing.assert_close(solved.values, means, atol=2e-2, rtol=0)
@@ -90,14 +100,14 @@ def test_heads_of_different_counts_are_matched_as_they_are_alone():
     problem = draw(heads=3)
     counts = [50, 7, 33]
     columns, present, own = chosen(problem, counts)
-    together = fit_by_parts(problem, own, None, columns, present, 70)
+    together = fit_by_parts(problem, Own(own), columns, present, 70)
     assert not together.values[~present].any() and not together.bias[~present].any()
     for head, count in enumerate(counts):
         rows = slice(head, head + 1)
         alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
         there = present[head]
         assert int(there.sum()) == count
-        single = fit_by_parts(alone, own[rows, there], None, columns[rows, there], there[None, there], 70)
+        single = fit_by_parts(alone, Own(own[rows, there]), columns[rows, there], there[None, there], 70)
         torch.testing.assert_close(together.bias[rows, there], single.bias, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(together.values[rows, there], single.values, atol=2e-3, rtol=2e-3)
 
@@ -107,7 +117,7 @@ def test_a_part_without_a_kept_column_is_left_out():
     columns = torch.tensor([[1, 2, 3], [1, 2, 200]])
     present = torch.ones_like(columns, dtype=torch.bool)
     own = draw(seed=3).queries[:, :3]
-    solved = fit_by_parts(problem, own, None, columns, present, 80)
+    solved = fit_by_parts(problem, Own(own), columns, present, 80)
     assert bool(torch.isfinite(solved.bias).all() and torch.isfinite(solved.values).all())
 
 
@@ -116,35 +126,30 @@ def test_queries_see_the_columns_of_a_part_below_their_limits():
     problem = draw(limits=limits)
     columns, present, own = chosen(problem, [40, 25])
     own_limits = columns + 1
-    one = fit_by_parts(problem, own, own_limits, columns, present, 120)
+    one = fit_by_parts(problem, Own(own, own_limits), columns, present, 120)
     # Whatever lies beyond every limit counts for nothing: here all of the second part.
     below = limits.clamp(max=120)
     values = problem.values.clone()
     cut = Problem(problem.keys, values, problem.queries, SCALE, limits=below)
-    first = fit_by_parts(cut, own, own_limits.clamp(max=120), columns, present, 120)
+    first = fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120)
     values[:, 120:] = 99.0
-    again = fit_by_parts(cut, own, own_limits.clamp(max=120), columns, present, 120)
+    again = fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120)
     in_first = present & (columns < 120)
     assert torch.equal(first.values[in_first], again.values[in_first])
     assert not torch.allclose(one.values[in_first], first.values[in_first])
 
 
-def test_sinks_are_refused():
-    problem = draw(sinks=torch.zeros(2, 150))
-    columns, present, own = chosen(draw(), [4, 4])
-    with pytest.raises(ValueError, match="sinks"):
-        fit_by_parts(problem, own, None, columns, present, 80)
-
-
-@pytest.mark.parametrize("limited", [False, True])
-def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited):
+@pytest.mark.parametrize(("limited", "sunk"), [(False, False), (True, False), (False, True)])
+def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited, sunk):
     drawn = draw(heads=1)
     generator = torch.Generator().manual_seed(2)
     limits = torch.randint(30, 241, (1, 150), generator=generator) if limited else None
-    problem = Problem(drawn.keys, drawn.values, drawn.queries, SCALE, limits=limits)
+    sinks = drawn_sinks(190, heads=1)
+    of_queries, of_own = (sinks[:, :150], sinks[:, 150:]) if sunk else (None, None)
+    problem = Problem(drawn.keys, drawn.values, drawn.queries, SCALE, limits=limits, sinks=of_queries)
     columns, present, own = chosen(drawn, [40])
     own_limits = torch.randint(30, 241, (1, 40), generator=generator) if limited else None
-    got = fit_by_parts(problem, own, own_limits, columns, present, 120)
+    got = fit_by_parts(problem, Own(own, own_limits, of_own), columns, present, 120)
     for begin, end in ((0, 120), (120, 240)):
         inside = (columns[0] >= begin) & (columns[0] < end)
         assert 0 < int(inside.sum()) < 40
@@ -155,8 +160,11 @@ def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited):
             seen = torch.cat([limits, own_limits[:, inside]], 1)
             logits.masked_fill_(torch.arange(240) >= seen[0, :, None], -torch.inf)
             of_part = (seen - begin).clamp(min=0)
-        beside = torch.cat([logits[:, :begin], logits[:, end:]], 1).logsumexp(1)
-        rows = slice(begin, end)
+        beside = torch.cat([logits[:, :begin], logits[:, end:]], 1)
+        if sunk:
+            sink = torch.cat([sinks[0, :150], sinks[0, 150:][inside]])
+            beside = torch.cat([beside, sink[:, None].double()], 1)
+        beside, rows = beside.logsumexp(1), slice(begin, end)
         alone = Problem(
             drawn.keys[:, rows],
             drawn.values[:, rows],
@@ -168,3 +176,36 @@ def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited):
         wanted = fit(alone, attend(alone), columns[:, inside] - begin, present[:, inside])
         torch.testing.assert_close(got.bias[:, inside], wanted.bias, atol=5e-3, rtol=5e-3)
         torch.testing.assert_close(got.values[:, inside], wanted.values, atol=5e-3, rtol=5e-3)
+
+
+def test_tokens_are_pursued_in_each_part_with_all_others_as_a_sink():
+    drawn = draw(heads=1)
+    columns, present, own = chosen(drawn, [40])
+    got, there = select_by_parts(drawn, Own(own), columns, present, 120, leading=3)
+    assert there.all() and bool((got.diff(dim=1) > 0).all()), "ascending, each once"
+    assert got[0, :3].tolist() == [0, 1, 2]
+    assert 10 < len(set(got[0].tolist()) & set(columns[0].tolist())) < 40, "other tokens than those"
+    for begin, end in ((0, 120), (120, 240)):
+        inside = (columns[0] >= begin) & (columns[0] < end)
+        queries = torch.cat([drawn.queries, own[:, inside]], 1)
+        logits = queries[0].double() @ drawn.keys[0].double().T * SCALE
+        beside = torch.cat([logits[:, :begin], logits[:, end:]], 1).logsumexp(1)
+        rows = slice(begin, end)
+        of_part, beside = (drawn.keys[:, rows], drawn.values[:, rows]), beside[None].float()
+        alone = Problem(*of_part, queries, SCALE, sinks=beside)
+        count = inside.sum()[None]
+        wanted, _ = select_omp(alone, attend(alone), count, leading=3 if begin == 0 else 0)
+        in_part = got[0][(got[0] >= begin) & (got[0] < end)]
+        assert (wanted[0].sort().values + begin).tolist() == in_part.tolist()
+
+
+def test_what_is_pursued_of_heads_of_different_counts_is_what_is_of_each_alone():
+    problem, counts = draw(heads=3), [50, 7, 33]
+    columns, present, own = chosen(problem, counts)
+    together, there = select_by_parts(problem, Own(own), columns, present, 70)
+    assert torch.equal(there.sum(1), torch.tensor(counts))
+    for head in range(3):
+        rows, kept = slice(head, head + 1), present[head]
+        alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
+        one, _ = select_by_parts(alone, Own(own[rows, kept]), columns[rows, kept], kept[None, kept], 70)
+        assert together[head][there[head]].tolist() == one[0].tolist()

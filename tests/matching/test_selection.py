@@ -91,3 +91,13 @@ def test_no_tokens_wanted_of_any_head(select):
     problem = draw()
     columns, present = select(problem, attend(problem), counts(0, 0, 0))
     assert columns.shape == present.shape == (3, 0)
+
+
+def test_leading_tokens_are_pursued_before_all_others():
+    problem = draw(queries=60)
+    reference = attend(problem)
+    columns, present = select_omp(problem, reference, counts(12, 6, 9), leading=5, most=12)
+    freely, _ = select_omp(problem, reference, counts(12, 12, 12))
+    for head in range(3):
+        assert {0, 1, 2, 3, 4} <= set(columns[head][present[head]].tolist())
+        assert not {0, 1, 2, 3, 4} <= set(freely[head].tolist())

@@ -6,6 +6,7 @@ import pytest
 from simulation import Simulation, prompt_of
 
 from vllm_kvcompress.paging import repetition, solving
+from vllm_kvcompress.paging.job import CompressionReport
 
 MODES = [pytest.param({}, id="sync"), pytest.param(dict(asynchronous=True), id="async")]
 OPTIONS = "attention_matching:budget=0.25,waits={}"
@@ -265,4 +266,206 @@ def test_the_time_of_shares_is_none_of_the_steps_beside_which_they_have_theirs(c
     for request in list(sim.scheduler.requests):
         sim.abort(request)
     sim.finish()
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, pytest.param(dict(num_drafts=3), id="drafts")])
+def test_what_is_matched_is_compacted_again_as_it_grows_and_solved_for_anew_once_it_was_preempted(
+    clock, mode, waits
+):
+    sim = simulate(**mode)
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(waits) + ",recompact_every=64", 700)
+    for preempted in (False, True):
+        if preempted:
+            sim.preempt(name)
+        before = len(sim.jobs_of(name))
+        while len(jobs := sim.jobs_of(name)[before:]) < 3:
+            clock.now += 0.05
+            sim.step()
+        assert [job.solved for job in jobs] == [True, False, False]
+        assert jobs[0].num_tokens == 500 and all((job.num_tokens - 500) % 64 == 0 for job in jobs)
+        assert jobs[1].previous == jobs[0].destination and sim.scheduler._solving.turn is None
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_who_is_compacted_again_waits_for_nobody_who_is_solved_for(clock):
+    sim = simulate()
+    grows = sim.add(prompt_of(500, 31), OPTIONS.format(True) + ",recompact_every=16", 300)
+    sim.step_until_compacted(grows)
+    solved = sim.add(prompt_of(400, 32), OPTIONS.format(True), 300)
+    while sim.scheduler._solving.turn != solved:
+        sim.step()
+    compact, beside = sim.manager.compact, []
+    sim.worker.share_seconds = 100.0
+    for step in range(40):
+        clock.now += 0.01
+        sim.manager.compact = compact if step >= 20 else lambda *args: None
+        output = sim.step()
+        assert grows in output.num_scheduled_tokens, "without room it goes on raw"
+        beside += [job for job in output.kv_compression.jobs if sim.scheduler._solving.turn == solved]
+    assert grows in sim.worker.late and beside and not sim.jobs_of(solved)
+    assert {job.request_id for job in beside} == {grows}
+    sim.worker.share_seconds = 0.0
+    while not sim.jobs_of(solved):
+        clock.now += 1.0
+        sim.step()
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_a_prompt_that_is_left_alone_is_compacted_with_its_output_and_not_solved_for(clock):
+    sim = simulate()
+    options = OPTIONS.format(False) + ",recompact_every=64,min_freed_tokens=200"
+    name = sim.add(prompt_of(150, 31), options, 400)
+    while not sim.jobs_of(name):
+        sim.step()
+        assert len(sim.scheduler.requests) == 1 and sim.scheduler._solving.turn is None, "nor repeated"
+    (job,) = sim.jobs_of(name)
+    assert not job.solved and job.num_tokens > 200
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def repeats(sim: Simulation) -> bool:
+    return any(sim.scheduler._repetitions.of(name) is not None for name in sim.scheduler.requests)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whose_output_is_too_short_to_be_solved_for_is_not_repeated_either(clock, mode):
+    # 304 tokens are repeated in five steps of 64, and four have a share; the last token is not computed.
+    least, compacted = 5 + SHARES + 1, []
+    for max_tokens in range(least - 3, least + 4):
+        sim = simulate(**mode)
+        sim.worker.share_seconds = 0.0
+        name = sim.add(prompt_of(304, 5), OPTIONS.format(False), max_tokens)
+        repeated = False
+        while name in sim.scheduler.requests:
+            clock.now += 0.1
+            sim.step()
+            repeated |= repeats(sim)
+        assert repeated == (max_tokens >= least)
+        compacted += [max_tokens] * len(sim.jobs_of(name))
+        sim.check_nothing_left()
+    steps_late = 2 if mode else 0  # asynchronous scheduling hears later of what a first share took, too
+    assert compacted == list(range(least + steps_late, least + 4))
+
+
+@pytest.mark.parametrize("study", [False, True])
+def test_who_waits_is_solved_for_however_short_its_output_is(clock, study):
+    sim = simulate()
+    options = OPTIONS.format(True) + ",queries=self-study,answer_tokens=5" * study
+    name = sim.add(prompt_of(300, 5), options, 2)
+    sim.finish()
+    assert [job.solved for job in sim.jobs_of(name)] == [True]
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whose_output_is_too_short_to_be_solved_for_may_be_compacted_with_it(clock, mode):
+    sim = simulate(**mode)
+    options = OPTIONS.format(False) + ",recompact_every=16"
+    name = sim.add(prompt_of(2000, 5), options, 34)  # a repetition takes 32 steps
+    while name in sim.scheduler.requests:
+        sim.step()
+        assert not repeats(sim) and not sim.worker.solved
+    assert [(job.num_tokens, job.solved) for job in sim.jobs_of(name)] == [(2016, False)]
+    assert name not in sim.worker.late
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_would_have_ended_by_then_gives_its_turn_to_the_next(clock, mode):
+    sim = simulate(**mode)
+    sim.worker.share_seconds = 1.0
+    first = sim.add(prompt_of(500, 31), OPTIONS.format(False), 80)
+    second = sim.add(prompt_of(400, 32), OPTIONS.format(False), 400)
+    turns: list[str] = []
+    beside = 0  # steps that it goes on
+    while first in sim.scheduler.requests:
+        clock.now += 0.01
+        sim.step()
+        turns += [turn for turn in [sim.scheduler._solving.turn] if turn and turns[-1:] != [turn]]
+        if turns[-1:] == [second]:
+            beside += first in sim.scheduler.requests
+            assert first not in sim.worker.solved
+    assert turns == [first, second] and beside
+    assert not sim.jobs_of(first)
+    while not sim.jobs_of(second):
+        clock.now += 1.0
+        sim.step()
+    sim.finish()
+    assert len(sim.answers[first]) == 80
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_one_that_is_solved_and_has_no_room_does_not_keep_others_from_their_turn(clock, mode, waits):
+    sim = simulate(**mode)
+    names = [sim.add(prompt_of(300 + 50 * seed, seed), OPTIONS.format(waits), 900) for seed in range(4)]
+    compact, refused = sim.manager.compact, {names[0]}
+    sim.manager.compact = lambda name, *args: None if name in refused else compact(name, *args)
+
+    def step_until(condition) -> None:
+        while not condition():
+            clock.now += 0.2
+            sim.step()
+
+    step_until(lambda: sim.jobs_of(names[1]))
+    assert not sim.jobs_of(names[0])
+    assert sim.scheduler._solving.without_room == names[0]
+    refused.add(names[2])
+    step_until(lambda: len(sim.worker.solved.get(names[2], ())) == SHARES)
+    for _ in range(20):
+        clock.now += 0.2
+        sim.step()
+    # What is solved takes memory: of two at most.
+    assert sim.scheduler._solving.turn == names[2] and names[3] not in sim.worker.solved
+    refused.clear()
+    step_until(lambda: sim.jobs_of(names[3]))
+    assert all(len(sim.jobs_of(name)) == 1 for name in names)
+    assert sim.scheduler._solving.turn is None and sim.scheduler._solving.without_room is None
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_until_it_is_known_how_long_a_share_takes_there_is_one(clock):
+    sim = simulate()
+    execute, sent = sim.worker.execute, []
+
+    def as_on_a_gpu(output):  # the report comes some steps later
+        result = execute(output)
+        if getattr(result, "kv_compression", None) is not None:
+            sent.append(sim.steps)
+            del result.kv_compression
+        if sent and sim.steps >= sent[0] + 5:
+            result.kv_compression = CompressionReport({}, 0.05)
+        return result
+
+    sim.worker.execute = as_on_a_gpu
+    name = sim.add(prompt_of(500, 31), OPTIONS.format(False), 60)
+    while not sim.jobs_of(name):
+        clock.now += 0.1
+        sim.step()
+    assert sent[1] - sent[0] >= 5 and len(sent) == SHARES
+    sim.finish()
+    sim.check_nothing_left()
+
+
+def test_a_first_share_that_was_not_sent_is_not_waited_for(clock):
+    sim = simulate()
+    name, taken = sim.add(prompt_of(500, 31), OPTIONS.format(True), 60), []
+    plan = sim.scheduler._end_abandoned
+
+    def then_preempt():
+        plan()
+        if sim.scheduler._solving._solves and not taken:
+            taken.append(name)
+            sim.preempt(name)
+
+    sim.scheduler._end_abandoned = then_preempt
+    sim.finish()
+    assert taken and len(sim.jobs_of(name)) == 1
     sim.check_nothing_left()

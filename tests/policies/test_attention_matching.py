@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocated import measured
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import nnls
 from test_policies import naive_attention, observe
 
 from vllm_kvcompress.policies import POLICIES, LayerObservation
@@ -90,6 +92,8 @@ def test_what_a_repetition_pays_is_summed_and_its_best_query_kept(
         for column in range(part):
             same = (queries[head] == state.by[head, begin + column]).all(1)
             assert same.any(), "it is one of the queries"
+            member = int(state.member[head, begin + column])
+            assert same.view(group, -1)[member].any()
             assert paid[head, same, column].max() >= most[head, column] * (1 - CODED) - 1e-6
             position = int(state.at[head, begin + column]) - (whole.num_tokens - asked - part)
             assert same.view(group, -1)[:, position].any()
@@ -144,6 +148,11 @@ def observed(own, width=60, scored=48, heads=2, group=3, seed=3):
     return replace(whole, state=state, num_scored=scored, queries=whole.queries[:0])
 
 
+def drawn(head, member, width=60, heads=2, group=3, seed=3):
+    """A query head's queries, as `observed` drew them."""
+    return observe(width, width, heads, group, seed=seed).queries[:, head, member]
+
+
 def dense(queries, keys, values, bias, scale):
     logits = queries.double() @ keys.double().T * scale + bias
     return logits.softmax(-1) @ values.double(), logits.logsumexp(-1)
@@ -174,9 +183,49 @@ def test_what_is_fitted_answers_the_queries_better_than_what_was_kept():
         plain = errors(torch.zeros(n), seen.values[head, kept])
         assert solved[0] < plain[0] / 2 and solved[1] < plain[1] / 2
     # Alone a head is fitted to the same queries as beside one that keeps more.
-    one = own.fit(seen, slice(1, 2), columns[1:, :9], present[1:, :9])
+    second = replace(seen, keys=seen.keys[1:], values=seen.values[1:])
+    one = own.fit(second, slice(1, 2), columns[1:, :9], present[1:, :9])
     torch.testing.assert_close(one.values[0, :9], fit.values[1, :9], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(one.bias[0, :9], fit.bias[1, :9], atol=1e-4, rtol=1e-3)
+
+
+def test_pursued_tokens_are_as_many_and_add_up_to_more_of_the_mass():
+    seen = observed(policy(queries="prompt"))
+    columns = seen.state.squares[:, :48].argsort(1, descending=True)[:, :12].sort(1).values
+    present = torch.ones_like(columns, dtype=torch.bool)
+    present[1, 9:] = False
+    same, there = policy().select(seen, slice(0, 2), columns, present, 2)
+    assert same is columns and there is present
+    pursued, there = policy(keys="omp").select(seen, slice(0, 2), columns, present, 2)
+    assert there.sum(1).tolist() == [12, 9]
+    for head in range(2):
+        own, before = pursued[head][there[head]], columns[head][present[head]]
+        assert own[:2].tolist() == [0, 1] and bool((own.diff() > 0).all())
+        queries = torch.cat([seen.state.sample[:, head].flatten(0, 1), seen.state.by[head, before]])
+        softmax = (queries.double() @ seen.keys[head, :48].double().T * seen.scale).softmax(-1).numpy()
+        left = [nnls(softmax[:, kept.tolist()], softmax.sum(1))[1] for kept in (own, before)]
+        assert left[0] < 0.95 * left[1]
+    # Of some heads alone it is the same; keys and values are theirs.
+    second = replace(seen, keys=seen.keys[1:], values=seen.values[1:])
+    one, _ = policy(keys="omp").select(second, slice(1, 2), columns[1:, :9], present[1:, :9], 2)
+    assert one[0].tolist() == pursued[1][there[1]].tolist()
+
+
+def test_a_querys_sink_is_that_of_its_own_head():
+    own = policy()
+    seen = observed(policy(queries="prompt"))
+    columns = seen.state.squares[:, :48].argsort(1, descending=True)[:, :12].sort(1).values
+    random = torch.Generator().manual_seed(4)
+    sinks = torch.randn(2, 3, generator=random) * 3 + 3
+    problem, asked = own._problem(replace(seen, sinks=sinks), slice(0, 2), columns)
+    for head in range(2):
+        for queries, told in ((problem.queries, problem.sinks), (asked.queries, asked.sinks)):
+            for query, sink in zip(queries[head], told[head].tolist(), strict=True):
+                members = {g for g in range(3) if (drawn(head, g) == query).all(1).any()}
+                assert any(sink == float(sinks[head, member]) for member in members) and members
+    second = replace(seen, sinks=sinks, keys=seen.keys[1:], values=seen.values[1:])
+    some, _ = own._problem(second, slice(1, 2), columns[1:])
+    assert torch.equal(some.sinks, problem.sinks[1:])
 
 
 def test_ablations_leave_biases_or_values_as_they_were():
@@ -231,7 +280,7 @@ def test_what_is_noted_takes_no_more_memory_than_it_says():
     own = policy(queries="prompt", references=64)
     seen = observe(400, 400, 2, 3)
     state = own.observe(replace(seen, num_tokens=400, num_scored=400))
-    held = [state.squares, state.most, state.by, state.at, state.sample]
+    held = [state.squares, state.most, state.by, state.at, state.member, state.sample]
     used = sum(tensor.numel() * tensor.element_size() for tensor in held)
     said = 2 * own.state_bytes(400, seen.keys.shape[2], 4)
     assert 0.8 * said < used <= said
@@ -242,3 +291,19 @@ def test_fitting_long_heads_takes_memory_of_a_part_and_of_their_queries():
     short, long, longer = (own.fit_bytes(tokens, tokens // 4, 128) for tokens in (16384, 65536, 131072))
     assert short < long < longer < 2.2 * long, "it grows with the context, not with its square"
     assert own.fit_bytes(2048, 256, 64) < 2**28
+    pursuing = policy(keys="omp")
+    assert own.fit_bytes(200, 50, 64) < pursuing.fit_bytes(200, 50, 64)
+    assert pursuing.fit_bytes(65536, 16384, 128) < 1.2 * long, "nor does pursuit, which is among fewer"
+
+
+def test_pursuit_takes_no_more_memory_than_it_says(tmp_path):
+    own = policy(keys="omp", references=256)
+    seen = observed(policy(queries="prompt", references=256), width=1400, scored=1400)
+    columns = seen.state.squares.argsort(1, descending=True)[:, :200].sort(1).values
+    present = torch.ones_like(columns, dtype=torch.bool)
+
+    def select():
+        own.select(seen, slice(0, 2), columns, present, 4)
+
+    said = 2 * own.fit_bytes(1400, 200, seen.keys.shape[2])
+    assert measured(tmp_path / "trace.json", select) <= said

@@ -14,8 +14,8 @@ from vllm_kvcompress.formats import FORMATS, RECORD, RecordFormat
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
-from vllm_kvcompress.requests.cache import PagedCache
-from vllm_kvcompress.worker.compactor import Work
+from vllm_kvcompress.requests.cache import PackedCache, PagedCache
+from vllm_kvcompress.worker.compactor import Compactor, Work
 
 BLOCK, SIZE = 32, 16
 SINGLE = [name for name, format in FORMATS.items() if format.parts == (format,)]
@@ -289,16 +289,16 @@ def test_as_many_blocks_as_the_scheduler_plans_are_never_too_many(allocation, bu
 # ---------------------------------------------------------------------- what is solved for
 
 
-def matched(steps: list[range], num_shares: int) -> tuple[Tensor, Tensor]:
+def matched(steps: list[range], num_shares: int, keys: str = "attention") -> tuple[Tensor, Tensor]:
     """The pages and the kept tokens of a request whose shares are solved in these steps."""
     request = Encoded("k8v4", 17)
     config = KVCompressionConfig.parse(
-        "attention_matching:queries=prompt,format=k8v4,references=32,window=1,sink_tokens=2"
+        f"attention_matching:queries=prompt,keys={keys},format=k8v4,references=32,window=1,sink_tokens=2"
     )
     request.observer.watch("r", config.build_policy())
     for tokens in (100, 300, 1):
         request.compute(tokens)
-    job, observed = request.job(config, 2, 1), request.observer.of("r")
+    job, observed = replace(request.job(config, 2, 1), solved=True), request.observer.of("r")
     for shares in steps:
         before = request.cache.pages.clone()
         request.compactor.solve(Solve(replace(job, destination=()), 2, shares, num_shares), observed)
@@ -307,17 +307,39 @@ def matched(steps: list[range], num_shares: int) -> tuple[Tensor, Tensor]:
     return request.cache.pages.view(torch.uint8), request.kept[-1][1]  # bytes, which are no numbers
 
 
-@pytest.mark.parametrize("num_shares", [3, 6, 10])
-def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares):
+@pytest.mark.parametrize(
+    ("num_shares", "keys"), [(3, "attention"), (6, "attention"), (10, "attention"), (6, "omp")]
+)
+def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares, keys):
     # Of 6 heads; where a rank has fewer layers than another, some of its shares are of none.
-    pages, kept = matched([range(num_shares)], num_shares)
+    pages, kept = matched([range(num_shares)], num_shares, keys)
     assert len(kept) < 6 * 384 // RECORD, "some tokens are dropped"
     for steps in (
         [range(share, share + 1) for share in range(num_shares)],
         [range(0, 2), range(2, num_shares)],
     ):
-        again, also = matched(steps, num_shares)
+        again, also = matched(steps, num_shares, keys)
         assert torch.equal(pages, again) and torch.equal(kept, also)
+
+
+def test_a_share_reads_the_keys_and_values_of_its_heads_alone(monkeypatch):
+    read: list[int] = []
+    for name in ("read_keys", "read_values"):
+        reading = getattr(PackedCache, name)
+        monkeypatch.setattr(
+            PackedCache,
+            name,
+            lambda self, pages, reading=reading: read.append(len(pages)) or reading(self, pages),
+        )
+    solve = Compactor.solve
+
+    def solved(self, *args):
+        read.clear()
+        solve(self, *args)
+        assert read == [1, 1], "of one head"
+
+    monkeypatch.setattr(Compactor, "solve", solved)
+    matched([range(share, share + 1) for share in range(6)], 6)
 
 
 def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypatch):

@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.job import CompressionStep, Job, Observation, Repetition, Solve
+from vllm_kvcompress.worker.stopwatch import HostStopwatch
 from vllm_kvcompress.worker.worker import CompressionWorker, backend_overrides, every_page
 
 SNAPKV = KVCompressionConfig.parse("snapkv:window=4")
@@ -51,6 +52,12 @@ class Log:
 
     def pause(self, request_id):
         self.done.append(("pause", request_id))
+
+    def resume(self, request_id):
+        self.records[request_id].paused = False
+
+    def drop_states(self, request_id):
+        self.done.append(("drop states", request_id))
 
     def watch(self, request_id, policy):
         self.done.append(("watch", request_id, policy))
@@ -97,6 +104,7 @@ def worker(monkeypatch):
         def __init__(self):
             self.compression = State()
             self.compactor = Solver(self.compression)
+            self._stopwatch = HostStopwatch()
             self.seen = []
             self.fails = False
 
@@ -181,6 +189,29 @@ def test_the_record_of_a_late_request_goes_on_with_its_compaction(worker):
         record.paused = True
     worker.execute_model(step(CompressionStep(jobs=[job("a", AGAIN)])))
     assert not state.observer.records["a"].paused and state.observer.records["b"].paused
+
+
+def test_what_was_noted_is_dropped_once_all_is_solved_or_nothing_will_be(worker):
+    state = worker.compression
+    state.observer.records = {name: Record(f"record of {name}") for name in ("a", "b", "c")}
+    state.observer.records["b"].paused = True
+    told = CompressionStep(
+        unsolved=["b", "c"],
+        late=["c"],
+        solves=[Solve(job("a"), 1, range(0, 3), 4), Solve(job("a"), 1, range(3, 4), 4)],
+    )
+    worker.execute_model(step(told))
+    assert state.done == [
+        ("drop states", "b"),
+        ("forget what is solved", "b"),
+        ("drop states", "c"),
+        ("forget what is solved", "c"),
+        ("solve", "a", "record of a"),
+        ("solve", "a", "record of a"),
+        ("drop states", "a"),
+        ("pause", "c"),
+    ]
+    assert not state.observer.records["b"].paused, "its output may be compacted yet"
 
 
 def test_after_a_step_that_failed_every_other_is_refused_and_names_it(worker):

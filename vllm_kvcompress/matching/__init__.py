@@ -3,13 +3,14 @@
 from vllm_kvcompress.matching.fit import Fit, fit
 from vllm_kvcompress.matching.memory import peak_bytes
 from vllm_kvcompress.matching.nnls import nnls
-from vllm_kvcompress.matching.parts import fit_by_parts, padded
+from vllm_kvcompress.matching.parts import Own, fit_by_parts, padded, select_by_parts
 from vllm_kvcompress.matching.problem import Problem
 from vllm_kvcompress.matching.reference import Reference, attend
 from vllm_kvcompress.matching.selection import select_highest, select_omp
 
 __all__ = [
     "Fit",
+    "Own",
     "Problem",
     "Reference",
     "attend",
@@ -18,6 +19,7 @@ __all__ = [
     "nnls",
     "padded",
     "peak_bytes",
+    "select_by_parts",
     "select_highest",
     "select_omp",
 ]

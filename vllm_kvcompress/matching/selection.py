@@ -35,6 +35,8 @@ def select_omp(
     step: int = 4,
     refit_every: int = 2,
     chunk_bytes: int = CHUNK_BYTES,
+    leading: int = 0,
+    most: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Orthogonal matching pursuit: the tokens whose attention, weighted, best adds up to the mass.
 
@@ -47,11 +49,13 @@ def select_omp(
     Args:
         problem: X heads.
         reference: its attention.
-        counts: `[X]` int64, how many of each head; read by the host, once.
+        counts: `[X]` int64, how many of each head; read by the host, once, unless it knows the largest.
         step: tokens added at a time.
         refit_every: steps between two fits of all weights; in the steps between, only the newest tokens'
             weights are fitted, to what the others leave.
         chunk_bytes: as in `attend`.
+        leading: so many first columns are chosen before all others.
+        most: the largest count, where the host knows it.
 
     Returns:
         columns `[X, t]` int64 in the order of choice, t the largest count, and whether each is one of the
@@ -61,7 +65,7 @@ def select_omp(
     """
     weights, target = attention_weights(problem, reference, chunk_bytes), reference.share
     heads, queries, tokens = weights.shape
-    most = min(int(counts.max()), tokens)
+    most = min(int(counts.max()) if most is None else most, tokens)
     held = problem.holds_token()
     taken = weights.new_zeros(heads, tokens).bool() if held is None else ~held
     columns = torch.zeros(heads, most, dtype=torch.int64, device=weights.device)
@@ -72,7 +76,9 @@ def select_omp(
     residual = target
     for index, first in enumerate(range(0, most, step)):
         end = min(first + step, most)
-        match = torch.bmm(residual[:, None], weights)[:, 0].masked_fill_(taken, -torch.inf)
+        match = torch.bmm(residual[:, None], weights)[:, 0]
+        match[:, :leading] = torch.inf
+        match.masked_fill_(taken, -torch.inf)
         best, new = match.topk(end - first)
         is_new = best > -torch.inf
         columns[:, first:end], present[:, first:end] = new, is_new

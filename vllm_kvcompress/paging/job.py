@@ -20,6 +20,7 @@ class Job:
         tail: block ids that hold tokens `[boundary, num_tokens)`, raw; they stay.
         destination: block ids that receive the kept pages; may overlap `previous` and `source`. With a
             threshold, as many as may be needed.
+        solved: whether biases and values of what is kept are solved for before it is run.
     """
 
     request_id: str
@@ -31,11 +32,12 @@ class Job:
     source: tuple[int, ...]
     tail: tuple[int, ...]
     destination: tuple[int, ...]
+    solved: bool = False
 
 
 @dataclass(frozen=True)
 class Solve:
-    """A share of the work before a Job whose policy matches: for what is kept biases and values are solved.
+    """A share of the work before a Job that says `solved`: for what is kept biases and values are.
 
     The shares of a request come in order, and then its Job, of the same tokens.
 
@@ -59,7 +61,8 @@ class CompressionReport:
     Attributes:
         kept_blocks: of the step's Jobs with a threshold, by request id: the first so many blocks of the
             destination hold all that is kept. The others are read by nobody.
-        solving_seconds: what the step's solves took on the host, each share.
+        solving_seconds: what a share of the last solves took that are done; None if no others were since the
+            last report. A GPU does them after their step has been sent off.
     """
 
     kept_blocks: dict[str, int]
@@ -105,6 +108,8 @@ class CompressionStep:
         late: requests that are due, but go on raw while there is no room for their compacted pages, or until
             the compactions before them are done. What is kept of their queries stays as it is, so that later
             they keep what they would have kept now.
+        unsolved: requests that will end before they could be solved for: what is noted of their contexts, and
+            what of them is solved, is dropped. They stay raw, or are compacted once their output is longer.
         observations: requests that start to be computed in this step.
         repetitions: repeating requests that start to be computed in this step.
     """
@@ -113,5 +118,6 @@ class CompressionStep:
     solves: list[Solve] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     late: list[str] = field(default_factory=list)
+    unsolved: list[str] = field(default_factory=list)
     observations: list[Observation] = field(default_factory=list)
     repetitions: list[Repetition] = field(default_factory=list)

@@ -117,6 +117,20 @@ class Repetitions:
         )
         return repeating
 
+    def fewest_steps(self, owner: Request, config: KVCompressionConfig) -> int:
+        """Steps that the rest of a context's repetition takes beside its owner's decoding, at least."""
+        policy, context = config.build_policy(), owner.prompt_token_ids
+        if not policy.repeats:
+            return 0
+        assert context is not None
+        progress = self._progress.get(owner.request_id, _Progress(0))
+        if policy.study_tokens:
+            return len(STUDIES) - progress.done
+        left = len(context) - progress.done
+        if progress.repeating is not None:  # it has come so far
+            left -= max(progress.repeating.num_computed_tokens - len(context), 0)
+        return max(-(-left // self._share), 0)
+
     def complete(self, owner_id: str) -> bool:
         """Whether all of a context is repeated, of which `next_part` was asked before."""
         return self._progress[owner_id].repeating is None
@@ -137,9 +151,13 @@ class Repetitions:
             num_decoding: requests that decode.
             num_left: tokens of the step that those leave.
         """
+        self._left = min(self._share, num_left) if num_decoding else None
+
+    @property
+    def _share(self) -> int:
+        """Tokens of a step that a repetition has beside others, at most."""
         batch = self._config.scheduler_config.max_num_batched_tokens
-        share = max(batch // SHARE, self._config.cache_config.block_size)
-        self._left = min(share, num_left) if num_decoding else None
+        return max(batch // SHARE, self._config.cache_config.block_size)
 
     def bounded(self, request_id: str, num_tokens: int) -> int:
         """How many of these tokens of a request may be computed in this step."""

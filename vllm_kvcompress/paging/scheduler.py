@@ -202,6 +202,8 @@ class _Compression:
             return
         if self.num_spec_tokens and num_prompt == 1:  # vLLM pads its first step with drafts
             return
+        if config.interval is None and self._ends_unsolved(request, config, num_prompt):
+            return
         self._tracked[request.request_id] = _Tracked(config, next_point(config, num_prompt))
         if config.when == "pressure":
             self._yielding.add(request.request_id)
@@ -218,6 +220,7 @@ class _Compression:
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         solved_for = [self._is_solved_for(request) for request in self.running if self._decodes(request)]
         self._solving.begin_step(solved_for.count(False), solved_for.count(True))
+        unsolved = self._give_up()
         jobs, late = self._compact_due()
         self._end_abandoned()
         self._ring_tokens, self._ring_awaited = self._rings(), False
@@ -242,9 +245,10 @@ class _Compression:
         self._stats.count(jobs)
         output.kv_compression = CompressionStep(
             released=released,
-            solves=[solve for solve in self._solving.take() if solve.job.request_id not in released],
+            solves=self._solving.take(released),
             jobs=jobs,
-            late=[name for name in late if (waits := self._tracked.get(name)) is not None and waits.late],
+            late=[name for name in (*unsolved, *late) if (own := self._tracked.get(name)) and own.late],
+            unsolved=[name for name in unsolved if name not in released],
             observations=self._observations(started),
             repetitions=self._repetitions.announced(started),
         )
@@ -492,6 +496,30 @@ class _Compression:
             late.append(request.request_id)
         return jobs, late
 
+    def _give_up(self) -> list[str]:
+        """Solve no further for those who would have ended by then; the others have their turn."""
+        hopeless = []
+        for request in filter(self._is_solved_for, self.running):
+            tracked = self._tracked[request.request_id]
+            if self._ends_unsolved(request, tracked.config, request.num_computed_tokens, tracked.solved):
+                self._abandoned += self._repetitions.abandon(request.request_id)
+                self._solving.release(request.request_id)
+                self._pass_point(request, tracked)
+                tracked.late = tracked.point is None
+                hopeless.append(request.request_id)
+        return hopeless
+
+    def _ends_unsolved(
+        self, request: Request, config: KVCompressionConfig, num_computed: int, solved: int = 0
+    ) -> bool:
+        """Whether a request will have ended before it is solved for: it has a token in each step, at least,
+        and a share at most."""
+        if not config.matches or config.waits:
+            return False
+        end = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+        shares = self._solving.num_shares - solved
+        return end - 1 - num_computed < shares + self._repetitions.fewest_steps(request, config)
+
     def _compact_others(self, due: list[Request], compacted: set[str]) -> list[Job]:
         """Compact who found no room before; whoever was compacted and is due again has its turn next step."""
         again = [request for request in due if self._due(request) and request.request_id in compacted]
@@ -538,14 +566,14 @@ class _Compression:
         What is noted of a context for that takes memory like its keys: so of one context at a time.
         """
         owner = self.requests.get(self._solving.turn or "")
-        if owner is None or not self._due(owner):
+        if owner is None or not self._is_solved_for(owner):
             self._solving.turn = request.request_id
         return self._solving.turn == request.request_id
 
     def _waits_for_turn(self, request: Request) -> bool:
         """Whether a due request waits for another one that is repeated or solved for, and gets on."""
         turn = self._solving.turn
-        if not self._tracked[request.request_id].config.matches or turn in (None, request.request_id):
+        if not self._is_solved_for(request) or turn in (None, request.request_id):
             return False
         owner = self.requests[turn]
         return self._is_being_repeated(owner) or self._is_being_solved(owner)
@@ -577,22 +605,25 @@ class _Compression:
             return None
         if tracked.uncounted is not None:  # the answer is on its way
             return None
-        if config.matches and not self._has_turn(request):
+        solved = self._is_solved_for(request)
+        if solved and tracked.solved < self._solving.num_shares and not self._has_turn(request):
             return None
-        if config.repeats and not self._repeated(request, config):
+        if config.repeats and (solved or not config.matches) and not self._repeated(request, config):
             return None
-        job = self._job(request, tracked, point, plan)
-        if config.matches and not self._solved(tracked, job, plan.kept_blocks):
+        job = replace(self._job(request, tracked, point, plan), solved=solved)
+        if solved and not self._solved(tracked, job, plan.kept_blocks):
             return None
         reads = tokens_read(point, manager.block_size, held)
         if self._read and self._read + reads > self._most_read:
             self._deferred[request.request_id] = plan.kept_blocks
+            self._solving.pass_on(request.request_id)
             return None
         in_place = self._in_place(plan)
         swapped = self._swapped(job, tracked, plan)
         if swapped is None:  # it is tried again at the next step
             if not in_place:
                 self._deferred[request.request_id] = plan.kept_blocks
+            self._solving.pass_on(request.request_id)
             return None
         self._solving.release(request.request_id)
         self._read += reads
@@ -646,9 +677,10 @@ class _Compression:
         return tracked.solved == num_shares
 
     def _is_solved_for(self, request: Request) -> bool:
-        """Whether a running request is due and will be compacted once it is solved."""
+        """Whether a running request is due and will be compacted once it is solved: its prompt is."""
         tracked = self._tracked.get(request.request_id)
-        return tracked is not None and tracked.config.matches and self._due(request)
+        matches = tracked is not None and tracked.config.matches
+        return matches and tracked.point == request.num_prompt_tokens and self._due(request)
 
     def _pass_point(self, request: Request, tracked: _Tracked) -> None:
         """Go on to a request's next compaction point."""

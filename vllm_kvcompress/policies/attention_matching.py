@@ -6,12 +6,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, Problem, fit_by_parts, peak_bytes
+from vllm_kvcompress.matching import Fit, Own, Problem, fit_by_parts, peak_bytes, select_by_parts
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
+from vllm_kvcompress.policies.kv_compress import KVCompress
 from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns that are solved for at once
-OF_COLUMNS = "squares", "most", "by", "at"  # of `Attended`
+PURSUED = 512  # columns among which tokens are pursued at once: it takes their square, and should end soon
+OF_COLUMNS = "squares", "most", "by", "at", "member"  # of `Attended`
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Attended:
         most: `[H, W]` float32, the most that one of them paid; lower by up to a thousandth.
         by: `[H, W, D]` in the model's dtype, the query that did.
         at: `[H, W]` int64, its position.
+        member: `[H, W]` uint8, which of the group's query heads it is of.
         sample: `[m, H, G, D]` likewise, every `stride`-th position's queries.
         positions: `[m]` int64, of these.
         stride: see `sample`.
@@ -33,6 +36,7 @@ class Attended:
     most: Tensor
     by: Tensor
     at: Tensor
+    member: Tensor
     sample: Tensor
     positions: Tensor
     stride: int = 1
@@ -61,6 +65,8 @@ class AttentionMatching(Policy):
     Attributes:
         queries: "repeat": of the context's repetition; "self-study": of summaries, questions, answers and
             lists that the model makes of the context; "prompt": the prompt's own, causal.
+        keys: "attention": a head keeps the tokens of the largest s; "omp": as many of them by orthogonal
+            matching pursuit, whose weighted attention adds up to the mass of all.
         references: sampled queries of each KV head, at most; half of that at least if there are as many.
         bias: whether biases are solved for.
         values: whether values are.
@@ -70,6 +76,7 @@ class AttentionMatching(Policy):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens of the context that every part's attention includes.
         answer_tokens: of each of the four answers of a self-study, at most.
+        window: last queries by which a request is compacted again, see `later`; 0 if it never is.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -79,8 +86,8 @@ class AttentionMatching(Policy):
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     matches: ClassVar[bool] = True
-    needs_no_sinks: ClassVar[bool] = True
     queries: Literal["repeat", "self-study", "prompt"] = "repeat"
+    keys: Literal["attention", "omp"] = "attention"
     references: int = 2048
     bias: bool = True
     values: bool = True
@@ -89,6 +96,7 @@ class AttentionMatching(Policy):
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
     answer_tokens: int = 128
+    window: int = 0
 
     def __post_init__(self) -> None:
         for name in ("references", "chunk", "answer_tokens"):
@@ -109,6 +117,12 @@ class AttentionMatching(Policy):
     @property
     def accumulates(self) -> bool:  # type: ignore[override]
         return self.queries == "prompt"
+
+    @property
+    def later(self) -> Policy:
+        """What was matched stays as it was written, keys, values and biases, or goes, by what the last
+        queries of the output pay to it, and so does the output, which nothing is solved for."""
+        return KVCompress(window=self.window)
 
     def observe(self, observation: LayerObservation) -> Attended:
         width = observation.keys.shape[1]
@@ -147,7 +161,21 @@ class AttentionMatching(Policy):
     def score(self, observation: LayerObservation) -> Tensor:
         return observation.state.squares[:, : observation.num_scored]
 
+    def select(
+        self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
+    ) -> tuple[Tensor, Tensor]:
+        if self.keys == "attention":
+            return columns, present
+        problem, own = self._problem(observation, heads, columns)
+        return select_by_parts(problem, own, columns, present, PURSUED, leading)
+
     def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
+        wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
+        problem, own = self._problem(observation, heads, columns)
+        return fit_by_parts(problem, own, columns, present, PART, **wanted)
+
+    def _problem(self, observation: LayerObservation, heads: slice, columns: Tensor) -> tuple[Problem, Own]:
+        """What some heads' columns are to answer: the sample, and of each column the query that paid most."""
         state, scored = observation.state, observation.num_scored
         own = state.by[heads].gather(1, columns[..., None].expand(-1, -1, state.by.shape[2]))
         sample = state.sample[:, heads].permute(1, 2, 0, 3)  # `[h, G, m, D]`
@@ -156,25 +184,35 @@ class AttentionMatching(Policy):
             sampled = state.positions.repeat(sample.shape[1]).expand(len(columns), -1)
             limits = (sampled + 1).clamp(max=scored)
             own_limits = (state.at[heads].gather(1, columns) + 1).clamp(max=scored)
+        sinks = of_own = None
+        if observation.sinks is not None:
+            of_heads = observation.sinks[heads]  # `[h, G]`
+            sinks = of_heads.repeat_interleave(sample.shape[2], 1)
+            of_own = of_heads.gather(1, state.member[heads].gather(1, columns).long())
         problem = Problem(
-            keys=observation.keys[heads, :scored],
-            values=observation.values[heads, :scored],
+            keys=observation.keys[:, :scored],
+            values=observation.values[:, :scored],
             queries=sample.flatten(1, 2),
             scale=observation.scale,
             logits_soft_cap=observation.logits_soft_cap,
+            sinks=sinks,
             limits=limits,
         )
-        wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
-        return fit_by_parts(problem, own, own_limits, columns, present, PART, **wanted)
+        return problem, Own(own, own_limits, of_own)
 
     def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
         queries = self.references + columns
         whole = 4 * (queries * (2 * size + 3) + 2 * tokens * size)  # what is before the parts
-        tokens, columns = min(tokens, PART), min(columns, PART)
-        return whole + peak_bytes(1, tokens, self.references + columns, columns, size)
+        parts = [(PART, False), *([(PURSUED, True)] if self.keys == "omp" else [])]
+        most = max(self._peak(tokens, columns, size, part, omp) for part, omp in parts)
+        return whole + most
+
+    def _peak(self, tokens: int, columns: int, size: int, part: int, omp: bool) -> int:
+        tokens, columns = min(tokens, part), min(columns, part)
+        return peak_bytes(1, tokens, self.references + columns, columns, size, omp=omp)
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
-        return tokens * (size * itemsize + 16) + self.references * size * itemsize
+        return tokens * (size * itemsize + 17) + self.references * size * itemsize
 
 
 def _nothing(observation: LayerObservation, width: int) -> Attended:
@@ -185,6 +223,7 @@ def _nothing(observation: LayerObservation, width: int) -> Attended:
         most=torch.zeros(heads, width, device=device),
         by=torch.zeros(heads, width, size, dtype=dtype, device=device),
         at=torch.zeros(heads, width, dtype=torch.int64, device=device),
+        member=torch.zeros(heads, width, dtype=torch.uint8, device=device),
         sample=torch.zeros(0, heads, group, size, dtype=dtype, device=device),
         positions=torch.zeros(0, dtype=torch.int64, device=device),
     )
@@ -219,5 +258,7 @@ def _attend(state: Attended, observation: LayerObservation, columns: slice, seen
         better = most > state.most[heads, own]
         state.most[heads, own] = torch.where(better, most, state.most[heads, own])
         state.by[heads, own] = torch.where(better[..., None], chosen, state.by[heads, own])
-        at = positions[part.queries][which % (part.queries.stop - part.queries.start)]
+        num_queries = part.queries.stop - part.queries.start
+        at, member = positions[part.queries][which % num_queries], (which // num_queries).to(torch.uint8)
         state.at[heads, own] = torch.where(better, at, state.at[heads, own])
+        state.member[heads, own] = torch.where(better, member, state.member[heads, own])

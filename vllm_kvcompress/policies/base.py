@@ -36,6 +36,8 @@ class LayerObservation:
         sinks: `[H, G]` float32, one more logit of each query head, behind the cap, to which no token belongs;
             None for none.
         padding: `[H]` int64, leading columns of each head that hold nothing; None for none.
+        bias: `[H, W]` float32, added to the columns' logits behind the cap, where they were matched; None for
+            none.
         state: what the policy's `observe` returned last.
         rotary: the layer's position embedding, by no angle where it has none; None if it is of another kind.
         output_projection: makes the layer's `[H, G, D, hidden]` output projection, float32; None if none was
@@ -55,6 +57,7 @@ class LayerObservation:
     logits_soft_cap: float = 0.0
     sinks: Tensor | None = None
     padding: Tensor | None = None
+    bias: Tensor | None = None
     state: Any = None
     rotary: Rotary | None = None
     output_projection: Callable[[], Tensor] | None = None
@@ -126,7 +129,6 @@ class Policy(ABC):
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         needs_output_projection: True if it cannot do without the projection behind the layer.
-        needs_no_sinks: True if its attention is without sinks, so that it is refused where layers have any.
         needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
             says. A policy must say what it needs, so that it is refused where a model has it not.
         gives_losses: True if it answers `losses`.
@@ -147,7 +149,6 @@ class Policy(ABC):
     waits: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
-    needs_no_sinks: ClassVar[bool] = False
     needs_known_shape: ClassVar[bool] = False
     gives_losses: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048
@@ -223,12 +224,30 @@ class Policy(ABC):
         torch.maximum(own, most[:, part.seen], out=own)
         return state
 
+    def select(
+        self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
+    ) -> tuple[Tensor, Tensor]:
+        """Which tokens are kept, once the number of them is known, if the policy matches.
+
+        Args:
+            observation: as of `fit`.
+            heads: likewise.
+            columns: `[h, t]` int64, the best by its scores, ascending.
+            present: `[h, t]` bool, which of them are: heads keep different numbers.
+            leading: first tokens that are kept whatever else is.
+
+        Returns:
+            Columns and which of them are, likewise, as many of each head.
+        """
+        return columns, present
+
     def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
         """Biases and values of the kept tokens, if the policy matches.
 
         Args:
-            observation: with keys and values, whatever the policy says that it reads.
-            heads: of the observation's, h of them.
+            observation: of a layer; its keys and values are there, of these heads alone, whatever the policy
+                says that it reads.
+            heads: of the layer's, h of them.
             columns: `[h, t]` int64, those that these keep, ascending.
             present: `[h, t]` bool, which of them are: heads keep different numbers.
         """
@@ -280,6 +299,12 @@ class Policy(ABC):
         """The policy whose `score` answers: this one, unless it only refines another's."""
         return self
 
+    @property
+    def later(self) -> "Policy":
+        """The policy that scores what is compacted again, and prompts that it left alone: this one, unless it
+        knows what it knows of whole prompts alone."""
+        return self
+
     def refine(self, scores: Tensor, kept: Tensor, observation: LayerObservation) -> Tensor:
         """Change scores once the number of tokens that each head keeps is known.
 
@@ -299,7 +324,8 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
 
         A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap
 
-    Where there are sinks, the softmax is over these logits and the sink's: A sums to less than 1.
+    What was matched has biases, which are added to these logits. Where there are sinks, the softmax is over
+    these logits and the sink's: A sums to less than 1.
 
     One matrix product per KV head serves its whole group: nothing is repeated per query head.
     Logits and softmax are float32 whatever the model's dtype: in bf16 most scores of a long prompt tie.
@@ -321,6 +347,8 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         if cap:
             logits.tanh_().mul_(cap)
         logits = logits.view(heads, group, size, -1)
+        if observation.bias is not None:
+            logits += observation.bias[:, None, None]
         newer = num_queries - begin  # columns from the block's first query on
         future = torch.ones(size, newer, dtype=torch.bool, device=logits.device).triu(1)
         logits[..., -newer:].masked_fill_(future, -torch.inf)

@@ -381,6 +381,14 @@ class Observer:
         if (observed := self._observed.get(request_id)) is not None:
             observed.paused = True
 
+    def resume(self, request_id: str) -> None:
+        """Keep what a request's next compaction needs from now on."""
+        self._observed[request_id].paused = False
+
+    def drop_states(self, request_id: str) -> None:
+        """Drop what a policy noted of a request's context, which is as large, once it is made use of."""
+        self._observed[request_id].states = [None] * len(self.layers)
+
     def forget(self, request_id: str) -> None:
         """Drop a request's record, if it has one."""
         self._observed.pop(request_id, None)

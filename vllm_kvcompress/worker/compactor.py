@@ -187,30 +187,30 @@ class Compactor:
             begin, end = (self.grid.pages_per_block * edge // solve.num_shares for edge in (share, share + 1))
             for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
                 some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
-                part = self._candidates(task, slice(layer, layer + 1))
-                seen = self._observe(task.policy, task, part, everything=True)
-                self._fit(task.policy, seen, some, solution, layer * heads)
+                self._fit(task, solution, layer, some)
 
-    def _fit(
-        self, policy: Policy, seen: LayerObservation, heads: slice, solution: _Solution, first_row: int
-    ) -> None:
+    def _fit(self, task: _Task, solution: _Solution, layer: int, heads: slice) -> None:
         """Solve for some of a layer's heads, as many at a time as memory is meant for."""
         assert solution.choice.raw is not None
-        begin = heads.start
+        policy, first_row, begin = task.policy, layer * self.grid.num_heads, heads.start
+        part = self._candidates(task, slice(layer, layer + 1))
         while begin < heads.stop:
             num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
             bytes_of = [
-                policy.fit_bytes(seen.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
+                policy.fit_bytes(part.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
                 for n in range(len(num_kept))
             ]
             fitting = [n for n, size in enumerate(bytes_of, 1) if n * size <= self.cache.slice_bytes]
             end = begin + max([1, *fitting])
-            rows = slice(first_row + begin, first_row + end)
-            num_kept = solution.num_kept[rows]
-            columns, present = padded(solution.choice.raw[rows] >= 0, max(num_kept))
-            fit = policy.fit(seen, slice(begin, end), columns, present)
+            own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
+            seen = self._observe(policy, task, replace(part, pages=part.pages[own]), everything=True)
+            num_kept, raw = solution.num_kept[rows], solution.choice.raw[rows]
+            columns, present = padded(raw >= 0, max(num_kept))
+            columns, present = policy.select(seen, own, columns, present, task.work.job.config.sink_tokens)
+            raw.fill_(-1).scatter_(1, columns, present.long() - 1)
+            fit = policy.fit(seen, own, columns, present)
             solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
-            solution.values.extend(own[:num] for own, num in zip(fit.values, num_kept, strict=True))
+            solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
             begin = end
 
     def run(self, works: Sequence[Work]) -> list[RequestTable]:
@@ -307,7 +307,7 @@ class Compactor:
         old = held.pages[:, :0] if held.records is None else held.records
         old_parts = old if held.parts is None else held.parts
         num_raw = len(job.source) * self.grid.block_size
-        solution = self._solutions.pop(job.request_id) if job.config.matches else None
+        solution = self._solutions.pop(job.request_id) if job.solved else None
         if isinstance(format, MixedDim):
             basis = self._basis(held, format, num_raw)
             held, choice = basis.held, self._choose_ranks(task, basis, format, num_raw)
@@ -614,6 +614,7 @@ class Compactor:
 
     def _tasks(self, group: list[Work]) -> list[_Task]:
         policy, jobs = group[0].job.config.build_policy(), [work.job for work in group]
+        policy = policy.later if policy.matches and not jobs[0].solved else policy
         lists = [blocks for job in jobs for blocks in (job.source + job.tail, job.destination)]
         sent = self.cache.on_device([block for blocks in lists for block in blocks])
         blocks = iter(sent.split([len(blocks) for blocks in lists]))
@@ -738,6 +739,7 @@ class Compactor:
         keys = values = torch.empty(rows, width, 0, device=device)
         raw = width - (0 if part.records is None else part.records.shape[1] * RECORD)
         reads_keys, reads_values = policy.reads_keys or everything, policy.reads_values or everything
+        bias = None
         if reads_keys:
             keys = self.cache.read_keys(part.pages)[:, :raw]
         if reads_values:
@@ -751,6 +753,7 @@ class Compactor:
                 torch.cat([own, after], 1) if wanted else after
                 for own, after, wanted in zip(before, (keys, values), read, strict=True)
             )
+            bias = self._biases(part, task.work.table.format, raw) if reads_keys else None
         queries = torch.empty(0, rows, 1, 0, device=device)
         if observed is not None and policy.window:
             queries = observed.window(part.layers, job.num_tokens).flatten(1, 2).unflatten(1, (rows, -1))
@@ -766,6 +769,7 @@ class Compactor:
             logits_soft_cap=attention.logits_soft_cap,
             sinks=self._sinks(part.layers),
             padding=part.padding,
+            bias=bias,
             state=None if observed is None else policy.stack(observed.states[part.layers]),
             rotary=attention.rotary,
             output_projection=attention.output_projection,
@@ -773,6 +777,14 @@ class Compactor:
             first_head=attention.first_head,
             kept_positions=part.positions,
         )
+
+    def _biases(self, held: _Candidates, format: Format, num_raw: int) -> Tensor | None:
+        """What records add to their tokens' logits, and the raw ones behind them do not: `[X, W]` float32."""
+        assert held.records is not None
+        if not isinstance(format, Matched):
+            return None
+        own = format.biases(self.cache.read_records(held.records, format), self.cache.head_size)
+        return torch.nn.functional.pad(own.flatten(1), (0, num_raw))
 
     def _decoded(self, held: _Candidates, format: Format) -> tuple[Tensor, Tensor]:
         """Keys and values `[X, E, 32, D]` float32 of records; of absent ones arbitrary."""

@@ -101,8 +101,8 @@ class CompressionGPUWorker(CompressionWorker):
         if self._config.watches_every_query:
             available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
             policy = self._config.build_policy()
-            if policy.matches:  # of one context at a time; its values in float32
-                of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 4 * longest * size
+            if policy.matches:  # of one context at a time; its values in float32, and those of one more
+                of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
                 available -= layers * heads * of_head + policy.fit_bytes(longest, longest, size)
         elif self._config.build_policy().gives_losses:
             available -= 2 * 4 * query_heads * self._config.observed_window * longest  # likewise

@@ -1,6 +1,5 @@
 """vLLM's workers, extended: they compact before they compute."""
 
-import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -33,6 +32,7 @@ from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
 from vllm_kvcompress.worker.compactor import Compactor, Work
+from vllm_kvcompress.worker.stopwatch import Stopwatch
 
 
 class CompressionWorker(Worker):
@@ -53,7 +53,7 @@ class CompressionWorker(Worker):
     lacks: dict[str, str]
     _serving = False
     _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
-    _solving_seconds: float | None = None  # of a share of this step's solves
+    _stopwatch: Stopwatch  # of shares of solves
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -118,13 +118,12 @@ class CompressionWorker(Worker):
             self.lacks["needs_known_shape"] = differs
             if said[1] != cache.head_size:
                 self.lacks[NEEDS_HEAD_SIZE] = differs
-        if any(layer.sinks is not None for layer in probed.layers):
-            self.lacks["needs_no_sinks"] = "its attention has sinks"
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
+        self._stopwatch = Stopwatch.of(cache.device)
 
     def _attention_layers(self) -> list[Attention]:
         """All of this rank's, also those that are not compacted."""
@@ -173,11 +172,12 @@ class CompressionWorker(Worker):
 
     def _reported(self, output):
         """The step's output, with the word of what its thresholds keep and how long it solved."""
-        nothing = not self._counting and self._solving_seconds is None
-        if nothing or not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+        if not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
+            return output
+        seconds = self._stopwatch.read()
+        if not self._counting and seconds is None:
             return output
         tables, self._counting = self._counting, MappingProxyType({})
-        seconds, self._solving_seconds = self._solving_seconds, None
         if isinstance(output, AsyncModelRunnerOutput):
             return _ReportedLater(output, tables, seconds)
         return _with_report(output, tables, seconds)
@@ -202,6 +202,10 @@ class CompressionWorker(Worker):
         for request_id in (*step.released, *finished):
             state.forget(request_id)
             self.compactor.forget(request_id)
+        for request_id in step.unsolved:
+            state.observer.drop_states(request_id)
+            state.observer.resume(request_id)
+            self.compactor.forget(request_id)
         if step.solves:
             self._solve(step.solves)
         if step.jobs:
@@ -215,10 +219,13 @@ class CompressionWorker(Worker):
             state.observer.watch_repetition(repetition)
 
     def _solve(self, solves: Sequence[Solve]) -> None:
-        begin = time.perf_counter()
-        for solve in solves:
-            self.compactor.solve(solve, self.compression.observer.of(solve.job.request_id))
-        self._solving_seconds = (time.perf_counter() - begin) / sum(len(solve.shares) for solve in solves)
+        observer = self.compression.observer
+        with self._stopwatch.parts(sum(len(solve.shares) for solve in solves)):
+            for solve in solves:
+                name = solve.job.request_id
+                self.compactor.solve(solve, observer.of(name))
+                if solve.shares.stop == solve.num_shares:
+                    observer.drop_states(name)
 
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
         state, works = self.compression, []
@@ -232,7 +239,7 @@ class CompressionWorker(Worker):
             if not work.job.config.compacts_again:
                 state.observer.forget(work.job.request_id)
             elif work.observed is not None:
-                work.observed.paused = False
+                state.observer.resume(work.job.request_id)
         counting = (job.request_id for job in jobs if job.config.threshold is not None)
         self._counting = {name: state.tables[name] for name in counting}
 
