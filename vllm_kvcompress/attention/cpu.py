@@ -24,7 +24,7 @@ from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
-from vllm_kvcompress.requests.tables import BatchTables, RequestTable, extend
+from vllm_kvcompress.requests.tables import BatchTables, RequestTable, extend, tables_of
 
 
 @dataclass
@@ -119,7 +119,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         observed = state.observer.spans(
             request_ids, common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor
         )
-        tables = state.compacted(request_ids)
+        tables = tables_of(request_ids, state.tables)
         if not tables:
             stock = super().build(common_prefix_len, common, fast_build)
             return CompressedCPUAttentionMetadata(**vars(stock), observed=observed) if observed else stock

@@ -20,7 +20,7 @@ from vllm_kvcompress.paging.spec import CompactableLatentSpec
 from vllm_kvcompress.requests.latents import AbsorbedQueries
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
-from vllm_kvcompress.requests.tables import RequestTable, extend
+from vllm_kvcompress.requests.tables import RequestTable, extend, tables_of
 
 MOST_ELEMENTS = 2**31 - 1  # that the decode kernel counts to
 
@@ -70,7 +70,7 @@ class CompressedMLAMetadataBuilder(MLACommonMetadataBuilder):
         if state is None or not state.active:
             return super().build(common_prefix_len, common, fast_build)
         request_ids = state.rows.request_ids(common)
-        if tables := state.compacted(request_ids):
+        if tables := tables_of(request_ids, state.tables):
             of_layers = self._of_layers(state, tables, common)
             layers = [MLACommonMetadataBuilder.build(self, 0, own, fast_build) for own in of_layers]
             first = layers[0]

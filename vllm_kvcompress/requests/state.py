@@ -65,11 +65,6 @@ class CompressionState:
         """Whether any row of a batch could need more than vLLM's own path."""
         return self.live and (bool(self.tables) or bool(len(self.observer)))
 
-    def compacted(self, request_ids: Sequence[str | None]) -> dict[int, RequestTable]:
-        """The tables of a batch's compacted rows, by row."""
-        found = ((row, self.tables.get(name)) for row, name in enumerate(request_ids) if name is not None)
-        return {row: table for row, table in found if table is not None}
-
     def put(self, request_id: str, table: RequestTable) -> None:
         """Note what a request is compacted to."""
         self.tables[request_id] = table

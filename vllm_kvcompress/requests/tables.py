@@ -194,6 +194,19 @@ class RequestTable:
         self.pages = pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
 
 
+def tables_of(
+    request_ids: Sequence[str | None], tables: Mapping[str, RequestTable]
+) -> dict[int, RequestTable]:
+    """The tables of a batch's compacted rows, by row.
+
+    Args:
+        request_ids: one per row; None for rows of no request.
+        tables: by request id.
+    """
+    found = ((row, tables.get(name)) for row, name in enumerate(request_ids) if name is not None)
+    return {row: table for row, table in found if table is not None}
+
+
 def extend(tables: Mapping[int, RequestTable], seq_lens: Tensor, block_table: Tensor) -> None:
     """Show tables the raw blocks that their requests have by now.
 
