@@ -130,6 +130,7 @@ LATENTS = {"model_config__use_mla": True, "model_config__get_head_size": lambda:
         "(MLA), whose indexer": {"model_config__hf_text_config": SimpleNamespace(compress_ratios=[4])},
         "latents of 288 channels": {"model_config__get_head_size": lambda: 288},
         "beside layers that slide a window": {"model_config__get_sliding_window": lambda: 128},
+        "(MLA) beside state-space or linear layers": {"model_config__is_hybrid": True},
         "--kv-cache-dtype fp8 with multi-head latent attention (MLA); use --kv-cache-dtype auto": {
             "cache_config__cache_dtype": "fp8"
         },

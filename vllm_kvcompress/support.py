@@ -347,6 +347,7 @@ def _latent_refusals(config: VllmConfig):
         other_model,
     )
     yield slides_windows(model), f"{what} beside layers that slide a window", other_model
+    yield model.is_hybrid, f"{what} beside state-space or linear layers", other_model
     yield (
         cache.cache_dtype not in ("auto", own_dtype),
         f"--kv-cache-dtype {cache.cache_dtype} with {what}",

@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 BLOCK_SIZE = 16  # of vLLM's CPU kernel for latents
 WINDOW, SINKS = 32, 4
-LENGTH, NUM_TOKENS = 640, 24
+LENGTH, NUM_TOKENS = 650, 24
 POOL = 110
 
 # scores, allocation, budget, options
