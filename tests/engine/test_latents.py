@@ -14,6 +14,8 @@ import test_oracle as oracle
 import torch
 from crowd import Member, compacted, compare_with_alone, finished, in_time, serve, tolerate
 from harness import ROTATES, first_difference, same_kept, sampling, tokens
+from test_pressure import options as under_pressure
+from test_pressure import points_of, replayed
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from vllm.platforms import current_platform
@@ -318,6 +320,25 @@ def test_blocks_come_back_and_what_is_kept_is_the_same_again(engine, long_ids, w
         assert {c.job.num_tokens for c in engine.compactions} == set(kept)
         assert all(same_kept(c, kept[c.job.num_tokens]) for c in engine.compactions)
     assert engine.free == free
+
+
+@pytest.mark.parametrize("method", ["auto", "kv_compress"])
+def test_under_pressure_a_request_answers_as_alone_compacted_at_the_same_points(engine, long_ids, method):
+    # Prompts of 38 and 32 blocks; what they put out does not fit beside them.
+    members = {
+        f"full{length}": (long_ids(length, seed=length), sampling(most, under_pressure(method)))
+        for length, most in ((600, 90), (500, 60))
+    }
+    with engine.squeezed(74):
+        names = [engine.add(prompt, params, name) for name, (prompt, params) in members.items()]
+        engine.finish()
+    outputs, compactions = {name: engine.outputs.pop(name) for name in names}, list(engine.compactions)
+    assert compactions and engine.sent == [each.job for each in compactions]
+    for name, (prompt, params) in members.items():
+        own = [each for each in compactions if each.request == name]
+        alone, again = replayed(engine, prompt, params, points_of(own))
+        assert all(same_kept(*pair) for pair in zip(own, again, strict=True))
+        assert first_difference(outputs[name], alone) is None
 
 
 OPTIONS = [
