@@ -45,6 +45,8 @@ LONGEST = [
     "kernels/test_float8_compilation.py",
     "engine/test_families.py",
     "engine/test_hybrids.py",
+    "engine/test_latents_parallel.py",
+    "engine/test_latents.py",
     "engine/test_formats.py",
     "engine/test_matching.py",
     "engine/test_recompaction.py",
@@ -218,6 +220,39 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
         if name != "gemma4":  # a scorer's heads are alike
             draw_scorer(made[name], model.config, model.config.num_hidden_layers, 2, 32)
     return made
+
+
+@pytest.fixture(scope="session")
+def deepseek(tokenizer, tmp_path_factory) -> Path:
+    """A DeepSeek-V2 with random weights and SmolLM2's tokenizer: 3 layers of 4 query heads over latents.
+
+    Latents have as many channels as vLLM's CPU kernel reads.
+    """
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    torch.manual_seed(0)
+    config = DeepseekV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=64,
+        v_head_dim=24,
+        n_routed_experts=4,
+        first_k_dense_replace=3,
+        max_position_embeddings=8192,
+        initializer_range=0.15,
+    )
+    folder = tmp_path_factory.mktemp("models") / "random-deepseek"
+    DeepseekV2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

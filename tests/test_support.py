@@ -8,6 +8,7 @@ import torch
 from vllm import envs
 from vllm.envs import disable_envs_cache
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.support import check_method, check_supported, check_watched
@@ -44,6 +45,7 @@ def engine_config(**changes):
             block_size=32,
             user_specified_block_size=True,
         ),
+        attention_config=SimpleNamespace(backend=None),
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         kv_transfer_config=None,
         ec_transfer_config=None,
@@ -65,7 +67,6 @@ REFUSED = {
     "dual batch overlap": {"parallel_config__use_ubatching": True},
     "the pooling runner": {"model_config__runner_type": "pooling"},
     "encoder-decoder models": {"model_config__is_encoder_decoder": True},
-    "multi-head latent attention": {"model_config__use_mla": True},
     "state-space": {"model_config__is_hybrid": True},
     "linear layers": {"model_config__is_attention_free": True},
     "sliding-window attention over fewer tokens (4095) than --max-model-len in every layer": {
@@ -113,6 +114,49 @@ def test_a_refusal_is_one_line_that_names_the_feature(feature):
     with pytest.raises(KVCompressionError) as error:
         check_supported(engine_config(**REFUSED[feature]))
     assert feature in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+LATENTS = {"model_config__use_mla": True, "model_config__get_head_size": lambda: 576}
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ("feature", "changes"),
+    {
+        "sparse multi-head latent attention (MLA)": {
+            "model_config__hf_text_config": SimpleNamespace(index_topk=2048)
+        },
+        "(MLA), whose indexer": {"model_config__hf_text_config": SimpleNamespace(compress_ratios=[4])},
+        "latents of 288 channels": {"model_config__get_head_size": lambda: 288},
+        "beside layers that slide a window": {"model_config__get_sliding_window": lambda: 128},
+        "(MLA) beside state-space or linear layers": {"model_config__is_hybrid": True},
+        "--kv-cache-dtype fp8 with multi-head latent attention (MLA); use --kv-cache-dtype auto": {
+            "cache_config__cache_dtype": "fp8"
+        },
+        "--kv-cache-dtype bfloat16 with multi-head": {"cache_config__cache_dtype": "bfloat16"},
+    }.items(),
+)
+def test_of_latents_what_is_not_supported_is_refused_by_name(feature, changes):
+    with pytest.raises(KVCompressionError) as error:
+        check_supported(engine_config(**LATENTS | changes))
+    assert feature in str(error.value) and "\n" not in str(error.value)
+
+
+@on_cpu
+def test_latents_are_served_by_vllms_reference_backend_alone(monkeypatch):
+    own_size = {"cache_config__block_size": 16}  # whatever was asked for, as vLLM sets it
+    check_supported(engine_config(**LATENTS | own_size))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    with pytest.raises(KVCompressionError, match="backend AMX_MLA; use --attention-backend CPU_MLA"):
+        check_supported(engine_config(**LATENTS))
+    asked = {"attention_config__backend": AttentionBackendEnum.CPU_MLA}
+    check_supported(engine_config(**LATENTS | own_size | asked))
+
+
+def test_latents_are_refused_on_a_gpu(on_gpu):
+    with pytest.raises(KVCompressionError, match=r"\(MLA\) on a GPU, .*; serve this model without") as error:
+        check_supported(engine_config(**LATENTS))
     assert "\n" not in str(error.value)
 
 
@@ -255,6 +299,7 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         model = SimpleNamespace(
             get_num_layers=lambda _: layers,
             get_num_kv_heads=lambda _: heads,
+            use_mla=False,
             get_sliding_window=lambda: window,
             max_model_len=4096,
         )
@@ -272,6 +317,7 @@ def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
     def engine(executor):
         model = SimpleNamespace(
             uses_mrope=False,
+            use_mla=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
@@ -300,6 +346,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
     def engine(enabled=False, most=8, active=None, window=None, executor="mp"):
         model = SimpleNamespace(
             uses_mrope=False,
+            use_mla=False,
             hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "default"}),
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,

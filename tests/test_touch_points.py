@@ -41,6 +41,9 @@ OWN = {  # set by this package, and read where a more general class is named
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.encoded",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.observed",
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadata.rest_tokens",
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadata.computing",
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadata.decoding",
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadata.layers",
     "vllm.v1.attention.selector:_cached_get_attn_backend.cache_clear",  # functools.cache's
 }
 Name = tuple[str, str]  # module, and a name or Class.name in it

@@ -1,10 +1,13 @@
 """What compression does not support yet, refused at start-up with one line each."""
 
+from collections.abc import Mapping
+
 import torch
 import vllm
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -21,6 +24,13 @@ from vllm_kvcompress.touch_points import check_touch_points
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 512  # of our GPU kernels, which hold some keys and values in shared memory
 MAX_WIDE = 256  # likewise of numbers of 4 bytes, and of formats that rotate
+CPU_LATENT = 576  # channels of the latents that vLLM's CPU kernel reads
+LATENTS_LACK = {  # as in `LACKS`, of every model with multi-head latent attention (MLA)
+    NEEDS_HEAD_SIZE: "it caches latents (MLA), and formats are of keys and values",
+    "needs_rotary": "its query heads share latents (MLA), which have no keys before rotation, nor values",
+    "needs_output_projection": "its query heads share latents (MLA), which are not its projection's values",
+    "needs_own_keys": "its keys are normalised latents (MLA)",
+}
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -51,16 +61,13 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             f"kv-compression method {config.method} needs one-dimensional rotary position embeddings, "
             "which this model has not; use another method"
         )
+    if model.use_mla:
+        _check_needs(config, LATENTS_LACK)
     if (problem := _scorer_problem(config, policy, model)) is not None:
         raise KVCompressionError(f"kv-compression method {config.method} {problem}")
     if (problem := _format_problem(config, vllm_config)) is not None:
         raise KVCompressionError(f"kv-compression: {problem}")
-    for need, reason in (vllm_config.additional_config or {}).get(LACKS, {}).items():
-        of_formats = need == NEEDS_HEAD_SIZE and config.record_format is not None
-        if getattr(policy, need, False) or of_formats:
-            raise KVCompressionError(
-                f"kv-compression method {config.method} cannot serve this model: {reason}; use another method"
-            )
+    _check_needs(config, (vllm_config.additional_config or {}).get(LACKS, {}))
     if config.repeats and 1 in _most_at_once(vllm_config):
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
@@ -102,6 +109,17 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
+
+
+def _check_needs(config: KVCompressionConfig, lacks: Mapping[str, str]) -> None:
+    """Refuse a method that needs what a model lacks, as `LACKS` has it."""
+    policy = config.build_policy()
+    for need, reason in lacks.items():
+        of_formats = need == NEEDS_HEAD_SIZE and config.record_format is not None
+        if getattr(policy, need, False) or of_formats:
+            raise KVCompressionError(
+                f"kv-compression method {config.method} cannot serve this model: {reason}; use another method"
+            )
 
 
 def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_config: VllmConfig) -> None:
@@ -214,6 +232,7 @@ def _refusals(config: VllmConfig):
         f"{current_platform.device_name} devices",
         "use vLLM on CUDA, ROCm or a CPU",
     )
+    yield from _latent_refusals(config)
     yield parallel.use_ubatching, "dual batch overlap", "remove --enable-dbo and --ubatch-size"
     yield (
         not on_cpu and model.get_head_size() > (MAX_WIDE if model.dtype == torch.float32 else MAX_HEAD_SIZE),
@@ -222,7 +241,6 @@ def _refusals(config: VllmConfig):
     )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
-    yield model.use_mla, "multi-head latent attention (MLA)", other_model
     yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
     slides = slides_windows(model)
     yield (
@@ -288,7 +306,10 @@ def _refusals(config: VllmConfig):
     yield cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "remove the flag"
     yield (
         # vLLM's own default on CPU is a multiple; from 0.33 on it is set after this.
-        on_cpu and cache.user_specified_block_size and cache.block_size % CPU_BLOCK_SIZE != 0,
+        on_cpu
+        and not model.use_mla  # whose kernel has a block size of its own
+        and cache.user_specified_block_size
+        and cache.block_size % CPU_BLOCK_SIZE != 0,
         f"--block-size {cache.block_size} on CPU",
         f"use a multiple of {CPU_BLOCK_SIZE}",
     )
@@ -296,6 +317,41 @@ def _refusals(config: VllmConfig):
         speculative is not None and speculative.method not in ("ngram", "suffix"),
         "speculative decoding with a draft model",
         "use ngram speculation or none",
+    )
+
+
+def _latent_refusals(config: VllmConfig):
+    """What of multi-head latent attention (MLA) is not supported, as `_refusals` has it."""
+    model, cache, text = config.model_config, config.cache_config, config.model_config.hf_text_config
+    if not model.use_mla:
+        return
+    what, other_model = "multi-head latent attention (MLA)", "serve this model without --kv-compression"
+    own_dtype = str(model.dtype).removeprefix("torch.")
+    # DeepSeek V3.2 and V4, and whoever has their indexer.
+    is_sparse = hasattr(text, "index_topk") or hasattr(text, "compress_ratios")
+    yield is_sparse, f"sparse {what}, whose indexer chooses tokens by position (DSA)", other_model
+    yield (
+        not current_platform.is_cpu(),
+        f"{what} on a GPU, where none of vLLM's kernels for it was tried on compacted pages",
+        other_model,
+    )
+    yield (
+        torch.cpu._is_amx_tile_supported()
+        and config.attention_config.backend != AttentionBackendEnum.CPU_MLA,
+        f"{what} with the backend AMX_MLA",
+        "use --attention-backend CPU_MLA",
+    )
+    yield (
+        model.get_head_size() != CPU_LATENT,
+        f"latents of {model.get_head_size()} channels, which vLLM's CPU kernel for {what} does not read",
+        other_model,
+    )
+    yield slides_windows(model), f"{what} beside layers that slide a window", other_model
+    yield model.is_hybrid, f"{what} beside state-space or linear layers", other_model
+    yield (
+        cache.cache_dtype not in ("auto", own_dtype),
+        f"--kv-cache-dtype {cache.cache_dtype} with {what}",
+        "use --kv-cache-dtype auto",
     )
 
 

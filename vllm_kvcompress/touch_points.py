@@ -114,9 +114,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:VllmConfig": Touched(
         reads=(
-            "additional_config aux_output_config cache_config compilation_config ec_transfer_config "
-            "kernel_config kv_transfer_config model_config parallel_config quant_config scheduler_config "
-            "speculative_config"
+            "additional_config attention_config aux_output_config cache_config compilation_config "
+            "ec_transfer_config kernel_config kv_transfer_config model_config parallel_config quant_config "
+            "scheduler_config speculative_config"
         ),
     ),
     "vllm.config": Touched(
@@ -172,6 +172,9 @@ TABLE: dict[str, Touched] = {
             "async_scheduling disable_hybrid_kv_cache_manager max_num_batched_tokens max_num_seqs "
             "scheduler_cls watermark"
         ),
+    ),
+    "vllm.config:AttentionConfig": Touched(
+        reads="backend",
     ),
     "vllm.config:SpeculativeConfig": Touched(
         reads="method",
@@ -339,6 +342,9 @@ TABLE: dict[str, Touched] = {
             "max_memory_usage_bytes": "(self, vllm_config)",
         },
     ),
+    "vllm.v1.kv_cache_interface:MLAAttentionSpec": Touched(
+        reads="head_size_v",
+    ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": Touched(
         reads="kv_cache_groups num_blocks",
     ),
@@ -413,6 +419,16 @@ TABLE: dict[str, Touched] = {
             "attn_backend impl kv_cache kv_sharing_target_layer_name layer_name query_quant sliding_window"
         ),
     ),
+    "vllm.model_executor.layers.attention:MLAAttention": Touched(
+        reads="attn_backend impl kv_cache layer_name sliding_window",
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLAAttention": Touched(
+        reads="qk_nope_head_dim",
+        calls={
+            # Sets W_UK_T.
+            "process_weights_after_loading": "(self, act_dtype)",
+        },
+    ),
     "vllm.model_executor.layers.linear:RowParallelLinear": Touched(
         reads="params_dtype quant_method",
     ),
@@ -469,7 +485,7 @@ TABLE: dict[str, Touched] = {
     "vllm.v1.attention.backend:CommonAttentionMetadata": Touched(
         reads=(
             "block_table_tensor max_query_len max_seq_len num_actual_tokens num_reqs query_start_loc "
-            "query_start_loc_cpu req_idx seq_lens slot_mapping"
+            "query_start_loc_cpu req_idx seq_lens seq_lens_cpu_upper_bound slot_mapping"
         ),
         calls={
             "naive_query_lens": "(self)",
@@ -478,8 +494,8 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.attention.backends.registry:AttentionBackendEnum": Touched(
         reads=(
-            "CPU_ATTN FLASHINFER FLASH_ATTN FLEX_ATTENTION ROCM_AITER_FA ROCM_AITER_UNIFIED_ATTN ROCM_ATTN "
-            "TRITON_ATTN TRITON_FLASHINFER TRITON_FLASH_ATTN"
+            "CPU_ATTN CPU_MLA FLASHINFER FLASH_ATTN FLEX_ATTENTION ROCM_AITER_FA ROCM_AITER_UNIFIED_ATTN "
+            "ROCM_ATTN TRITON_ATTN TRITON_FLASHINFER TRITON_FLASH_ATTN"
         ),
         calls={
             "clear_override": "(self)",
@@ -531,6 +547,44 @@ TABLE: dict[str, Touched] = {
         reads="block_size dtype head_dim isa kv_cache_dtype num_heads num_kv_heads",
         overrides={
             "build": "(self, common_prefix_len, common_attn_metadata, fast_build=...)",
+        },
+    ),
+    # latents
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLABackend": Touched(
+        overrides={
+            "get_impl_cls": "()",
+        },
+    ),
+    "vllm.v1.attention.backends.mla.cpu_mla:CPUMLAImpl": Touched(
+        reads="__init__ kv_lora_rank",
+        overrides={
+            "forward_mqa": "(self, q, kv_c_and_k_pe_cache, attn_metadata, layer)",
+        },
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonBackend": Touched(
+        overrides={
+            "customize_spec": "(cls, spec)",
+            "get_builder_cls": "()",
+        },
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadataBuilder": Touched(
+        reads="__init__",
+        overrides={
+            "build": "(self, common_prefix_len, common_attn_metadata, fast_build=...)",
+        },
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonMetadata": Touched(
+        reads="decode num_decode_tokens num_decodes num_prefills",
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonDecodeMetadata": Touched(
+        reads="block_table",
+    ),
+    "vllm.model_executor.layers.attention.mla_attention:MLACommonBaseImpl": Touched(
+        overrides={
+            "forward_mha": (
+                "(self, q, kv_c_normed, k_pe, kv_c_and_k_pe_cache, attn_metadata, k_scale, output, "
+                "output_scale=...)"
+            ),
         },
     ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionBackend": Touched(

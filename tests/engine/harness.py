@@ -19,6 +19,9 @@ BLOCK_SIZE = 32
 WINDOW = 32  # last prompt tokens that stay raw, and whose queries score the others
 SINKS = 4
 NUM_BLOCKS = 320
+# Given queries `[tokens, heads, D]`, as MLA has them, vLLM 0.32's CPU op rotates by wrong strides. PyTorch
+# does not, which has the work where vLLM compiles a model.
+ROTATES = dict(compilation_config={"custom_ops": ["-rotary_embedding"]})
 
 
 def start(model: Path, **overrides) -> LLM:

@@ -16,6 +16,7 @@ import torch
 from drawn import draw_scorer
 from harness import BLOCK_SIZE, Engine, sampling, tokens
 from vllm import LLM
+from vllm.distributed import parallel_state
 from vllm.envs import disable_envs_cache
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import dummy_loader
@@ -44,6 +45,27 @@ NARROW_VALUES = {
 ROUNDED = dict.fromkeys(
     ("kivi", "turboquant", "mixed_dim_kv", "attention_matching"),
     "writes what --kv-cache-dtype fp8 has rounded; use one",
+)
+OF_LATENTS = {
+    **dict.fromkeys(("expected_attention", "foresight"), r"share latents \(MLA\), which have no keys before"),
+    "criticalkv": r"share latents \(MLA\), which are not its projection's values; use another method",
+    "knorm": r"knorm cannot serve this model: its keys are normalised latents \(MLA\); use another method",
+    **dict.fromkeys(
+        ("kivi", "turboquant", "mixed_dim_kv", "attention_matching"),
+        r"it caches latents \(MLA\), and formats are of keys and values; use another method",
+    ),
+}
+LATENTS = dict(
+    num_key_value_heads=4,
+    kv_lora_rank=512,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=64,
+    v_head_dim=24,
+    n_routed_experts=4,
+    n_shared_experts=1,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
 )
 NEEDS_PROFILE = {"mixed_dim_kv_h": "needs a head profile; write allocation=profile:PATH"}
 
@@ -284,6 +306,39 @@ SERVED = {
         initializer_range=0.1,
         auto_map={},
     ),
+    "deepseek v2: latents": family(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        refused=OF_LATENTS,
+        q_lora_rank=None,
+        n_group=1,
+        topk_group=1,
+        topk_method="greedy",
+        **LATENTS,
+    ),
+    "deepseek v3, kimi k2: latents of narrowed queries": family(
+        "DeepseekV3ForCausalLM",
+        "deepseek_v3",
+        refused=OF_LATENTS,
+        q_lora_rank=48,
+        n_group=2,
+        topk_group=1,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        norm_topk_prob=True,
+        **LATENTS,
+    ),
+    "glm 4.7 flash: latents": family(
+        "Glm4MoeLiteForCausalLM",
+        "glm4_moe_lite",
+        refused=OF_LATENTS,
+        q_lora_rank=48,
+        n_group=1,
+        topk_group=1,
+        topk_method="noaux_tc",
+        norm_topk_prob=True,
+        **LATENTS,
+    ),
     "opt: learned positions": family(
         "OPTForCausalLM",
         "opt",
@@ -342,6 +397,18 @@ REFUSED = {
         ),
         "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
     ),
+    "deepseek v3.2: sparse latents": (
+        family(
+            "DeepseekV32ForCausalLM",
+            "deepseek_v32",
+            index_topk=128,
+            index_n_heads=4,
+            index_head_dim=128,
+            q_lora_rank=48,
+            **LATENTS,
+        ),
+        r"sparse multi-head latent attention \(MLA\), whose indexer chooses tokens .* \(DSA\); serve",
+    ),
     "bloom": (
         family("BloomForCausalLM", "bloom", n_layer=2, n_head=4),
         "ALiBi; serve this model without --kv-compression",
@@ -388,6 +455,8 @@ def start(tmp_path, monkeypatch):
             **family.options,
             **options,
         }
+        if parallel_state._EP is None:  # an engine before had no experts, for which ranks are grouped too
+            parallel_state._EP = parallel_state._TP
         folder = write(tmp_path, family.config)
         model = model_config(str(folder))  # as vLLM reads it
         shape = model.get_total_num_hidden_layers(), model.get_total_num_kv_heads(), model.get_head_size()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling, tokens
+from harness import NUM_BLOCKS, ROTATES, Engine, external_id, first_difference, sampling, tokens
 
 NGRAM = dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=3, prompt_lookup_min=1)
 NUM_TOKENS = 44
@@ -225,3 +225,47 @@ def test_compaction_shows_in_the_tokens(speculative, batch, long_ids):
         tokens(out) != tokens(batch.outputs[name]) for name, out in zip(ALONE, uncompressed, strict=True)
     ]
     assert sum(differ) >= 3
+
+
+@pytest.fixture(scope="module")
+def over_latents(engines, deepseek, tokenizer, speculative, tmp_path_factory) -> tuple[Engine, Engine]:
+    """An engine over latents, and its twin that speculates; the model repeats itself like the other one."""
+    from transformers import DeepseekV2ForCausalLM
+
+    model = DeepseekV2ForCausalLM.from_pretrained(deepseek, dtype=torch.float32)
+    model.model.embed_tokens.weight.data *= 7
+    model.lm_head.weight.data[6:] *= 0.1
+    folder = tmp_path_factory.mktemp("models") / "repetitive-deepseek"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    plain = engines(folder, "snapkv:budget=0.25", **ROTATES)
+    return plain, engines(folder, "snapkv:budget=0.25", **ROTATES, speculative_config=NGRAM)
+
+
+@pytest.mark.parametrize("method", ["snapkv", "h2o"])
+def test_drafts_over_latents_change_neither_a_token_nor_what_is_kept(over_latents, long_ids, method):
+    # vLLM computes drafts as it computes prompts there: over context that is gathered by tables.
+    prompt, params = prompt_of("off", long_ids), sampling(60, f"{method}:budget=0.3,recompact_every={EVERY}")
+    plain, drafting = over_latents
+    accepted, rejected, update = 0, 0, drafting.scheduler.update_from_output
+
+    def counted(scheduled, output, *args):
+        nonlocal accepted, rejected
+        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
+            right = len(output.sampled_token_ids[output.req_id_to_index[name]]) - 1
+            accepted, rejected = accepted + right, rejected + len(drafts) - right
+        return update(scheduled, output, *args)
+
+    for engine in over_latents:
+        engine.compactions.clear()
+    drafting.scheduler.update_from_output = counted
+    try:
+        expected, got = plain.run(prompt, params), drafting.run(prompt, params)
+    finally:
+        drafting.scheduler.update_from_output = update
+    assert accepted > 3 and rejected > 3
+    assert len(plain.compactions) > 2
+    assert first_difference(got, expected) is None
+    for one, other in zip(drafting.compactions, plain.compactions, strict=True):
+        assert one.job.num_tokens == other.job.num_tokens and torch.equal(one.kept, other.kept)
+    drafting.check_nothing_left()

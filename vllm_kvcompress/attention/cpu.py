@@ -24,7 +24,7 @@ from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
-from vllm_kvcompress.requests.tables import BatchTables, RequestTable
+from vllm_kvcompress.requests.tables import BatchTables, RequestTable, extend, tables_of
 
 
 @dataclass
@@ -119,11 +119,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         observed = state.observer.spans(
             request_ids, common.query_start_loc_cpu, common.seq_lens, common.block_table_tensor
         )
-        tables = {
-            row: table
-            for row, request_id in enumerate(request_ids)
-            if (table := state.tables.get(request_id)) is not None
-        }
+        tables = tables_of(request_ids, state.tables)
         if not tables:
             stock = super().build(common_prefix_len, common, fast_build)
             return CompressedCPUAttentionMetadata(**vars(stock), observed=observed) if observed else stock
@@ -134,7 +130,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             rest = super().build(common_prefix_len, _only_rows(common, others, rest_tokens), fast_build)
         else:
             rest = _no_rows(common)
-        self._extend(tables, common)
+        extend(tables, common.seq_lens, common.block_table_tensor)
         by_format: dict[Format | None, dict[int, RequestTable]] = {}
         for row, table in tables.items():
             by_format.setdefault(table.format, {})[row] = table
@@ -149,16 +145,6 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         metadata.num_actual_tokens = common.num_actual_tokens
         return metadata
-
-    def _extend(self, tables: dict[int, RequestTable], common: CommonAttentionMetadata) -> None:
-        """Show each row's table the raw blocks that the row has by now."""
-        seq_lens = common.seq_lens[torch.tensor(list(tables))].tolist()
-        for (row, table), seq_len in zip(tables.items(), seq_lens, strict=True):
-            first = table.boundary // self.block_size
-            num_tail = table.num_tail_blocks(seq_len)
-            if num_tail > table.num_tail:
-                new_blocks = common.block_table_tensor[row, first + table.num_tail : first + num_tail]
-                table.append_tail(new_blocks.to(torch.int64))
 
     def _build_encoded(
         self, format: Format, tables: dict[int, RequestTable], common: CommonAttentionMetadata, mixed: bool

@@ -1,10 +1,11 @@
 """The KV cache spec that selects our block manager; importing this module registers it with vLLM."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, MLAAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -17,7 +18,7 @@ class CompactableSpec(FullAttentionSpec):
     """Full attention whose blocks below a boundary may be replaced by compacted pages."""
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec) -> "CompactableSpec":
+    def of(cls, spec: FullAttentionSpec) -> Self:
         """The same spec, managed by `CompactingManager`."""
         return replace_as(spec, cls)
 
@@ -30,6 +31,13 @@ class CompactableSpec(FullAttentionSpec):
         beside = not current_platform.is_cpu()
         in_page = page_tokens(config, self.block_size, self.head_size, self.dtype.itemsize)
         return peak_blocks(config, longest, longest, self.block_size, beside, in_page) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompactableLatentSpec(CompactableSpec, MLAAttentionSpec):
+    """Likewise of latents (MLA), of which a layer has one per token."""
+
+    head_size_v: int = 0  # vLLM's own default for latents, not the one of keys and values
 
 
 def compactable_group(kv_cache_config: KVCacheConfig) -> int:
@@ -51,4 +59,5 @@ def compactable_group(kv_cache_config: KVCacheConfig) -> int:
 
 # vLLM registers its own specs lazily and only into an empty registry, so they must come first.
 KVCacheSpecRegistry._ensure_registered()
-KVCacheSpecRegistry.register(CompactableSpec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)
+for _spec in (CompactableSpec, CompactableLatentSpec):
+    KVCacheSpecRegistry.register(_spec, CompactingManager, uniform_type_base_spec=FullAttentionSpec)

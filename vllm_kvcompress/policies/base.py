@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -129,6 +129,9 @@ class Policy(ABC):
         sinks: first tokens that are observed with every such part.
         needs_rotary: True if it cannot do without the layer's rotary position embedding.
         needs_output_projection: True if it cannot do without the projection behind the layer.
+        needs_own_keys: True if it cannot do with a latent that all query heads share (MLA) in place of keys.
+        of_ranks: where the query heads that share a KV head are on several tensor-parallel ranks, what all of
+            them say: the mean of the ranks' scores (which orders tokens as a sum does), or the largest.
         needs_known_shape: True if layers must have the KV heads and channels that the model's configuration
             says. A policy must say what it needs, so that it is refused where a model has it not.
         gives_losses: True if it answers `losses`.
@@ -149,6 +152,8 @@ class Policy(ABC):
     waits: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = False
     needs_output_projection: ClassVar[bool] = False
+    needs_own_keys: ClassVar[bool] = False
+    of_ranks: ClassVar[Literal["mean", "max"]] = "mean"
     needs_known_shape: ClassVar[bool] = False
     gives_losses: ClassVar[bool] = False
     chunk: ClassVar[int] = 2048

@@ -24,6 +24,7 @@ class Knorm(Policy):
     cost: ClassVar[str] = "one norm per key"
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
+    needs_own_keys: ClassVar[bool] = True  # latents leave a norm: all are about as long
 
     def score(self, observation: LayerObservation) -> Tensor:
         return -observation.keys[:, : observation.num_scored].float().norm(dim=-1)

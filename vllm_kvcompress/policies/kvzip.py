@@ -1,7 +1,7 @@
 """KVzip: what the model needs to repeat its context."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -38,6 +38,7 @@ class KVzip(Policy):
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     absolute: ClassVar[bool] = True
+    of_ranks: ClassVar[Literal["mean", "max"]] = "max"
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
 

@@ -278,26 +278,18 @@ def protect(scores: Tensor, padding: Tensor | None, sinks: int) -> None:
 
 
 @dataclass(frozen=True)
-class PackedCache(PagedCache):
-    """Pages as vLLM's CPU kernel packs them.
+class HostCache(PagedCache):
+    """Pages that are read and written by PyTorch alone.
 
     Attributes:
-        pages: `[L·B·H, 2, N·D]`: packed keys, then packed values.
-        key_packing: how keys lie in a page.
-        value_packing: how values do.
+        pages: `[L·B·H, ...]`, as the subclass has them.
     """
 
     pages: Tensor
-    key_packing: Packing
-    value_packing: Packing
 
     @property
     def device(self) -> torch.device:
         return self.pages.device
-
-    @property
-    def head_size(self) -> int:
-        return self.key_packing.head_size
 
     @property
     def content(self) -> Tensor:
@@ -306,14 +298,6 @@ class PackedCache(PagedCache):
     @property
     def block_bytes(self) -> int:
         return self.grid.pages_per_block * self.pages[0].nbytes
-
-    def read_keys(self, pages: Tensor) -> Tensor:
-        keys = self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
-        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
-
-    def read_values(self, pages: Tensor) -> Tensor:
-        values = self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
-        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
         if overlaps:  # all is gathered before anything is written
@@ -324,13 +308,41 @@ class PackedCache(PagedCache):
         for row, columns, own in zip(*parts, strict=True):
             self.pages[own] = self._new_pages(kept.pages, row, columns)
 
+    @abstractmethod
+    def _new_pages(self, pages: Tensor, row: Tensor, columns: Tensor) -> Tensor:
+        """The kept tokens as stored, `[M, ...]`; arguments as in `Kept`."""
+
+
+@dataclass(frozen=True)
+class PackedCache(HostCache):
+    """Pages `[L·B·H, 2, N·D]` as vLLM's CPU kernel packs them: keys, then values.
+
+    Attributes:
+        key_packing: how keys lie in a page.
+        value_packing: how values do.
+    """
+
+    key_packing: Packing
+    value_packing: Packing
+
+    @property
+    def head_size(self) -> int:
+        return self.key_packing.head_size
+
+    def read_keys(self, pages: Tensor) -> Tensor:
+        keys = self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
+        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
+
+    def read_values(self, pages: Tensor) -> Tensor:
+        values = self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
+        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
+
     def _rows(self, pages: Tensor, part: int) -> Tensor:
         """Keys (0) or values (1) of pages `[X, W]` as stored, `[X, W, N·D]`."""
         rows = self.pages.flatten(0, 1).index_select(0, pages.clamp(min=0).flatten() * 2 + part)
         return rows.view(*pages.shape, -1)
 
     def _new_pages(self, pages: Tensor, row: Tensor, columns: Tensor) -> Tensor:
-        """The kept tokens as stored, `[M, 2, N·D]`."""
         elements, block_size = self.pages.view(-1), self.grid.block_size
         page, token = pages[row[:, None], columns // block_size], columns % block_size
         first = page * self.pages[0].numel()

@@ -103,11 +103,18 @@ class Observed:
         return torch.arange(begin, end, device=self.ring.device) % self.ring.shape[1]
 
 
+class Queries(Protocol):
+    """A layer's queries of a batch, `[tokens, Hq, D]`: a tensor, or what makes some of them."""
+
+    def __getitem__(self, tokens: slice | Tensor) -> Tensor:
+        """Those of some tokens, `[n, Hq, D]`."""
+
+
 class Span(Protocol):
     """Tokens of one step whose queries are observed."""
 
-    def record(self, layer: int, query: Tensor) -> None:
-        """Note a layer's queries `[tokens, Hq, D]`, once its keys are in the cache."""
+    def record(self, layer: int, query: Queries) -> None:
+        """Note a layer's queries, once its keys are in the cache."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +137,16 @@ class QuerySpan:
     ring: bool
     num_drafts: int
 
-    def record(self, layer: int, query: Tensor) -> None:
-        own = query[self.tokens]
+    def record(self, layer: int, query: Queries) -> None:
+        accumulates, ring = self.observed.policy.accumulates, self.observed.ring
+        begin, end = self.tokens.start, self.tokens.stop
+        if not accumulates:  # older ones would be overwritten at once
+            begin = end if ring is None else max(begin, end - ring.shape[1])
+        own, first = query[begin:end], self.first + begin - self.tokens.start
         if self.ring:
-            self.observed.record(layer, self.first, own)
-        if self.observed.policy.accumulates:
-            self.observed.accumulate(layer, self.first, own, self.num_drafts, self.context)
+            self.observed.record(layer, first, own)
+        if accumulates:
+            self.observed.accumulate(layer, first, own, self.num_drafts, self.context)
 
     @property
     def decodes(self) -> bool:
@@ -165,7 +176,7 @@ class DecodingSpan:
         self._empty = (self._pages < 0).sum(2) * grid.block_size + slack  # [L, R·H]
         self._tokens = torch.tensor([row.tokens.start for row in rows], device=pages[0].device)
 
-    def record(self, layer: int, query: Tensor) -> None:
+    def record(self, layer: int, query: Queries) -> None:
         context, heads = self.context, self.context.cache.grid.num_heads
         block_size = context.cache.grid.block_size
         widths = [row.context.num_pages(layer) for row in self.rows]
@@ -178,11 +189,11 @@ class DecodingSpan:
             keys[own, slack:] = held[own, : width - slack]
             if (state := row.observed.states[layer]) is not None:
                 before[own, width - 1 - state.shape[1] :] = state
-        attention = context.layers[layer]
+        attention, own = context.layers[layer], query[self._tokens]
         seen = LayerObservation(
             keys=keys,
             values=keys[..., :0],
-            queries=query[self._tokens].view(1, len(held), -1, query.shape[2]),
+            queries=own.view(1, len(held), -1, own.shape[2]),
             scale=attention.scale,
             num_scored=width,
             logits_soft_cap=attention.logits_soft_cap,
@@ -211,14 +222,14 @@ class RepeatedSpan:
     part: Repetition
     num_drafts: int = 0
 
-    def record(self, layer: int, query: Tensor) -> None:
+    def record(self, layer: int, query: Queries) -> None:
         name, noted = self.observed.repeated.get(layer, ("", 0))
         # The context's last, incomplete block is computed again.
         begin = max(self.part.num_context, noted if name == self.part.request_id else 0)
-        certain = slice(max(begin - self.first, 0), self.tokens.stop - self.tokens.start - self.num_drafts)
-        own = query[self.tokens][certain]
-        if not len(own):
+        since = self.tokens.start + max(begin - self.first, 0)
+        if since >= self.tokens.stop - self.num_drafts:
             return
+        own = query[since : self.tokens.stop - self.num_drafts]
         end = max(begin, self.first) + len(own)
         self.observed.repeated[layer] = self.part.request_id, end
         policy, states = self.observed.policy, self.observed.states

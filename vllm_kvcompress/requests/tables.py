@@ -1,7 +1,7 @@
 """What requests are compacted to, and block tables in which every KV head is a sequence of its own."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -192,6 +192,34 @@ class RequestTable:
         if missing > 0:
             pages = torch.nn.functional.pad(pages, (0, missing + SPARE_COLUMNS))
         self.pages = pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
+
+
+def tables_of(
+    request_ids: Sequence[str | None], tables: Mapping[str, RequestTable]
+) -> dict[int, RequestTable]:
+    """The tables of a batch's compacted rows, by row.
+
+    Args:
+        request_ids: one per row; None for rows of no request.
+        tables: by request id.
+    """
+    found = ((row, tables.get(name)) for row, name in enumerate(request_ids) if name is not None)
+    return {row: table for row, table in found if table is not None}
+
+
+def extend(tables: Mapping[int, RequestTable], seq_lens: Tensor, block_table: Tensor) -> None:
+    """Show tables the raw blocks that their requests have by now.
+
+    Args:
+        tables: by row of the batch.
+        seq_lens: `[R]`, tokens of each row.
+        block_table: `[R, W]`, vLLM's blocks by position.
+    """
+    for (row, table), seq_len in zip(tables.items(), seq_lens[list(tables)].tolist(), strict=True):
+        first = table.boundary // table.grid.block_size
+        num_tail = table.num_tail_blocks(seq_len)
+        if num_tail > table.num_tail:
+            table.append_tail(block_table[row, first + table.num_tail : first + num_tail].to(torch.int64))
 
 
 class BatchTables:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -147,6 +148,7 @@ class Compactor:
         cache: PagedCache,
         layers: list[LayerAttention],
         largest: Callable[[Tensor], Tensor] = lambda own: own,
+        agree: Callable[[Tensor, Literal["mean", "max"]], Tensor] | None = None,
     ) -> None:
         """Bind to a cache.
 
@@ -155,8 +157,11 @@ class Compactor:
             layers: one per layer of its grid.
             largest: makes of a number `[1]` int64 the largest of all tensor-parallel ranks, which have the
                 same blocks but other heads.
+            agree: makes of scores what all these ranks say together, where they have the same latents but
+                other query heads (see `Policy.of_ranks`); None where no rank has what another one has.
         """
         self._largest = largest
+        self._agree = agree
         self.cache = cache
         self.grid = cache.grid
         self.layers = layers
@@ -690,6 +695,8 @@ class Compactor:
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
                 for part in self._slices(task, policy):
                     self._of(own, part)[:] = policy.score(self._observe(policy, task, part))
+        if self._agree is not None:
+            scores = self._agree(scores, policy.of_ranks)
         # One broken score must not rank a token below what does not exist, nor above what is protected.
         self.cache.rank(scores, together.padding, sinks)
         return scores

@@ -14,18 +14,28 @@ from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.cache import PackedCache, PagedCache
 from vllm_kvcompress.requests.cpu_pages import learn_packing
 from vllm_kvcompress.requests.float8 import FLOAT8, Float8
+from vllm_kvcompress.requests.latents import LatentCache
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 
 class CompressionCPUWorker(CompressionWorker, CPUWorker):
     """CPU worker whose attention layers can read compacted requests."""
 
-    backends = {AttentionBackendEnum.CPU_ATTN: "vllm_kvcompress.attention.cpu.CompressedCPUAttentionBackend"}
+    backends = {
+        AttentionBackendEnum.CPU_ATTN: "vllm_kvcompress.attention.cpu.CompressedCPUAttentionBackend",
+        AttentionBackendEnum.CPU_MLA: "vllm_kvcompress.attention.cpu_mla.CompressedCPUMLABackend",
+    }
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         pages, size = every_page(layers), layers[0].impl.head_size
         for index, layer in enumerate(layers):
             layer.impl.layer_index = index
+        if self.model_config.use_mla:
+            latents = pages.view(-1, grid.block_size, size)
+            for layer in layers:
+                layer.impl.pages, layer.impl.layer = latents, layer
+            return LatentCache(grid, latents, latent_size=layers[0].impl.kv_lora_rank)
+        for layer in layers:
             layer.impl.pages = pages.view(-1, 1, 2 * grid.block_size, size)
         stored, plain, cache_dtype = pages.dtype, self.model_config.dtype, builder.kv_cache_dtype
         float8 = None

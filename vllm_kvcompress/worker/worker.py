@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -27,7 +27,8 @@ from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, 
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.requests.cache import PagedCache
-from vllm_kvcompress.requests.layers import probe_layers
+from vllm_kvcompress.requests.latents import latent_layers
+from vllm_kvcompress.requests.layers import ProbedLayers, probe_layers
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
@@ -75,7 +76,7 @@ class CompressionWorker(Worker):
         all_layers: list[Attention] = [context[name] for name in group.layer_names]
         # Others read what these write.
         layers = sorted(
-            (layer for layer in all_layers if layer.kv_sharing_target_layer_name is None),
+            (layer for layer in all_layers if owner_of(layer) is None),
             key=lambda layer: layer.kv_cache.data_ptr(),
         )
         if not layers:
@@ -84,8 +85,7 @@ class CompressionWorker(Worker):
                 "use fewer, or run this model without --kv-compression"
             )
         groups = self.model_runner.attn_groups[index]
-        first = layers[0].kv_cache
-        num_blocks, num_heads, block_size, _ = first.shape
+        num_blocks, num_heads, block_size, _ = cache_of(layers[0]).shape
         if len(groups) != 1 or num_blocks != kv_cache_config.num_blocks:
             raise KVCompressionError(
                 "kv-compression needs one attention backend whose blocks are the scheduler's; "
@@ -95,8 +95,8 @@ class CompressionWorker(Worker):
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
         for layer in all_layers:
-            if layer.kv_sharing_target_layer_name is not None:
-                layer.impl.share(context[layer.kv_sharing_target_layer_name].impl)
+            if (owner := owner_of(layer)) is not None:
+                layer.impl.share(context[owner].impl)
         format = config.record_format
         page_bytes = cache.content.shape[1]
         if format is not None and not format.holds_more(page_bytes, cache.head_size, block_size):
@@ -105,9 +105,12 @@ class CompressionWorker(Worker):
                 f"--block-size {block_size}; use a larger one"
             )
         model, impl = self.model_runner.get_model(), layers[0].impl
-        probed = probe_layers(
-            model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
-        )
+        if self.model_config.use_mla:  # what methods may not ask of latents is known without a look at them
+            probed = ProbedLayers(latent_layers(layers), {})
+        else:
+            probed = probe_layers(
+                model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
+            )
         self.lacks = probed.lacks
         said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
         if said != (num_heads, cache.head_size):
@@ -122,18 +125,20 @@ class CompressionWorker(Worker):
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = self.builder.state = CompressionState(rows, observer)
-        self.compactor = Compactor(cache, probed.layers, largest_of_ranks)
+        # Latents are on every rank, query heads on one each.
+        agree = agreed_by_ranks if self.model_config.use_mla else None
+        self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree)
         self._stopwatch = Stopwatch.of(cache.device)
 
     def _attention_layers(self) -> list[Attention]:
         """All of this rank's, also those that are not compacted."""
         context = self.compilation_config.static_forward_context
-        return [layer for layer in context.values() if isinstance(layer, Attention)]
+        return [layer for layer in context.values() if isinstance(layer, Attention | MLAAttention)]
 
     def compacted_layers(self) -> list[Attention]:
         """Those that are compacted, and have a cache of their own."""
         own = (layer for layer in self._attention_layers() if isinstance(layer.impl, OwnLayer))
-        return [layer for layer in own if layer.kv_sharing_target_layer_name is None]
+        return [layer for layer in own if owner_of(layer) is None]
 
     def _without_adapters(self, num_tokens: int) -> AbstractContextManager:
         """Prepare the model for a batch of so many tokens of one request that uses no adapter."""
@@ -269,6 +274,20 @@ def largest_of_ranks(own: Tensor) -> Tensor:
     return get_tp_group().all_gather(own.float(), 0).amax(0, keepdim=True).long()
 
 
+def agreed_by_ranks(scores: Tensor, how: Literal["mean", "max"]) -> Tensor:
+    """What all tensor-parallel ranks say together, the same to the last bit on each of them.
+
+    Args:
+        scores: `[X, T]` float32, what this rank's query heads say.
+        how: see `Policy.of_ranks`.
+    """
+    group = get_tp_group()
+    if group.world_size == 1:
+        return scores
+    every = group.all_gather(scores.contiguous(), 0).unflatten(0, (group.world_size, -1))
+    return every.amax(0) if how == "max" else every.mean(0)
+
+
 @contextmanager
 def backend_overrides(backends: Mapping[AttentionBackendEnum, str]) -> Iterator[None]:
     """Let the layers built inside choose these backends where they would choose the keys.
@@ -286,13 +305,24 @@ def backend_overrides(backends: Mapping[AttentionBackendEnum, str]) -> Iterator[
         _cached_get_attn_backend.cache_clear()
 
 
+def owner_of(layer: Attention | MLAAttention) -> str | None:
+    """The layer whose cache a layer reads, if it has none of its own; latents are not shared among layers."""
+    return layer.kv_sharing_target_layer_name if isinstance(layer, Attention) else None
+
+
+def cache_of(layer: Attention) -> Tensor:
+    """A layer's cache, `[B, H, N, C]`; vLLM has latents without H."""
+    cache = layer.kv_cache
+    return cache if cache.ndim == 4 else cache[:, None]
+
+
 def every_page(layers: Sequence[Attention]) -> torch.Tensor:
-    """One tensor `[L·B·H, N·2D]` over the caches `[B, H, N, 2D]` of layers in address order.
+    """One tensor `[L·B·H, N·C]` over the caches `[B, H, N, C]` of layers in address order.
 
     Raises:
         KVCompressionError: they are not one array.
     """
-    caches = [layer.kv_cache for layer in layers]
+    caches = [cache_of(layer) for layer in layers]
     first = caches[0]
     stride = first.numel() * first.element_size()
     contiguous = all(
