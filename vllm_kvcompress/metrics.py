@@ -16,6 +16,8 @@ COUNTERS = {
     "compactions": "Compactions of requests.",
     "compacted_requests": "Requests that were compacted; once more if preempted since.",
     "freed_blocks": "KV cache blocks that compactions freed, as if no request shared them.",
+    "freed_bytes": "Bytes of these blocks, on each worker.",
+    "seconds": "Time that compactions took.",
 }
 GAUGES = {
     "kept_fraction": "Blocks that the running requests hold, of those that they would hold uncompressed.",
@@ -79,6 +81,7 @@ class CompressionMetrics:
             self._requests.labels(*labels, state).set(getattr(stats, state))
         self._latest[engine] = stats
         self._since_log.compactions += stats.compactions
+        self._since_log.seconds += stats.seconds
         self._since_log.freed_blocks += stats.freed_blocks
 
     def log(self) -> None:
@@ -89,9 +92,10 @@ class CompressionMetrics:
         if not compacted and not since.compactions:
             return
         logger.info(
-            "KV compression: %d compactions, %d blocks freed; %d of %d running requests compacted, "
+            "KV compression: %d compactions in %.2f s, %d blocks freed; %d of %d running requests compacted, "
             "all hold %.1f%% of their raw blocks",
             since.compactions,
+            since.seconds,
             since.freed_blocks,
             compacted,
             compacted + sum(stats.raw for stats in latest),

@@ -196,6 +196,8 @@ def test_what_was_kept_is_told_with_the_answer_and_in_the_metrics(server, comple
             "vllm:kv_compression_freed_blocks_total",
         )
     ]
+    seconds = after["vllm:kv_compression_seconds_total"] - before["vllm:kv_compression_seconds_total"]
+    freed = after["vllm:kv_compression_freed_bytes_total"] - before["vllm:kv_compression_freed_bytes_total"]
     if option == "off":
         assert told is None and counted == [0, 0, 0]
         return
@@ -208,6 +210,9 @@ def test_what_was_kept_is_told_with_the_answer_and_in_the_metrics(server, comple
             "kept_tokens": kept * BLOCK_SIZE,
         }
     }
+    assert 0 < seconds < 60
+    block_values = 30 * 3 * BLOCK_SIZE * 2 * 64  # layers, heads, tokens, channels of keys and values
+    assert freed / counted[2] / block_values in (2, 4)  # bytes of one, as the machine has it
     assert source >= 29 and counted == [1, 1, source - kept]
 
 

@@ -90,13 +90,30 @@ def test_on_a_gpu_it_is_read_once_it_is_done_however_late(device):
     assert watch.read() == pytest.approx(0.3) and watch.read() is None
 
 
+def test_all_that_is_done_is_added_up_once(device, monkeypatch):
+    watch = DeviceStopwatch()
+    for seconds in (0.4, 0.9, 0.2):
+        with watch.parts(1):
+            device.queued.append(seconds)
+    device.catch_up(6)  # the first two, each between its events
+    assert watch.total() == pytest.approx(1.3) and watch.total() == 0
+    device.catch_up()
+    assert watch.total() == pytest.approx(0.2)
+    times = iter([5.0, 5.5])
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    host = HostStopwatch()
+    with host.parts(1):
+        pass
+    assert host.total() == 0.5 and host.total() == 0
+
+
 def test_a_step_reports_what_the_device_has_done_by_then_also_of_steps_before(device, monkeypatch):
     class Bare(CompressionWorker):
         def __init__(self):
             observer = SimpleNamespace(of=lambda name: None, drop_states=lambda name: None, num_drafts={})
             self.compression = SimpleNamespace(observer=observer, live=False)
             self.compactor = SimpleNamespace(solve=lambda solve, observed: device.queued.append(0.5))
-            self._stopwatch = DeviceStopwatch()
+            self._stopwatch, self._compacting = DeviceStopwatch(), DeviceStopwatch()
 
         def make_cache(self, grid, layers, builder):
             raise AssertionError("not called")

@@ -104,7 +104,7 @@ def worker(monkeypatch):
         def __init__(self):
             self.compression = State()
             self.compactor = Solver(self.compression)
-            self._stopwatch = HostStopwatch()
+            self._stopwatch, self._compacting = HostStopwatch(), HostStopwatch()
             self.seen = []
             self.fails = False
 

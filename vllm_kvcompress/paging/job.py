@@ -63,10 +63,12 @@ class CompressionReport:
             destination hold all that is kept. The others are read by nobody.
         solving_seconds: what a share of the last solves took that are done; None if no others were since the
             last report. A GPU does them after their step has been sent off.
+        compaction_seconds: what compactions took that are done and were not told before.
     """
 
     kept_blocks: dict[str, int]
     solving_seconds: float | None = None
+    compaction_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

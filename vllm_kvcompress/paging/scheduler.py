@@ -386,6 +386,7 @@ class _Compression:
     ) -> dict[int, EngineCoreOutputs]:
         report: CompressionReport | None = getattr(model_runner_output, "kv_compression", None)
         self._solving.took(report.solving_seconds if report is not None else None)
+        self._stats.seconds += report.compaction_seconds if report is not None else 0.0
         for job in scheduler_output.kv_compression.jobs:
             tracked = self._tracked.get(job.request_id)
             # It may have ended or been preempted since; then all its blocks are free.
@@ -435,6 +436,7 @@ class _Compression:
     def _take_stats(self) -> CompressionStats:
         """What was counted since the last call, and how things stand."""
         stats, self._stats = self._stats, CompressionStats()
+        stats.freed_bytes = stats.freed_blocks * self._block_bytes
         steps: list[float] = []
         for request in self.running:
             tracked = self._tracked.get(request.request_id)

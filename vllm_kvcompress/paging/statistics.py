@@ -17,6 +17,8 @@ class CompressionStats:
         compactions: how many there were.
         compacted_requests: how many of them were a request's first, also its first since it was preempted.
         freed_blocks: blocks that they freed where nobody shared them.
+        freed_bytes: what these hold, on each worker.
+        seconds: that compactions took, on the worker that answers.
         raw: running requests that hold all they computed.
         compacted: running requests that do not.
         raw_blocks: blocks that all of these would hold, were they raw.
@@ -28,6 +30,8 @@ class CompressionStats:
     compactions: int = 0
     compacted_requests: int = 0
     freed_blocks: int = 0
+    freed_bytes: int = 0
+    seconds: float = 0.0
     raw: int = 0
     compacted: int = 0
     raw_blocks: int = 0

@@ -26,6 +26,10 @@ class Stopwatch(ABC):
     def read(self) -> float | None:
         """Seconds of one part, of the last ones that are done and were not read; None if there are none."""
 
+    @abstractmethod
+    def total(self) -> float:
+        """Seconds of all pieces of one part that are done and were not read."""
+
 
 class HostStopwatch(Stopwatch):
     """Of work that is done when its call returns."""
@@ -43,6 +47,9 @@ class HostStopwatch(Stopwatch):
         seconds, self._seconds = self._seconds, None
         return seconds
 
+    def total(self) -> float:
+        return self.read() or 0.0  # of one piece a step
+
 
 class DeviceStopwatch(Stopwatch):
     """Of work that a GPU does after its call has returned: read once it is done, in a later step."""
@@ -59,8 +66,15 @@ class DeviceStopwatch(Stopwatch):
         self._pending.append((begin, end, number))
 
     def read(self) -> float | None:
-        seconds = None
+        done = self._done()
+        return done[-1] if done else None
+
+    def total(self) -> float:
+        return sum(self._done())
+
+    def _done(self) -> list[float]:
+        seconds = []
         while self._pending and self._pending[0][1].query():
             begin, end, number = self._pending.popleft()
-            seconds = begin.elapsed_time(end) / 1000 / number
+            seconds.append(begin.elapsed_time(end) / 1000 / number)
         return seconds

@@ -55,6 +55,7 @@ class CompressionWorker(Worker):
     _serving = False
     _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
     _stopwatch: Stopwatch  # of shares of solves
+    _compacting: Stopwatch  # of a step's compactions
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -128,7 +129,7 @@ class CompressionWorker(Worker):
         # Latents are on every rank, query heads on one each.
         agree = agreed_by_ranks if self.model_config.use_mla else None
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree)
-        self._stopwatch = Stopwatch.of(cache.device)
+        self._stopwatch, self._compacting = Stopwatch.of(cache.device), Stopwatch.of(cache.device)
 
     def _attention_layers(self) -> list[Attention]:
         """All of this rank's, also those that are not compacted."""
@@ -176,16 +177,16 @@ class CompressionWorker(Worker):
         return self._reported(super().sample_tokens(grammar_output))
 
     def _reported(self, output):
-        """The step's output, with the word of what its thresholds keep and how long it solved."""
+        """The step's output, with the word of what its thresholds keep and how long solves and Jobs took."""
         if not isinstance(output, ModelRunnerOutput | AsyncModelRunnerOutput):
             return output
-        seconds = self._stopwatch.read()
-        if not self._counting and seconds is None:
+        seconds, compacting = self._stopwatch.read(), self._compacting.total()
+        if not self._counting and seconds is None and not compacting:
             return output
         tables, self._counting = self._counting, MappingProxyType({})
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportedLater(output, tables, seconds)
-        return _with_report(output, tables, seconds)
+            return _ReportedLater(output, tables, seconds, compacting)
+        return _with_report(output, tables, seconds, compacting)
 
     def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
@@ -239,7 +240,9 @@ class CompressionWorker(Worker):
             assert (observed is None) == (not job.config.observes)
             state.observer.settle(job)
             works.append(Work(job, state.tables.get(job.request_id), observed))
-        for work, table in zip(works, self.compactor.run(works), strict=True):
+        with self._compacting.parts(1):
+            tables = self.compactor.run(works)
+        for work, table in zip(works, tables, strict=True):
             state.put(work.job.request_id, table)
             if not work.job.config.compacts_again:
                 state.observer.forget(work.job.request_id)
@@ -260,11 +263,14 @@ class _ReportedLater(AsyncModelRunnerOutput):
 
 
 def _with_report(
-    output: ModelRunnerOutput, tables: Mapping[str, RequestTable], solving_seconds: float | None
+    output: ModelRunnerOutput,
+    tables: Mapping[str, RequestTable],
+    solving_seconds: float | None,
+    compaction_seconds: float,
 ) -> ModelRunnerOutput:
     output = copy(output)  # an empty one is everybody's
     kept = {name: table.num_blocks for name, table in tables.items()}
-    output.kv_compression = CompressionReport(kept, solving_seconds)
+    output.kv_compression = CompressionReport(kept, solving_seconds, compaction_seconds)
     return output
 
 
