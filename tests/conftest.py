@@ -256,6 +256,91 @@ def deepseek(tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def stateful(tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """Random models four of whose six layers keep a state, with SmolLM2's tokenizer.
+
+    Like LFM2, with a convolution so wide that its state is as large as 96 tokens of attention; like Granite
+    4, of Mamba-2; like Qwen3-Next, of gated delta networks.
+    """
+    import torch
+    from transformers import (
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        Lfm2Config,
+        Lfm2ForCausalLM,
+        Qwen3NextConfig,
+        Qwen3NextForCausalLM,
+    )
+
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    lfm2 = Lfm2ForCausalLM(
+        Lfm2Config(
+            **common,
+            layer_types=["conv", "conv", "full_attention"] * 2,
+            conv_L_cache=70,
+            conv_dim=128,
+            block_dim=128,
+            block_ff_dim=128,
+            block_multiple_of=32,
+            block_ffn_dim_multiplier=1.0,
+            block_auto_adjust_ff_dim=False,
+        )
+    )
+    granite = GraniteMoeHybridForCausalLM(
+        GraniteMoeHybridConfig(
+            **common,
+            layer_types=["mamba", "mamba", "attention"] * 2,
+            position_embedding_type="rope",
+            attention_multiplier=32**-0.5,
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            shared_intermediate_size=128,
+            mamba_n_heads=8,
+            mamba_d_head=32,
+            mamba_d_state=32,
+            mamba_n_groups=1,
+            mamba_chunk_size=64,
+        )
+    )
+    for layer, sharpness in zip(granite.model.layers[2::3], (0.3, 1.0), strict=True):
+        layer.self_attn.k_proj.weight.data *= sharpness
+    qwen3_next = Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **common,
+            layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+            head_dim=32,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=64,
+            linear_value_head_dim=64,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=32,
+        )
+    )
+    made = {}
+    for name, model in {"lfm2": lfm2, "granite": granite, "qwen3-next": qwen3_next}.items():
+        made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture(scope="session")
 def long_ids(tokenizer) -> Callable[..., list[int]]:
     """`long_ids(num_tokens, seed=0)`: exactly that many token ids of real prose.
 

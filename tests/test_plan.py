@@ -195,12 +195,13 @@ def test_with_a_format_a_later_compaction_adds_what_was_raw():
 
 
 def test_tokens_of_a_page_are_counted_in_whole_records():
-    assert page_tokens(parse("snapkv"), 32, 64, 2) is None
+    assert page_tokens(parse("snapkv"), 32, 32, 64, 2) is None
     # Codes of 32 tokens, scale and zero of 64 channels, and of two groups of each token's value.
     record = 2 * 32 * 64 // 2 + 4 * 64 + 4 * 2 * 32
-    assert page_tokens(parse("kivi"), 32, 64, 2) == 2 * 32 * 64 * 2 // record * 32 == 96
-    assert page_tokens(parse("kivi"), 128, 64, 2) == 2 * 128 * 64 * 2 // record * 32 == 384
-    assert page_tokens(parse("kivi+kivi8"), 16, 128, 2) == 0
+    assert page_tokens(parse("kivi"), 32, 32, 64, 2) == 2 * 32 * 64 * 2 // record * 32 == 96
+    assert page_tokens(parse("kivi"), 128, 128, 64, 2) == 2 * 128 * 64 * 2 // record * 32 == 384
+    assert page_tokens(parse("kivi"), 288, 32, 64, 2) == 9 * 96, "of nine small pages"
+    assert page_tokens(parse("kivi+kivi8"), 16, 16, 128, 2) == 0
 
 
 @pytest.mark.parametrize("block_size", [16, 24, 32, 48])

@@ -43,6 +43,7 @@ def engine_config(**changes):
             kv_cache_dtype_skip_layers=[],
             kv_sharing_fast_prefill=False,
             block_size=32,
+            prefix_match_unit=None,
             user_specified_block_size=True,
         ),
         attention_config=SimpleNamespace(backend=None),
@@ -67,8 +68,19 @@ REFUSED = {
     "dual batch overlap": {"parallel_config__use_ubatching": True},
     "the pooling runner": {"model_config__runner_type": "pooling"},
     "encoder-decoder models": {"model_config__is_encoder_decoder": True},
-    "state-space": {"model_config__is_hybrid": True},
-    "linear layers": {"model_config__is_attention_free": True},
+    "models without attention": {"model_config__is_attention_free": True},
+    "states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager": {
+        "model_config__is_hybrid": True,
+        "scheduler_config__disable_hybrid_kv_cache_manager": True,
+    },
+    "speculative decoding of a model that keeps states; remove --speculative-config": {
+        "model_config__is_hybrid": True,
+        "speculative_config": SimpleNamespace(method="ngram"),
+    },
+    "prefixes that end within a block; remove --prefix-match-unit": {
+        "model_config__is_hybrid": True,
+        "cache_config__prefix_match_unit": 16,
+    },
     "sliding-window attention over fewer tokens (4095) than --max-model-len in every layer": {
         "model_config__get_sliding_window": lambda: 4095,
         "model_config__hf_text_config__layer_types": None,
@@ -77,7 +89,7 @@ REFUSED = {
         "model_config__get_sliding_window": lambda: 4095,
         "model_config__hf_text_config__layer_types": ["sliding_attention"] * 2,
     },
-    "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager": {
+    "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager": {
         "model_config__get_sliding_window": lambda: 4095,
         "scheduler_config__disable_hybrid_kv_cache_manager": True,
     },
@@ -180,6 +192,10 @@ def test_latents_are_refused_on_a_gpu(on_gpu):
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},  # a model without windows
         {"model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)},
         {"model_config__hf_text_config__model_type": "gpt_oss"},  # sinks
+        {
+            "model_config__is_hybrid": True,
+            "model_config__hf_text_config__layer_types": ["linear_attention", "full_attention"],
+        },
         {
             "cache_config__cache_dtype": "float16",
             "quant_config": SimpleNamespace(kv_cache_scheme={"num_bits": 8}),
@@ -301,6 +317,7 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
             get_num_kv_heads=lambda _: heads,
             use_mla=False,
             get_sliding_window=lambda: window,
+            is_hybrid=False,
             max_model_len=4096,
         )
         return SimpleNamespace(model_config=model, parallel_config=None, additional_config={})

@@ -49,8 +49,8 @@ class Plan:
             num_tokens: tokens computed so far.
             block_size: tokens per block.
             held: its last compaction.
-            page_tokens: tokens that a page holds once they are encoded (see `page_tokens`); None without a
-                format.
+            page_tokens: tokens of a head that a block holds once they are encoded (see `page_tokens`); None
+                without a format.
             budget: in place of the options' own.
         """
         if not config.enabled:
@@ -71,18 +71,23 @@ class Plan:
         return cls(source * block_size, source, kept)
 
 
-def page_tokens(config: KVCompressionConfig, block_size: int, head_size: int, itemsize: int) -> int | None:
-    """Tokens that a page holds once they are encoded; None without a format.
+def page_tokens(
+    config: KVCompressionConfig, block_size: int, tokens_of_page: int, head_size: int, itemsize: int
+) -> int | None:
+    """Tokens of a head that a block's pages hold once they are encoded; None without a format.
 
     Args:
         config: whose format it is.
-        block_size: tokens that it holds as vLLM has them.
+        block_size: tokens of a block as vLLM has them.
+        tokens_of_page: those of a page: as many, or fewer where kernels see smaller blocks.
         head_size: channels of a key, and of a value.
         itemsize: bytes of a number of the cache.
     """
     if config.record_format is None:
         return None
-    return config.record_format.tokens_per_page(2 * block_size * head_size * itemsize, head_size)
+    page_bytes = 2 * tokens_of_page * head_size * itemsize
+    in_page = config.record_format.tokens_per_page(page_bytes, head_size)
+    return block_size // tokens_of_page * in_page
 
 
 def tokens_read(num_tokens: int, block_size: int, held: Plan | None = None) -> int:

@@ -35,7 +35,7 @@ from vllm_kvcompress.support import (
     check_method,
     check_supported,
     check_watched,
-    tokens_of_a_page,
+    encoded_tokens,
 )
 
 logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
@@ -243,20 +243,21 @@ def _with_lacks_received(apply_ready_response):
 
 
 def _group(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, int]:
-    """What a front end must know of the compacted group, where there are others; see `block_size` and
-    `blocks_beside`."""
+    """What a front end must know of the compacted group, where there are others; see `paging.groups`."""
     from vllm_kvcompress.paging.spec import compactable_group  # registers a spec where it is imported
 
     index = compactable_group(kv_cache_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    if len(specs) == 1:
+    if len(specs) == 1 and specs[index].kernel_block_size is None:
         return {}
     beside = sum(
         -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
         for spec in specs
         if spec is not specs[index]
     )
-    return {"block_size": specs[index].block_size, "beside": beside}
+    found = {"block_size": specs[index].block_size, "beside": beside}
+    found["tokens_of_page"] = specs[index].tokens_of_page
+    return found | ({"states": 1} if kv_cache_config.has_mamba_layers else {})
 
 
 def _note_lacks(vllm_config: VllmConfig, lacks: dict[str, str]) -> None:
@@ -368,7 +369,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         # The pool may be smaller than a request that keeps everything.
         num_tokens = min(num_prompt + (params.max_tokens or longest), longest)
         beside = not current_platform.is_cpu()
-        in_page = tokens_of_a_page(config, vllm_config)
+        in_page = encoded_tokens(config, vllm_config)
         needed = peak_blocks(config, num_prompt, num_tokens, block_size(vllm_config), beside, in_page)
         needed += blocks_beside(vllm_config)
         usable = num_blocks - 1
@@ -389,7 +390,7 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
     config = KVCompressionConfig.parse(requested).for_request((params.extra_args or {}).get(KEY))
     length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
     # With one token of output only its prompt may be compacted, while it is computed.
-    in_page = tokens_of_a_page(config, vllm_config)
+    in_page = encoded_tokens(config, vllm_config)
     compacted = is_ever_compacted(config, length, length + 1, block_size(vllm_config), in_page)
     if config.enabled and (compacted and config.when == "streaming" or request.resumable):
         how = "a prompt that goes on later" if request.resumable else "when=streaming"

@@ -14,7 +14,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
-from vllm_kvcompress.paging.groups import block_size
+from vllm_kvcompress.paging.groups import block_size, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -100,10 +100,11 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
     allocation = config.build_allocation()
-    if isinstance(allocation, Profile) and slides_windows(model):
+    if isinstance(allocation, Profile) and (slides_windows(model) or model.is_hybrid):
+        what = "keep states" if model.is_hybrid else "slide a window"
         raise KVCompressionError(
             "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
-            "one slide a window; use another allocation"
+            f"one {what}; use another allocation"
         )
     try:
         allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
@@ -143,10 +144,11 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
         )
 
 
-def tokens_of_a_page(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:
-    """Tokens that a page of this engine's cache holds once they are encoded; None without a format."""
-    model = vllm_config.model_config
-    return page_tokens(config, block_size(vllm_config), model.get_head_size(), _itemsize(vllm_config))
+def encoded_tokens(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:
+    """Tokens of a head that a block of this engine's cache holds once they are encoded; None without a
+    format."""
+    shape = vllm_config.model_config.get_head_size(), _itemsize(vllm_config)
+    return page_tokens(config, block_size(vllm_config), tokens_of_page(vllm_config), *shape)
 
 
 def _itemsize(vllm_config: VllmConfig) -> int:
@@ -181,11 +183,11 @@ def _format_problem(config: KVCompressionConfig, vllm_config: VllmConfig) -> str
         )
     if not cache.block_size:  # it is chosen later
         return None
-    page_bytes = 2 * block_size(vllm_config) * head_size * _itemsize(vllm_config)
-    if not format.holds_more(page_bytes, head_size, cache.block_size):
+    size = tokens_of_page(vllm_config)
+    if not format.holds_more(2 * size * head_size * _itemsize(vllm_config), head_size, size):
         return (
             f"{format.name} is written in records of {format.largest_bytes(head_size)} bytes, and a page has "
-            f"no room for more tokens than raw at --block-size {cache.block_size}; use a larger one"
+            f"no room for more tokens than raw at --block-size {size}; use a larger one"
         )
     return None
 
@@ -241,7 +243,7 @@ def _refusals(config: VllmConfig):
     )
     yield model.runner_type != "generate", f"the {model.runner_type} runner", other_model
     yield model.is_encoder_decoder, "encoder-decoder models", other_model
-    yield model.is_hybrid or model.is_attention_free, "models with state-space or linear layers", other_model
+    yield model.is_attention_free, "models without attention", other_model
     slides = slides_windows(model)
     yield (
         slides and not _has_full_attention(text),
@@ -249,12 +251,21 @@ def _refusals(config: VllmConfig):
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
     )
     yield (
-        slides and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
-        "windows in one cache group with full attention",
+        (slides or model.is_hybrid) and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+        "windows or states in one cache group with full attention",
         "remove --disable-hybrid-kv-cache-manager",
     )
+    yield (
+        model.is_hybrid and cache.prefix_match_unit is not None,
+        "prefixes that end within a block",
+        "remove --prefix-match-unit",
+    )
     other_types = layer_types - {"full_attention", "sliding_attention"}
-    yield bool(other_types), f"hybrid attention ({', '.join(sorted(map(str, other_types)))})", other_model
+    yield (
+        bool(other_types) and not model.is_hybrid,
+        f"hybrid attention ({', '.join(sorted(map(str, other_types)))})",
+        other_model,
+    )
     yield model.uses_alibi or "Step1ForCausalLM" in model.architectures, "ALiBi", other_model
     yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
     yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
@@ -317,6 +328,11 @@ def _refusals(config: VllmConfig):
         speculative is not None and speculative.method not in ("ngram", "suffix"),
         "speculative decoding with a draft model",
         "use ngram speculation or none",
+    )
+    yield (
+        speculative is not None and model.is_hybrid,
+        "speculative decoding of a model that keeps states",
+        "remove --speculative-config",
     )
 
 

@@ -131,7 +131,7 @@ TABLE: dict[str, Touched] = {
     "vllm.config:CacheConfig": Touched(
         reads=(
             "block_size cache_dtype kv_cache_memory_bytes kv_sharing_fast_prefill num_gpu_blocks "
-            "user_specified_block_size"
+            "prefix_match_unit user_specified_block_size"
         ),
     ),
     "vllm.config:CompilationConfig": Touched(
@@ -182,8 +182,8 @@ TABLE: dict[str, Touched] = {
     # the scheduler's side
     "vllm.v1.core.sched.scheduler:Scheduler": Touched(
         reads=(
-            "__init__ current_step kv_cache_config kv_cache_manager kv_holding_waiting max_model_len "
-            "max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens num_spec_tokens "
+            "__init__ current_step has_mamba_layers kv_cache_config kv_cache_manager kv_holding_waiting "
+            "max_model_len max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens num_spec_tokens "
             "num_waiting_for_streaming_input requests running scheduler_config vllm_config waiting"
         ),
         overrides={
@@ -290,6 +290,9 @@ TABLE: dict[str, Touched] = {
             "get_num_skipped_tokens": "(self, num_computed_tokens)",
         },
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:MambaManager": Touched(
+        reads="kv_cache_spec",
+    ),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": Touched(
         reads="__init__ _null_block block_pool block_size num_cached_block req_to_blocks",
         overrides={
@@ -332,13 +335,18 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.kv_cache_interface:KVQuantMode": Touched(reads="NONE"),
-    "vllm.v1.kv_cache_interface:KVCacheSpec": Touched(),
+    "vllm.v1.kv_cache_interface:KVCacheSpec": Touched(
+        calls={
+            "max_memory_usage_bytes": "(self, vllm_config)",
+        },
+    ),
     "vllm.v1.kv_cache_interface:AttentionSpec": Touched(
         reads="dtype head_size",
     ),
     "vllm.v1.kv_cache_interface:FullAttentionSpec": Touched(
         reads="block_size page_size_bytes",
         overrides={
+            "merge": "(cls, specs)",
             "max_memory_usage_bytes": "(self, vllm_config)",
         },
     ),
@@ -346,7 +354,7 @@ TABLE: dict[str, Touched] = {
         reads="head_size_v",
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": Touched(
-        reads="kv_cache_groups num_blocks",
+        reads="has_mamba_layers kv_cache_groups num_blocks",
     ),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": Touched(
         reads="layer_names",
@@ -375,6 +383,7 @@ TABLE: dict[str, Touched] = {
             "compile_or_warm_up_model": "(self)",
             "determine_available_memory": "(self)",
             "execute_model": "(self, scheduler_output)",
+            "get_kv_cache_spec": "(self)",
             "initialize_from_config": "(self, kv_cache_config)",
             "load_model": "(self, *, load_dummy_weights=...)",
             "sample_tokens": "(self, grammar_output)",
@@ -388,6 +397,11 @@ TABLE: dict[str, Touched] = {
         overrides={
             "compile_or_warm_up_model": "(self)",
             "determine_available_memory": "(self)",
+        },
+    ),
+    "vllm.v1.worker.cpu_model_runner:CPUModelRunner": Touched(
+        calls={
+            "_zero_block_ids": "(self, block_ids)",
         },
     ),
     "vllm.v1.worker.worker_base:CompilationTimes": Touched(),
@@ -429,6 +443,7 @@ TABLE: dict[str, Touched] = {
             "process_weights_after_loading": "(self, act_dtype)",
         },
     ),
+    "vllm.model_executor.layers.mamba.abstract:MambaBase": Touched(),
     "vllm.model_executor.layers.linear:RowParallelLinear": Touched(
         reads="params_dtype quant_method",
     ),
@@ -449,9 +464,11 @@ TABLE: dict[str, Touched] = {
             "customize_spec": "(cls, spec)",
             "get_builder_cls": "()",
             "get_impl_cls": "()",
+            "get_supported_kernel_block_sizes": "(kv_cache_spec=...)",
             "supported_kv_cache_layouts": "(cls)",
         },
     ),
+    "vllm.v1.attention.backend:MultipleOf": Touched(),
     "vllm.v1.attention.backend:AttentionCGSupport": Touched(
         reads="NEVER",
     ),
@@ -518,6 +535,7 @@ TABLE: dict[str, Touched] = {
             "customize_spec": "(cls, spec)",
             "get_builder_cls": "()",
             "get_impl_cls": "()",
+            "get_supported_kernel_block_sizes": "(kv_cache_spec=...)",
         },
     ),
     "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl": Touched(
@@ -591,6 +609,7 @@ TABLE: dict[str, Touched] = {
         overrides={
             "get_builder_cls": "()",
             "get_impl_cls": "()",
+            "get_supported_kernel_block_sizes": "(cls, kv_cache_spec=...)",
         },
     ),
     "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder": Touched(
@@ -616,6 +635,7 @@ TABLE: dict[str, Touched] = {
             "customize_spec": "(cls, spec)",
             "get_builder_cls": "()",
             "get_impl_cls": "()",
+            "get_supported_kernel_block_sizes": "(kv_cache_spec=...)",
         },
     ),
     "vllm.v1.attention.backends.triton_attn:TritonAttentionMetadataBuilder": Touched(

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,13 @@ NUM_BLOCKS = 320
 # Given queries `[tokens, heads, D]`, as MLA has them, vLLM 0.32's CPU op rotates by wrong strides. PyTorch
 # does not, which has the work where vLLM compiles a model.
 ROTATES = dict(compilation_config={"custom_ops": ["-rotary_embedding"]})
+# What engines of the models that keep states are started with: what vLLM's CPU build computes right. It fails
+# with Mamba-2 and a prefix cache, has gated delta networks in bfloat16 alone.
+STATEFUL: dict[str, dict] = {
+    "lfm2": ROTATES,
+    "granite": dict(enable_prefix_caching=False),
+    "qwen3-next": dict(dtype="bfloat16"),
+}
 
 
 def start(model: Path, **overrides) -> LLM:
@@ -150,11 +157,32 @@ class Engine:
             return output
 
         def listen(job, counts, kept):
+            job = self.as_sent(job)
             self.check_written_blocks(job)
             self.compactions.append(Compaction(job, counts, kept, self._computed[job.request_id]))
 
         self.scheduler.schedule = recorded
         self.worker.compactor.listeners.append(listen)
+
+    @property
+    def parts(self) -> int:
+        """Blocks of attention kernels in one of the scheduler's."""
+        return self.worker.compactor.grid.num_blocks // len(self.pool.blocks)
+
+    def as_sent(self, job):
+        """A Job in the scheduler's blocks, of one in attention kernels', which must be all of these."""
+        parts = self.parts
+        if parts == 1:
+            return job
+        whole = {}
+        for name in ("previous", "source", "destination"):
+            ids = getattr(job, name)
+            whole[name] = tuple(id // parts for id in ids[::parts])
+            assert ids == tuple(id * parts + part for id in whole[name] for part in range(parts))
+        size = self.manager.block_size // parts
+        assert len(job.tail) == -(-(job.num_tokens - job.boundary) // size)
+        whole["tail"] = tuple(id // parts for id in job.tail[::parts])
+        return replace(job, **whole)
 
     # ------------------------------------------------------------------ driving
 

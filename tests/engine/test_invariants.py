@@ -198,7 +198,7 @@ REFUSED = {
     ),
     "sliding window": (MISTRAL, {}, CONFIG, "sliding"),
     "latent attention": (DEEPSEEK, {}, CONFIG, "MLA"),
-    "state space": (MAMBA, {}, CONFIG, "state-space"),
+    "state space alone": (MAMBA, {}, CONFIG, "without attention"),
     "encoder-decoder": (WHISPER, {}, CONFIG, "encoder-decoder"),
     "pooling": (LLAMA, dict(runner="pooling"), CONFIG, "pooling"),
     "unknown method": (LLAMA, {}, {"method": "snpkv"}, "snapkv"),

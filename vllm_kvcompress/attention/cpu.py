@@ -14,12 +14,11 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_kvcompress.attention.blocks import CompactableBlocks
 from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.formats import Format
 from vllm_kvcompress.kernels.cpu_records import RecordAttention, RecordRows
-from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.float8 import FLOAT8
 from vllm_kvcompress.requests.observer import Span
@@ -80,14 +79,10 @@ class CompressedCPUAttentionMetadata(CPUAttentionMetadata):
     observed: list[Span] = field(default_factory=list)
 
 
-class CompressedCPUAttentionBackend(CPUAttentionBackend):
+class CompressedCPUAttentionBackend(CompactableBlocks, CPUAttentionBackend):
     """CPU attention whose blocks may be compacted."""
 
     stock = CPUAttentionBackend
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return CompactableSpec.of(super().customize_spec(spec))
 
     @staticmethod
     def get_impl_cls() -> type["CompressedCPUAttentionImpl"]:

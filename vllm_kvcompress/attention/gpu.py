@@ -22,8 +22,9 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
 )
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_kvcompress.attention.blocks import CompactableBlocks
 from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
@@ -31,7 +32,6 @@ from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choo
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.ring import write_rings
-from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.requests.float8 import ON_GPU
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
@@ -302,7 +302,7 @@ class CompressedAttentionImpl(OwnLayer, AttentionImpl):
         return Scales(layer._q_scale, layer._k_scale, layer._v_scale) if quantized else None
 
 
-class CompressedBackend(AttentionBackend):
+class CompressedBackend(CompactableBlocks):
     """Put before a stock backend whose cache holds keys and values in token order.
 
     Attributes:
@@ -310,10 +310,6 @@ class CompressedBackend(AttentionBackend):
     """
 
     stock: ClassVar[type[AttentionBackend]]
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        return CompactableSpec.of(super().customize_spec(spec))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -15,5 +15,15 @@ def blocks_beside(vllm_config: VllmConfig) -> int:
     return _group(vllm_config).get("beside", 0)
 
 
+def tokens_of_page(vllm_config: VllmConfig) -> int:
+    """Tokens of a page; fewer than a block's where vLLM enlarges blocks for the sake of states."""
+    return _group(vllm_config).get("tokens_of_page", block_size(vllm_config))
+
+
+def shares_contexts(vllm_config: VllmConfig) -> bool:
+    """Whether a repetition can read its context in its owner's blocks: states move on with the owner."""
+    return "states" not in _group(vllm_config)
+
+
 def _group(vllm_config: VllmConfig) -> dict[str, int]:
     return (vllm_config.additional_config or {}).get(GROUP, {})

@@ -1,6 +1,6 @@
 """What the scheduler tells the workers, attached to each `SchedulerOutput` as `kv_compression`, and hears."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_kvcompress.config import KVCompressionConfig
 
@@ -33,6 +33,25 @@ class Job:
     tail: tuple[int, ...]
     destination: tuple[int, ...]
     solved: bool = False
+
+    def split(self, num_parts: int, block_size: int) -> "Job":
+        """The same in smaller blocks.
+
+        Args:
+            num_parts: of each block.
+            block_size: tokens of a part.
+        """
+
+        def parts(ids: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(id * num_parts + part for id in ids for part in range(num_parts))
+
+        return replace(
+            self,
+            previous=parts(self.previous),
+            source=parts(self.source),
+            tail=parts(self.tail)[: -(-(self.num_tokens - self.boundary) // block_size)],
+            destination=parts(self.destination),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
@@ -107,6 +108,7 @@ class _Compression:
         self.compacting_manager = coordinator.single_type_managers[index]
         assert isinstance(self.compacting_manager, CompactingManager)
         self._is_hybrid = len(coordinator.single_type_managers) > 1
+        self._shares_contexts = not self.has_mamba_layers
         if self._is_hybrid:
             coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
         self._tracked: dict[str, _Tracked] = {}
@@ -213,9 +215,10 @@ class _Compression:
             self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def _page_tokens(self, config: KVCompressionConfig) -> int | None:
-        """Tokens that a page of this cache holds once they are encoded; None without a format."""
+        """Tokens of a head that a block of this cache holds once they are encoded; None without a format."""
         spec = self._spec
-        return page_tokens(config, spec.block_size, spec.head_size, spec.dtype.itemsize)
+        shape = spec.tokens_of_page, spec.head_size, spec.dtype.itemsize
+        return page_tokens(config, spec.block_size, *shape)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         solved_for = [self._is_solved_for(request) for request in self.running if self._decodes(request)]
@@ -334,8 +337,14 @@ class _Compression:
         """The blocks of its context that a repetition reads, of every group, and their tokens.
 
         An owner that went on raw has given back what its windows would have to hold for it; the context is
-        then computed again.
+        then computed again. States have always gone on to the end of what was computed: where there are any,
+        the context is computed again from the last state that the prefix cache has of it.
         """
+        if not self._shares_contexts:
+            hashes = self.requests[repetition.owner_id].block_hashes
+            coordinator = self.kv_cache_manager.coordinator
+            blocks, num_tokens, _ = coordinator.find_longest_cache_hit(hashes, repetition.num_context)
+            return self.kv_cache_manager.create_kv_cache_blocks(blocks), num_tokens
         managers = self.kv_cache_manager.coordinator.single_type_managers
         rows = [manager.req_to_blocks.get(repetition.owner_id, []) for manager in managers]
         sizes = [manager.block_size for manager in managers]
@@ -590,6 +599,9 @@ class _Compression:
             # Windows give blocks back on the way. That they have some already is of no use: those go first.
             own = -(-repeating.num_tokens // manager.block_size) - num_shared // manager.block_size
             most = manager.max_admission_blocks_per_request
+            if isinstance(manager, MambaManager):
+                spec = manager.kv_cache_spec
+                most = spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
             needed += own if most is None else min(own, most)
         num_active = len(self.running) + self.num_waiting_for_streaming_input
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()

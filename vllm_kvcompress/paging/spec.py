@@ -1,6 +1,6 @@
 """The KV cache spec that selects our block manager; importing this module registers it with vLLM."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from vllm.config import VllmConfig
@@ -15,12 +15,29 @@ from vllm_kvcompress.plan import page_tokens, peak_blocks
 
 @dataclass(frozen=True, kw_only=True)
 class CompactableSpec(FullAttentionSpec):
-    """Full attention whose blocks below a boundary may be replaced by compacted pages."""
+    """Full attention whose blocks below a boundary may be replaced by compacted pages.
+
+    Attributes:
+        kernel_block_size: tokens of the blocks that attention kernels see, into which vLLM splits its own; a
+            page is one head's share of such a block. None where blocks are not split.
+    """
+
+    kernel_block_size: int | None = None
 
     @classmethod
     def of(cls, spec: FullAttentionSpec) -> Self:
         """The same spec, managed by `CompactingManager`."""
         return replace_as(spec, cls)
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        merged = super().merge(specs)  # of the fields that vLLM knows; or it says that they are not alike
+        return replace(merged, kernel_block_size=specs[0].kernel_block_size)
+
+    @property
+    def tokens_of_page(self) -> int:
+        """Tokens that a page holds raw."""
+        return self.kernel_block_size or self.block_size
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the longest request: less than `max_model_len` where requests never hold all they have."""
@@ -29,7 +46,8 @@ class CompactableSpec(FullAttentionSpec):
         if config.when != "streaming":
             return super().max_memory_usage_bytes(vllm_config)
         beside = not current_platform.is_cpu()
-        in_page = page_tokens(config, self.block_size, self.head_size, self.dtype.itemsize)
+        shape = self.tokens_of_page, self.head_size, self.dtype.itemsize
+        in_page = page_tokens(config, self.block_size, *shape)
         return peak_blocks(config, longest, longest, self.block_size, beside, in_page) * self.page_size_bytes
 
 
@@ -48,9 +66,11 @@ def compactable_group(kv_cache_config: KVCacheConfig) -> int:
     """
     groups = kv_cache_config.kv_cache_groups
     own = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, CompactableSpec)]
-    if len(own) == 1:
+    if len(own) == 1 and groups[own[0]].kv_cache_spec.page_size_padded is None:
         return own[0]
     what = f"has them in {len(own)}" if own else "has none, or of several shapes"
+    if len(own) == 1:
+        what = "has them in blocks that are padded, as others are larger"
     raise KVCompressionError(
         "kv-compression needs layers of full attention in one group of vLLM's KV cache, "
         f"and this model {what}; serve it without --kv-compression"

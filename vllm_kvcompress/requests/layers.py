@@ -6,6 +6,7 @@ wrapping, the model computes a few tokens at many positions, and what its layers
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from vllm_kvcompress.policies.rotary import Rotary
@@ -150,8 +152,14 @@ def _queries(
                 tensor.shape[-1], device=device, generator=torch.Generator(device).manual_seed(0)
             )
             tensor.copy_(row.to(tensor.dtype).expand_as(tensor))
+    states = [
+        layer
+        for layer in vllm_config.compilation_config.static_forward_context.values()
+        if isinstance(layer, MambaBase)
+    ]
     with (
         _recorded(layers) as queries,
+        _silent(states),
         without_adapters(len(input_ids)),
         set_forward_context(None, vllm_config, num_tokens=len(input_ids), skip_compiled=True),
     ):
@@ -181,6 +189,30 @@ def _recorded(layers: Sequence[Attention]) -> Iterator[dict[str, Tensor]]:
         for layer, quantizer in zip(layers, quantizers, strict=True):
             del layer.impl.forward
             layer.query_quant = quantizer
+
+
+@contextmanager
+def _silent(layers: Sequence[MambaBase]) -> Iterator[None]:
+    """Layers with states put out 0 meanwhile: some would leave their output as it happens to be."""
+
+    def silent(forward: Callable) -> Callable:
+        signature = inspect.signature(forward)
+
+        def nothing(*args, **kwargs) -> Tensor:
+            given = signature.bind(*args, **kwargs).arguments
+            if (output := given.get("output")) is not None:
+                output.zero_()
+            return torch.zeros_like(given["hidden_states"])
+
+        return nothing
+
+    for layer in layers:
+        layer.forward = silent(layer.forward)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def _rotary_candidates(model: torch.nn.Module, vllm_config: VllmConfig) -> list[Rotary]:

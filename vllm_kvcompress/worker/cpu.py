@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvcompress.config import KVCompressionConfig
@@ -25,6 +26,15 @@ class CompressionCPUWorker(CompressionWorker, CPUWorker):
         AttentionBackendEnum.CPU_ATTN: "vllm_kvcompress.attention.cpu.CompressedCPUAttentionBackend",
         AttentionBackendEnum.CPU_MLA: "vllm_kvcompress.attention.cpu_mla.CompressedCPUMLABackend",
     }
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        super().initialize_from_config(kv_cache_config)
+        runner, num_parts = self.model_runner, self._num_parts
+        if num_parts == 1 or self.use_v2_model_runner:
+            return
+        # Blocks are zeroed before they hold anything: vLLM's Runner V1 on a CPU knows none that are split.
+        zero, parts = runner._zero_block_ids, range(num_parts)
+        runner._zero_block_ids = lambda ids: zero([id * num_parts + part for id in ids for part in parts])
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         pages, size = every_page(layers), layers[0].impl.head_size

@@ -92,7 +92,7 @@ class CompressionGPUWorker(CompressionWorker):
         query_heads, size = model.get_num_attention_heads(parallel), model.get_head_size()
         group = query_heads // heads
         own = self.compacted_layers()
-        if own and len(own) < len(self._attention_layers()):
+        if own and len(own) < layers:
             layers, heads, size = len(own), own[0].num_kv_heads, own[0].head_size
             query_heads = own[0].num_heads
         longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs

@@ -1,9 +1,11 @@
 """vLLM's workers, extended: they compact before they compute."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -25,7 +28,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.paging.spec import compactable_group
+from vllm_kvcompress.paging.spec import CompactableSpec, compactable_group
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.latents import latent_layers
 from vllm_kvcompress.requests.layers import ProbedLayers, probe_layers
@@ -52,6 +55,8 @@ class CompressionWorker(Worker):
     compactor: Compactor
     builder: Any
     lacks: dict[str, str]
+    _block_size: int  # that the user or vLLM has chosen, before blocks are enlarged for the sake of states
+    _num_parts = 1  # of each block of the scheduler's, as attention kernels see them
     _serving = False
     _counting: Mapping[str, RequestTable] = MappingProxyType({})  # of this step's Jobs with a threshold
     _stopwatch: Stopwatch  # of shares of solves
@@ -59,6 +64,7 @@ class CompressionWorker(Worker):
     _failure: Exception | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        self._block_size = self.cache_config.block_size
         with backend_overrides(self.backends):
             super().load_model(load_dummy_weights=load_dummy_weights)
         for layer in self._attention_layers():
@@ -67,11 +73,31 @@ class CompressionWorker(Worker):
             elif layer.attn_backend.__module__.startswith(attention.__name__):  # of which the rest is stock's
                 layer.attn_backend = layer.attn_backend.stock
 
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        if not self.model_config.is_hybrid:
+            return specs
+        context = self.compilation_config.static_forward_context
+        return {
+            name: self._with_small_pages(spec, context[name].attn_backend)
+            if isinstance(spec, CompactableSpec)
+            else spec
+            for name, spec in specs.items()
+        }
+
+    def _with_small_pages(self, spec: CompactableSpec, backend: type[AttentionBackend]) -> CompactableSpec:
+        """Blocks are as large as a state; pages stay what they would be in a model without states."""
+        size = math.gcd(spec.block_size, self._block_size)
+        fixed = backend.get_supported_kernel_block_sizes(spec)
+        if all(isinstance(each, int) for each in fixed):
+            size = max(each for each in fixed if spec.block_size % each == 0)
+        return spec if size == spec.block_size else replace(spec, kernel_block_size=size)
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        index = compactable_group(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         # Reads its files.
         config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        index = compactable_group(kv_cache_config)
         group = self.model_runner.kv_cache_config.kv_cache_groups[index]
         context = self.compilation_config.static_forward_context
         all_layers: list[Attention] = [context[name] for name in group.layer_names]
@@ -87,11 +113,12 @@ class CompressionWorker(Worker):
             )
         groups = self.model_runner.attn_groups[index]
         num_blocks, num_heads, block_size, _ = cache_of(layers[0]).shape
-        if len(groups) != 1 or num_blocks != kv_cache_config.num_blocks:
+        if len(groups) != 1 or block_size != group.kv_cache_spec.tokens_of_page:
             raise KVCompressionError(
                 "kv-compression needs one attention backend whose blocks are the scheduler's; "
                 "use a smaller --block-size, or run this model without --kv-compression"
             )
+        self._num_parts = num_blocks // kv_cache_config.num_blocks
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
         self.builder = groups[0].get_metadata_builder(0)
         cache = self.make_cache(grid, layers, self.builder)
@@ -185,8 +212,8 @@ class CompressionWorker(Worker):
             return output
         tables, self._counting = self._counting, MappingProxyType({})
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportedLater(output, tables, seconds, compacting)
-        return _with_report(output, tables, seconds, compacting)
+            return _ReportedLater(output, tables, self._num_parts, seconds, compacting)
+        return _with_report(output, tables, self._num_parts, seconds, compacting)
 
     def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
@@ -228,14 +255,19 @@ class CompressionWorker(Worker):
         observer = self.compression.observer
         with self._stopwatch.parts(sum(len(solve.shares) for solve in solves)):
             for solve in solves:
-                name = solve.job.request_id
-                self.compactor.solve(solve, observer.of(name))
+                name, num_blocks = solve.job.request_id, solve.num_blocks * self._num_parts
+                own = replace(solve, job=self._split(solve.job), num_blocks=num_blocks)
+                self.compactor.solve(own, observer.of(name))
                 if solve.shares.stop == solve.num_shares:
                     observer.drop_states(name)
 
+    def _split(self, job: Job) -> Job:
+        """A Job in blocks as attention kernels see them."""
+        return job if self._num_parts == 1 else job.split(self._num_parts, self.compactor.grid.block_size)
+
     def _run_jobs(self, jobs: Sequence[Job]) -> None:
         state, works = self.compression, []
-        for job in jobs:
+        for job in map(self._split, jobs):
             observed = state.observer.of(job.request_id)
             assert (observed is None) == (not job.config.observes)
             state.observer.settle(job)
@@ -265,11 +297,12 @@ class _ReportedLater(AsyncModelRunnerOutput):
 def _with_report(
     output: ModelRunnerOutput,
     tables: Mapping[str, RequestTable],
+    num_parts: int,
     solving_seconds: float | None,
     compaction_seconds: float,
 ) -> ModelRunnerOutput:
     output = copy(output)  # an empty one is everybody's
-    kept = {name: table.num_blocks for name, table in tables.items()}
+    kept = {name: -(-table.num_blocks // num_parts) for name, table in tables.items()}
     output.kv_compression = CompressionReport(kept, solving_seconds, compaction_seconds)
     return output
 
