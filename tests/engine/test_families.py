@@ -111,6 +111,15 @@ def family(architecture, model_type, rotary=(), refused=None, options=None, **co
 
 
 FULL = ((32, NEOX, 0),) * 2
+MAMBA2 = dict(
+    mamba_n_heads=8,
+    mamba_d_head=32,
+    mamba_d_state=16,
+    mamba_n_groups=1,
+    mamba_d_conv=4,
+    mamba_expand=2,
+    mamba_chunk_size=64,
+)
 FP8_CACHE = dict(
     quant_method="compressed-tensors",
     format="float-quantized",
@@ -245,6 +254,77 @@ SERVED = {
         num_kv_shared_layers=2,
         hidden_size_per_layer_input=0,
         sliding_window=64,
+    ),
+    "lfm2: convolutions with a state": family(
+        "Lfm2ForCausalLM",
+        "lfm2",
+        FULL[:1],
+        # vLLM's CPU kernel does not read what this model gives it, and leaves most tokens as they are. (An
+        # embedding that it has made for another model before it would use again.)
+        options=dict(compilation_config={"custom_ops": ["-rotary_embedding"]}),
+        rope_theta=1e6,
+        layer_types=["conv", "full_attention"],
+        conv_L_cache=40,
+        conv_dim=128,
+        block_dim=128,
+        block_ff_dim=64,
+        block_multiple_of=32,
+        block_ffn_dim_multiplier=1.0,
+        block_auto_adjust_ff_dim=False,
+    ),
+    "granite 4: Mamba-2, and attention without position embedding": family(
+        "GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        (NONE,),
+        options=dict(enable_prefix_caching=False),
+        layer_types=["mamba", "attention"],
+        position_embedding_type="nope",
+        num_local_experts=0,
+        num_experts_per_tok=0,
+        shared_intermediate_size=64,
+        **MAMBA2,
+    ),
+    "nemotron-h: Mamba-2, attention and MLPs in layers of their own": family(
+        "NemotronHForCausalLM",
+        "nemotron_h",
+        (NONE,),
+        options=dict(enable_prefix_caching=False),
+        num_hidden_layers=3,
+        layers_block_type=["mamba", "mlp", "attention"],
+        head_dim=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+        conv_kernel=4,
+        chunk_size=64,
+    ),
+    "falcon-h1: Mamba-2 and attention side by side": family(
+        "FalconH1ForCausalLM",
+        "falcon_h1",
+        FULL,
+        options=dict(enable_prefix_caching=False),
+        head_dim=32,
+        mamba_d_ssm=256,
+        **MAMBA2,
+    ),
+    "qwen3-next: gated delta networks, partial rotary": family(
+        "Qwen3NextForCausalLM",
+        "qwen3_next",
+        ((16, NEOX, 0),),
+        options=dict(dtype="bfloat16"),  # vLLM's CPU kernel has no other
+        layer_types=["linear_attention", "full_attention"],
+        head_dim=64,
+        partial_rotary_factor=0.25,
+        linear_num_key_heads=1,
+        linear_num_value_heads=1,
+        linear_key_head_dim=64,
+        linear_value_head_dim=64,
+        linear_conv_kernel_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
     ),
     "gpt-neox: partial rotary": family(
         "GPTNeoXForCausalLM", "gpt_neox", ((8, NEOX, 0),) * 2, rotary_pct=0.25
@@ -395,7 +475,29 @@ REFUSED = {
             layer_types=["sliding_attention", "full_attention"],
             options=dict(disable_hybrid_kv_cache_manager=True),
         ),
-        "windows in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
+        "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
+    ),
+    "states without vLLM's hybrid manager": (
+        family(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            layer_types=["mamba", "attention"],
+            options=dict(disable_hybrid_kv_cache_manager=True),
+            **MAMBA2,
+        ),
+        "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
+    ),
+    "drafts for a model that keeps states": (
+        family(
+            "GraniteMoeHybridForCausalLM",
+            "granitemoehybrid",
+            layer_types=["mamba", "attention"],
+            options=dict(
+                speculative_config=dict(method="ngram", num_speculative_tokens=3, prompt_lookup_max=4)
+            ),
+            **MAMBA2,
+        ),
+        "speculative decoding of a model that keeps states; remove --speculative-config",
     ),
     "deepseek v3.2: sparse latents": (
         family(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import BLOCK_SIZE, SINKS, WINDOW, Compaction, sampling, tokens
+from harness import BLOCK_SIZE, SINKS, STATEFUL, WINDOW, Compaction, sampling, tokens
 from safetensors.torch import load_file
 from scipy.optimize import lsq_linear, nnls
 from torch import Tensor
@@ -85,6 +85,18 @@ OF_HYBRIDS = [
     "kvzip",
 ]
 HYBRIDS = ["gemma3", "gpt-oss"]
+# With random models some of whose layers keep a state, in blocks of three pages.
+OF_STATEFUL = [
+    ("lfm2", "snapkv"),
+    ("lfm2", "kv_compress"),
+    ("lfm2", "kvzip"),
+    ("granite", "snapkv"),
+    ("granite", "adakv"),
+    ("granite", "h2o, adaptive"),
+    ("granite", "expected_attention"),
+    ("granite", "criticalkv, global"),
+    ("granite", "kvzip"),
+]
 
 
 # ---------------------------------------------------------------------- the model, with per-head masks
@@ -117,11 +129,11 @@ ATTENTION = Attention({}, {}, {})
 
 
 def full_layers(config) -> list[int]:
-    """Numbers of the layers that attend to all tokens and have a cache: others slide a window, or read the
-    cache of the last one."""
+    """Numbers of the layers that attend to all tokens and have a cache: others slide a window, keep a state,
+    or read the cache of the last one."""
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     types = types[: config.num_hidden_layers - getattr(config, "num_kv_shared_layers", 0)]
-    return [number for number, kind in enumerate(types) if kind == "full_attention"]
+    return [number for number, kind in enumerate(types) if kind in ("full_attention", "attention")]
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, s_aux=None, **_):
@@ -213,26 +225,30 @@ class Model:
 
 
 @pytest.fixture(scope="module")
-def models(random_model, smollm2, hybrids) -> dict[str, Model]:
+def models(random_model, smollm2, hybrids, stateful) -> dict[str, Model]:
     AttentionInterface.register("oracle", eager_attention)
     options = dict(dtype=torch.float32, attn_implementation="oracle")
     return {
         name: Model(path, AutoModelForCausalLM.from_pretrained(path, **options).eval())
-        for name, path in {"random": random_model, "smollm2": smollm2, **hybrids}.items()
+        for name, path in {"random": random_model, "smollm2": smollm2, **hybrids, **stateful}.items()
+        if name != "qwen3-next"  # which vLLM computes in bfloat16 alone
     }
 
 
 @torch.inference_mode()
 def continue_with(reference, prompt: Prompt, answer: list[int], bias: Tensor) -> Tensor:
     """Log-probabilities `[len(answer), V]` when every answer token sees the prompt with these biases."""
+    cache, logits = copy.deepcopy(prompt.cache), [prompt.first_logits[None]]
     ATTENTION.bias = bias
     try:
-        out = reference(
-            torch.tensor([answer[:-1]]), past_key_values=copy.deepcopy(prompt.cache), use_cache=True
-        )
+        # States go on by one token.
+        at_once = 1 if reference.config.model_type in ("lfm2", "granitemoehybrid") else len(answer)
+        for begin in range(0, len(answer) - 1, at_once):
+            some = torch.tensor([answer[begin : min(begin + at_once, len(answer) - 1)]])
+            logits.append(reference(some, past_key_values=cache, use_cache=True).logits[0])
     finally:
         ATTENTION.bias = None
-    return torch.cat([prompt.first_logits[None], out.logits[0]]).log_softmax(-1)
+    return torch.cat(logits).log_softmax(-1)
 
 
 def continue_on_kept(reference, prompt: Prompt, answer: list[int], hidden: Tensor) -> Tensor:
@@ -597,8 +613,9 @@ class Case:
     Attributes:
         scores: `[L, H, T]` by which pages are shared out.
         chosen: `[L, H, T]` by which a head's tokens are chosen.
-        blocks: that are kept.
-        most: that the budget allows.
+        blocks: that are kept, counted in pages of a head.
+        most: that the budget allows, likewise.
+        parts: pages that a head has of one of the scheduler's blocks.
     """
 
     reference: PreTrainedModel
@@ -610,6 +627,7 @@ class Case:
     most: int
     compaction: Compaction
     output: RequestOutput
+    parts: int
 
 
 @pytest.fixture(
@@ -618,6 +636,7 @@ class Case:
         *(("smollm2", name) for name in REAL),
         *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
         *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
+        *OF_STATEFUL,
     ],
     ids="-".join,
     scope="module",
@@ -627,12 +646,16 @@ def case(request, engines, models, long_ids, tokenizer):
     model = models[request.param[0]]
     method, allocation, budget, num_tokens, options = CASES[request.param[1]]
     prompt = model.prompt(long_ids(num_tokens, seed=7))
-    engine = engines(model.path, "snapkv:budget=0.25")
+    engine = engines(model.path, "snapkv:budget=0.25", **STATEFUL.get(request.param[0], {}))
     engine.forget_prefixes()
     name = engine.add(prompt.ids, sampling(NUM_TOKENS, options, logprobs=5))
     engine.finish()
-    boundary = (num_tokens - WINDOW) // BLOCK_SIZE * BLOCK_SIZE
-    most = blocks = math.ceil(Fraction(str(budget)) * (boundary // BLOCK_SIZE))
+    size = engine.manager.block_size
+    boundary, parts = (num_tokens - WINDOW) // size * size, 1
+    if request.param[0] in STATEFUL:
+        assert size == 3 * BLOCK_SIZE
+        parts = 3
+    most = blocks = math.ceil(Fraction(str(budget)) * (boundary // size)) * parts
     scores = scores_of(method, prompt, boundary, model.reference, tokenizer)
     compaction = engine.compaction_of(name)
     if (threshold := KVCompressionConfig.parse(options).threshold) is not None:
@@ -649,13 +672,14 @@ def case(request, engines, models, long_ids, tokenizer):
         most,
         compaction,
         engine.outputs.pop(name),
+        parts,
     )
 
 
 def test_page_counts_are_those_of_the_allocation(case):
     scores, allocation, blocks, compaction = case.scores, case.allocation, case.blocks, case.compaction
     layers, heads, num_tokens = scores.shape
-    assert len(compaction.job.destination) == case.most
+    assert len(compaction.job.destination) * case.parts == case.most
     assert compaction.job.boundary == num_tokens
     assert compaction.counts.shape == (layers, heads)
     assert int(compaction.counts.sum()) == blocks * layers * heads
