@@ -415,10 +415,21 @@ TABLE: dict[str, Touched] = {
         reads="req_ids",
     ),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner": Touched(
-        reads="attn_groups kv_cache_config req_states",
+        reads="attn_groups kv_cache_config model_config model_state req_states",
         calls={
             "get_model": "(self)",
         },
+    ),
+    "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState": Touched(
+        calls={
+            "prepare_attn": (
+                "(self, input_batch, cudagraph_mode, block_tables, slot_mappings, attn_groups, "
+                "kv_cache_config, for_capture=..., ubatch_idx=..., model_specific_attn_metadata=...)"
+            ),
+        },
+    ),
+    "vllm.v1.worker.gpu.input_batch:InputBatch": Touched(
+        reads="idx_mapping_np",
     ),
     "vllm.v1.worker.gpu.states:RequestState": Touched(
         reads="index_to_req_id",

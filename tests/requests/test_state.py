@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -120,6 +121,25 @@ def test_rows_of_runner_v1_are_its_batch_and_then_of_no_request():
 
 def test_rows_of_runner_v2_are_found_by_their_place():
     ids = {4: "a", 0: "b"}
-    rows = RunnerV2Rows(SimpleNamespace(req_states=SimpleNamespace(index_to_req_id=ids)))
+    plain = SimpleNamespace(is_hybrid=False)
+    rows = RunnerV2Rows(SimpleNamespace(req_states=SimpleNamespace(index_to_req_id=ids), model_config=plain))
     index = torch.tensor([0, 4, 2])
     assert rows.request_ids(SimpleNamespace(req_idx=index, num_reqs=5)) == ["b", "a", None, None, None]
+
+
+def test_rows_of_a_model_that_keeps_states_are_those_of_the_batch_that_was_made_ready_last():
+    batches = []
+    runner = SimpleNamespace(
+        req_states=SimpleNamespace(index_to_req_id={4: "a", 0: "b"}),
+        model_config=SimpleNamespace(is_hybrid=True),
+        model_state=SimpleNamespace(
+            prepare_attn=lambda batch, *args, **kwargs: batches.append((args, kwargs))
+        ),
+    )
+    rows = RunnerV2Rows(runner)
+    for places, expected in (([0, 4], ["b", "a", None]), ([4], ["a", None, None])):
+        runner.model_state.prepare_attn(
+            SimpleNamespace(idx_mapping_np=np.array(places)), 1, for_capture=False
+        )
+        assert rows.request_ids(SimpleNamespace(req_idx=None, num_reqs=3)) == expected
+    assert batches == [((1,), {"for_capture": False})] * 2, "vLLM's own is called as ever"

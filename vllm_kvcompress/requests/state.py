@@ -1,8 +1,10 @@
 """What a worker knows of the requests it has compacted or is about to."""
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress.requests.observer import Observer
@@ -29,14 +31,30 @@ class RunnerV1Rows:
 
 
 class RunnerV2Rows:
-    """Rows of Model Runner V2, which tells each row's place in its request states."""
+    """Rows of Model Runner V2, which tells each row's place in its request states.
+
+    With models that keep states it does not, so there it is noted as the batch is made ready.
+    """
 
     def __init__(self, model_runner) -> None:
         self._ids: dict[int, str] = model_runner.req_states.index_to_req_id
+        self._noted: np.ndarray | None = None
+        if model_runner.model_config.is_hybrid:
+            state = model_runner.model_state
+            state.prepare_attn = self._noting(state.prepare_attn)
+
+    def _noting(self, prepare_attn):
+        @functools.wraps(prepare_attn)
+        def wrapped(input_batch, *args, **kwargs):
+            self._noted = input_batch.idx_mapping_np
+            return prepare_attn(input_batch, *args, **kwargs)
+
+        return wrapped
 
     def request_ids(self, metadata: CommonAttentionMetadata) -> Sequence[str | None]:
-        assert metadata.req_idx is not None
-        ids = [self._ids.get(index) for index in metadata.req_idx.tolist()]
+        places = self._noted if metadata.req_idx is None else metadata.req_idx
+        assert places is not None
+        ids = [self._ids.get(index) for index in places.tolist()]
         return [*ids, *[None] * (metadata.num_reqs - len(ids))]
 
 
