@@ -314,6 +314,21 @@ def test_a_prompt_that_is_compacted_on_the_way_gets_to_its_end(engine, long_ids,
     assert tokens(engine.outputs.pop(request)) == tokens(alone)
 
 
+def test_under_pressure_room_is_made_and_all_blocks_come_back(engines, stateful, long_ids):
+    engine = emptied(started(engines, stateful, "lfm2", "snapkv:budget=0.125,when=pressure"))
+    free, preempted = engine.free, engine.preemptions
+    with engine.squeezed(leave=60):
+        for index in range(8):
+            engine.add(long_ids(900, seed=500 + index), sampling(30))
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            engine.check_accounts()
+    assert len(engine.outputs) == 8 and len(engine.compactions) >= 4 and engine.preemptions == preempted
+    assert engine.sent == [compaction.job for compaction in engine.compactions]
+    engine.check_nothing_left()
+    assert engine.free == free
+
+
 # ---------------------------------------------------------------------- the crowd
 
 POOL = 70  # blocks; a prompt of 700 tokens needs 8 of full attention and up to 4 of states
