@@ -352,6 +352,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.kv_cache_interface:MLAAttentionSpec": Touched(
         reads="head_size_v",
+        overrides={
+            "merge": "(cls, specs)",
+        },
     ),
     "vllm.v1.kv_cache_interface:KVCacheConfig": Touched(
         reads="has_mamba_layers kv_cache_groups num_blocks",
