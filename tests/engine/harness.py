@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvcompress import KVCompressionConfig
@@ -52,6 +53,7 @@ def start(model: Path, **overrides) -> LLM:
         ours = KVCompressionConfig(min_freed_tokens=1).for_request(compression)
         ours = ours.to_dict() | {"max_compaction_tokens": 1 << 20}
         options["additional_config"] = options["additional_config"] | {"kv_compression": ours}
+    _ROPE_DICT.clear()  # an engine before may have had its rotary embeddings computed otherwise
     return LLM(**options)
 
 
