@@ -4,8 +4,11 @@ The pool holds four raw prompts of the length used here. Every test leaves it em
 """
 
 import itertools
+import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
@@ -15,6 +18,7 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 
 BLOCK_SIZE = 32
 PROMPT_TOKENS = 1000
+DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "kv_compression.json"
 NUM_BLOCKS = 4 * (PROMPT_TOKENS // BLOCK_SIZE + 4) + 1  # one is vLLM's null block
 
 
@@ -232,6 +236,19 @@ def test_metrics_tell_of_running_requests_and_so_does_the_log(server, complete, 
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert "running requests compacted" in log
+
+
+def test_the_dashboard_asks_for_all_that_is_told_and_nothing_else(server):
+    panels = json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]
+    asked = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    selectors = [found for query in asked for found in re.findall(r"(vllm:\w+)\{(.*?)\}", query)]
+    exported = dict(re.findall(r"^(vllm:\w+)\{(.*)\}", server.get("/metrics"), re.MULTILINE))
+    for name, labels in selectors:
+        known = set(re.findall(r'(\w+)="', exported[name]))
+        assert known >= set(re.findall(r"(\w+)=", labels)) >= {"model_name", "engine"}
+    own = {name for name in exported if "kv_compression" in name and not name.endswith("_created")}
+    assert {name for name, _ in selectors if "kv_compression" in name} == own
+    assert len(re.findall("vllm:", "".join(asked))) == len(selectors)
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(complete, prompt):
