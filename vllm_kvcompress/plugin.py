@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import vllm.plugins
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -63,6 +65,9 @@ def register() -> None:
     StatLoggerManager.record = _with_metrics_recorded(StatLoggerManager.record)
     StatLoggerManager.log = _with_metrics_logged(StatLoggerManager.log)
     InputProcessor.__init__ = _with_watched_endpoints(InputProcessor.__init__)
+    EngineCore.kv_compression_state = _state
+    EngineCore.kv_compression_heads = _heads
+    vllm.plugins.load_endpoint_plugins = _with_page(vllm.plugins.load_endpoint_plugins)
 
 
 def _with_flag(add_cli_args):
@@ -435,6 +440,60 @@ def _with_metrics_logged(log):
             self.kv_compression.log()
 
     return wrapped
+
+
+# What an operator may look at. vLLM's own entry points for endpoints must be named in VLLM_PLUGINS, and warn
+# in every server that does not; this page is there wherever compression is.
+
+
+def _state(self) -> dict[str, Any]:
+    """A method of `EngineCore`: how things stand."""
+    return self.scheduler.compression_state()
+
+
+def _heads(self, shown_id: str) -> dict[str, Any] | None:
+    """A method of `EngineCore`: what each head keeps of a request; None unless it runs and is compacted."""
+    request_id = self.scheduler.compacted_request(shown_id)
+    if request_id is None:
+        return None
+    told = self.collective_rpc("kv_compression_heads", args=(request_id,))
+    ranks = [rank for rank in told if rank is not None]  # one of each pipeline stage
+    if not ranks:  # not compacted yet
+        return None
+    return {
+        "request": shown_id,
+        "layers": [layer for rank in ranks for layer in rank["layers"]],
+        "pages": [pages for rank in ranks for pages in rank["pages"]],
+        "raw_pages": ranks[0]["raw_pages"],
+    }
+
+
+def _with_page(load_endpoint_plugins):
+    @functools.wraps(load_endpoint_plugins)
+    def wrapped(*args, **kwargs):
+        return [*load_endpoint_plugins(*args, **kwargs), _PagePlugin()]
+
+    return wrapped
+
+
+class _PagePlugin:
+    """An endpoint plugin, as vLLM has them."""
+
+    name = KEY
+    required_tasks = ("generate",)
+
+    def attach_router(self, app) -> None:
+        self._app = app  # whether anything is shown is known when the engine is
+
+    async def init_state(self, engine_client, state, args) -> None:
+        if engine_client is None or not _compresses(engine_client.vllm_config):
+            return
+        from vllm_kvcompress.page import Page
+
+        config = KVCompressionConfig.parse(_requested(engine_client.vllm_config))
+        keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+        model = engine_client.vllm_config.model_config.served_model_name
+        self._app.include_router(Page(engine_client.engine_core, config, model, keys).router)
 
 
 def _with_watched_endpoints(init):

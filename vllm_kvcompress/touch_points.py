@@ -72,8 +72,10 @@ TABLE: dict[str, Touched] = {
     # what the workers found reaches every front end
     "vllm.v1.engine:EngineCoreReadyResponse": Touched(),
     "vllm.v1.engine.core:EngineCore": Touched(
+        reads="scheduler",
         calls={
             "_initialize_kv_caches": "(self, vllm_config)",
+            "collective_rpc": "(self, method, timeout=..., args=..., kwargs=...)",
         },
     ),
     "vllm.v1.engine.core:EngineCoreProc": Touched(
@@ -86,6 +88,34 @@ TABLE: dict[str, Touched] = {
             "_apply_ready_response": "(self, payload)",
         },
     ),
+    # what a server shows
+    "vllm.plugins": Touched(
+        calls={
+            "load_endpoint_plugins": "(supported_tasks=...)",
+        },
+    ),
+    "vllm.plugins.endpoint_plugins.interface:EndpointPlugin": Touched(
+        reads="name required_tasks",
+        overrides={
+            "attach_router": "(self, app)",
+            "init_state": "(self, engine_client, state, args)",
+        },
+    ),
+    "vllm.entrypoints.serve.middleware.authenticate:AuthenticationMiddleware": Touched(
+        calls={
+            "__init__": "(self, app, tokens)",
+            "verify_token": "(self, headers)",
+        },
+    ),
+    "vllm.v1.engine.async_llm:AsyncLLM": Touched(
+        reads="engine_core vllm_config",
+    ),
+    "vllm.v1.engine.core_client:AsyncMPClient": Touched(
+        reads="core_engines",
+        calls={
+            "call_utility_all_async": "(self, method, *args)",
+        },
+    ),
     "vllm.exceptions:VLLMValidationError": Touched(
         calls={
             "__init__": "(self, message, *, parameter=..., value=...)",
@@ -96,7 +126,7 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm:SamplingParams": Touched(),
     "vllm.envs": Touched(
-        reads="VLLM_BATCH_INVARIANT VLLM_CPU_ATTN_SPLIT_KV",
+        reads="VLLM_API_KEY VLLM_BATCH_INVARIANT VLLM_CPU_ATTN_SPLIT_KV",
         calls={
             "VLLM_USE_RAY_V2_EXECUTOR_BACKEND": {"0.32": READ, "0.33": ABSENT},
         },
@@ -186,6 +216,9 @@ TABLE: dict[str, Touched] = {
             "max_model_len max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens num_spec_tokens "
             "num_waiting_for_streaming_input requests running scheduler_config vllm_config waiting"
         ),
+        calls={
+            "get_request_counts": "(self)",
+        },
         overrides={
             "_connector_finished": "(self, request)",
             "_free_blocks": "(self, request)",

@@ -7,6 +7,8 @@ import itertools
 import json
 import re
 import time
+import urllib.error
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,12 +21,14 @@ pytestmark = [pytest.mark.server, pytest.mark.timeout(600)]
 BLOCK_SIZE = 32
 PROMPT_TOKENS = 1000
 DASHBOARD = Path(__file__).parents[2] / "examples" / "grafana" / "kv_compression.json"
+API_KEY = "a key"
 NUM_BLOCKS = 4 * (PROMPT_TOKENS // BLOCK_SIZE + 4) + 1  # one is vLLM's null block
 
 
 @pytest.fixture(scope="module")
 def server(smollm2, tmp_path_factory):
     flags = ["--kv-compression", "snapkv:budget=0.25", "--block-size", str(BLOCK_SIZE)]
+    flags += ["--api-key", API_KEY]
     flags += ["--max-model-len", "4096", "--enforce-eager", "--num-gpu-blocks-override", str(NUM_BLOCKS)]
     with serve(smollm2, *flags, folder=tmp_path_factory.mktemp("server")) as running:
         yield running
@@ -52,7 +56,7 @@ def every_block_is_returned(server: Server, server_log):
 
 @pytest.fixture(scope="module")
 def client(server: Server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=500) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0, timeout=500) as client:
         yield client
 
 
@@ -249,6 +253,79 @@ def test_the_dashboard_asks_for_all_that_is_told_and_nothing_else(server):
     own = {name for name in exported if "kv_compression" in name and not name.endswith("_created")}
     assert {name for name, _ in selectors if "kv_compression" in name} == own
     assert len(re.findall("vllm:", "".join(asked))) == len(selectors)
+
+
+# ---------------------------------------------------------------------- what is shown
+
+
+@pytest.fixture(scope="module")
+def shown(server):
+    """`shown(path)`: the JSON of a path under `/kv_compression`, for who has the key."""
+    return lambda path: json.loads(server.get(f"/kv_compression/{path}", API_KEY))
+
+
+def refused(server: Server, path: str, api_key: str | None = API_KEY) -> tuple[int, str]:
+    with pytest.raises(urllib.error.HTTPError) as answer:
+        server.get(f"/kv_compression/{path}", api_key)
+    error = json.loads(answer.value.read())["error"]
+    assert len(error.splitlines()) == 1
+    return answer.value.code, error
+
+
+def state_with(shown, *states: str) -> dict:
+    """The state of the engine once requests in these states run."""
+    deadline = time.monotonic() + 120
+    while True:
+        (engine,) = shown("state")["engines"]
+        if sorted(each["state"] for each in engine["requests"]) == sorted(states):
+            return engine
+        assert time.monotonic() < deadline, engine
+
+
+def test_the_state_tells_what_each_request_holds_of_the_pool(server, complete, prompt, shown):
+    streams = [complete(prompt, option, max_tokens=600, stream=True) for option in (None, "off")]
+    for stream in streams:
+        next(iter(stream))
+    engine = state_with(shown, "compacted", "raw")
+    with_names = {each["state"]: each for each in engine["requests"]}
+    heads = shown(f"heads?request={urllib.parse.quote(with_names['compacted']['id'])}")
+    raw_name = urllib.parse.quote(with_names["raw"]["id"])
+    assert refused(server, f"heads?request={raw_name}") == (
+        404,
+        "no running request of this name is compacted",
+    )
+    for stream in streams:
+        stream.close()
+
+    assert engine["blocks"]["total"] == NUM_BLOCKS - 1 and engine["block_size"] == BLOCK_SIZE
+    assert (engine["running"], engine["compacted"], engine["raw"], engine["waiting"]) == (2, 1, 1, 0)
+    for each in engine["requests"]:
+        assert each["prompt_tokens"] == PROMPT_TOKENS and each["id"].startswith("cmpl-")
+        assert PROMPT_TOKENS <= each["computed_tokens"] <= PROMPT_TOKENS + 600
+        assert each["raw_blocks"] == -(-each["computed_tokens"] // BLOCK_SIZE)
+        assert each["step"] is None  # it was not compacted under pressure
+    compacted, raw = with_names["compacted"], with_names["raw"]
+    # 30 blocks below the boundary are kept as 8.
+    assert compacted["raw_blocks"] - compacted["held_blocks"] == 22 and compacted["method"] == "snapkv"
+    assert raw["held_blocks"] == raw["raw_blocks"] and raw["method"] is None
+    assert engine["blocks"]["compacted"] == 8
+    held = sum(each["held_blocks"] for each in engine["requests"])
+    assert held == engine["held_blocks"] and 0 <= engine["blocks"]["used"] - held <= 2  # of the next step
+
+    assert heads["raw_pages"] == 30 and heads["layers"] == list(range(30))
+    assert {len(layer) for layer in heads["pages"]} == {3}
+    assert sum(map(sum, heads["pages"])) == 8 * 30 * 3
+    assert refused(server, f"heads?request={urllib.parse.quote(compacted['id'])}-")[0] == 404
+
+
+def test_the_state_needs_the_key_and_a_wrong_question_ends_nothing(server, complete, shown):
+    for path in ("state", "heads?request=one"):
+        assert refused(server, path, api_key=None) == (401, "Unauthorized")
+    assert refused(server, "heads")[0] == 400
+    assert refused(server, "heads?request=one")[0] == 404
+    assert text_of(complete("Netherfield Park is let", max_tokens=2))
+    (engine,) = shown("state")["engines"]
+    assert engine["requests"] == [] and engine["blocks"]["used"] == 0
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(complete, prompt):

@@ -26,8 +26,11 @@ class Server:
         self.process, self.log, self.model = process, log, model
         self.url = f"http://127.0.0.1:{port}"
 
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+    def get(self, path: str, api_key: str | None = None) -> str:
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        with urllib.request.urlopen(
+            urllib.request.Request(self.url + path, headers=headers), timeout=10
+        ) as answer:
             return answer.read().decode()
 
     def metrics(self, label: str = "") -> dict[str, float]:

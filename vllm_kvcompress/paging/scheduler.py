@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -26,7 +26,14 @@ from vllm_kvcompress.paging.pressure import Descent, descents, least_loss
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.paging.spec import compactable_group
-from vllm_kvcompress.paging.statistics import CARRIER, CompressionStats
+from vllm_kvcompress.paging.statistics import (
+    CARRIER,
+    MOST_REQUESTS,
+    CompressionStats,
+    RequestState,
+    blocks_of,
+    shown_id,
+)
 from vllm_kvcompress.plan import (
     STAGED_BYTES,
     Plan,
@@ -69,6 +76,11 @@ class _Tracked:
     solved: int = 0
     step: int = 0
     observed_from: int = 0
+
+    @property
+    def steps_down(self) -> int:
+        """Steps of its ladder that it has come down; 0 while it is raw."""
+        return 0 if self.held is None else self.step + 1
 
 
 class _Compression:
@@ -446,16 +458,68 @@ class _Compression:
         """What was counted since the last call, and how things stand."""
         stats, self._stats = self._stats, CompressionStats()
         stats.freed_bytes = stats.freed_blocks * self._block_bytes
+        self._add_running(stats)
+        return stats
+
+    def _add_running(self, stats: CompressionStats) -> None:
+        """Fill in how things stand."""
         steps: list[float] = []
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
             held = None if tracked is None else tracked.held
             stats.add_request(request.num_computed_tokens, held, self.compacting_manager.block_size)
             if tracked is not None and tracked.config.when == "pressure":
-                down = 0 if held is None else tracked.step + 1
-                steps.append(down / len(tracked.config.ladder_steps))
+                steps.append(tracked.steps_down / len(tracked.config.ladder_steps))
         stats.pressure = sum(steps) / len(steps) if steps else 0.0
-        return stats
+
+    def compression_state(self) -> dict[str, Any]:
+        """How things stand, for who looks at it: the pool, and every running request up to a number."""
+        stats, pool, compacted = CompressionStats(), self.kv_cache_manager.block_pool, self.compacting_manager
+        self._add_running(stats)
+        usable = pool.num_gpu_blocks - 1  # one is vLLM's null block
+        return {
+            "block_size": compacted.block_size,
+            "blocks": {
+                "total": usable,
+                "used": usable - pool.get_num_free_blocks(),
+                "compacted": sum(map(len, compacted.compacted.values())),
+            },
+            "running": len(self.running),
+            "waiting": self.get_request_counts()[1],
+            "raw": stats.raw,
+            "compacted": stats.compacted,
+            "raw_blocks": stats.raw_blocks,
+            "held_blocks": stats.held_blocks,
+            "pressure": stats.pressure,
+            "requests": [asdict(self._state_of(request)) for request in self.running[:MOST_REQUESTS]],
+        }
+
+    def _state_of(self, request: Request) -> RequestState:
+        tracked = self._tracked.get(request.request_id)
+        held = None if tracked is None else tracked.held
+        repeats = self._repetitions.of(request.request_id) is not None
+        raw_blocks, held_blocks = blocks_of(
+            request.num_computed_tokens, held, self.compacting_manager.block_size
+        )
+        yields = tracked is not None and tracked.config.when == "pressure"
+        return RequestState(
+            id=shown_id(request.request_id),
+            prompt_tokens=request.num_prompt_tokens,
+            computed_tokens=request.num_computed_tokens,
+            state="repeating" if repeats else "raw" if held is None else "compacted",
+            raw_blocks=raw_blocks,
+            held_blocks=held_blocks,
+            method=None if tracked is None else tracked.config.method,
+            step=tracked.steps_down if yields else None,
+            steps=len(tracked.config.ladder_steps) if yields else None,
+        )
+
+    def compacted_request(self, shown: str) -> str | None:
+        """The whole name of a running request that is compacted; None if there is none of this one."""
+        names = (request.request_id for request in self.running)
+        return next(
+            (n for n in names if n in self.compacting_manager.compacted and shown_id(n) == shown), None
+        )
 
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """vLLM's parameters of a response, with what was kept of a request that was compacted."""

@@ -7,6 +7,8 @@ from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.plan import Plan
 
 CARRIER = "kv_compression"  # under which they travel beside vLLM's own
+ID_LENGTH = 64  # of a request's name, as it is shown
+MOST_REQUESTS = 256  # of one engine that are described one by one
 
 
 @dataclass
@@ -47,12 +49,57 @@ class CompressionStats:
 
     def add_request(self, num_tokens: int, held: Plan | None, block_size: int) -> None:
         """Add a running request, by what it was compacted to last."""
-        whole = -(-num_tokens // block_size)
+        raw_blocks, held_blocks = blocks_of(num_tokens, held, block_size)
         self.raw += held is None
         self.compacted += held is not None
-        self.raw_blocks += whole
-        self.held_blocks += whole if held is None else whole - held.source_blocks + held.kept_blocks
+        self.raw_blocks += raw_blocks
+        self.held_blocks += held_blocks
 
     def to_dict(self) -> dict[str, float]:
         """As it travels."""
         return asdict(self)
+
+
+@dataclass
+class RequestState:
+    """A running request, as it is shown.
+
+    Attributes:
+        id: its name, as `shown_id` has it.
+        prompt_tokens: of its prompt.
+        computed_tokens: of its prompt and output.
+        state: "compacted", "raw", or "repeating" for what vLLM runs in order to score another request's
+            context.
+        raw_blocks: blocks that it would hold, were it raw.
+        held_blocks: blocks that it holds.
+        method: by which it is compacted; None if it never is.
+        step: steps of its ladder that it has come down, 0 while it is raw; None unless `when` is "pressure".
+        steps: of its ladder; None unless `when` is "pressure".
+    """
+
+    id: str
+    prompt_tokens: int
+    computed_tokens: int
+    state: str
+    raw_blocks: int
+    held_blocks: int
+    method: str | None
+    step: int | None
+    steps: int | None
+
+
+def shown_id(request_id: str) -> str:
+    """A request's name, which its client may have chosen, in `ID_LENGTH` characters at most.
+
+    vLLM's own end of it, which no two requests share, is kept.
+    """
+    if len(request_id) <= ID_LENGTH:
+        return request_id
+    end = ID_LENGTH // 2
+    return f"{request_id[: ID_LENGTH - end - 1]}…{request_id[-end:]}"
+
+
+def blocks_of(num_tokens: int, held: Plan | None, block_size: int) -> tuple[int, int]:
+    """Blocks that a request would hold, were it raw, and those that it holds, by its last compaction."""
+    whole = -(-num_tokens // block_size)
+    return whole, whole if held is None else whole - held.source_blocks + held.kept_blocks

@@ -177,6 +177,23 @@ class CompressionWorker(Worker):
         """What policies may need and this model has not; asked by the engine."""
         return self.lacks
 
+    def kv_compression_heads(self, request_id: str) -> dict[str, Any] | None:
+        """Pages that each head keeps of a compacted request; asked by the engine, at an operator's wish.
+
+        Returns:
+            `layers`, the numbers of this rank's compacted layers; `pages` `[L][H]`; `raw_pages`, those that a
+            head would have below the boundary. None if it is not compacted, and on all tensor-parallel ranks
+            but the first.
+        """
+        table = self.compression.tables.get(request_id)
+        if table is None or get_tp_group().rank_in_group:
+            return None
+        return {
+            "layers": [layer.index for layer in self.compactor.layers],
+            "pages": table.counts.tolist(),
+            "raw_pages": table.boundary // table.grid.block_size,
+        }
+
     @abstractmethod
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         """The whole cache, which every layer's implementation is given too.
