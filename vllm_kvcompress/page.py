@@ -84,7 +84,7 @@ class Page:
 
     @_answered
     async def state(self, request: Request) -> Response:
-        """The pool and the running requests of each engine (see `RequestState`)."""
+        """The pool and the running requests of each engine (see `EngineState`)."""
         ranks = [int.from_bytes(identity, "little") for identity in self._engines.core_engines]
         states = await self._ask("kv_compression_state")
         engines = [{"engine": rank} | state for rank, state in zip(ranks, states, strict=True)]

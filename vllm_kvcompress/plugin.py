@@ -448,7 +448,7 @@ def _with_metrics_logged(log):
 
 def _state(self) -> dict[str, Any]:
     """A method of `EngineCore`: how things stand."""
-    return self.scheduler.compression_state()
+    return self.scheduler.compression_state().to_dict()
 
 
 def _heads(self, shown_id: str) -> dict[str, Any] | None:

@@ -297,7 +297,7 @@ def test_the_state_tells_what_each_request_holds_of_the_pool(server, complete, p
     for stream in streams:
         stream.close()
 
-    assert engine["blocks"]["total"] == NUM_BLOCKS - 1 and engine["block_size"] == BLOCK_SIZE
+    assert engine["total_blocks"] == NUM_BLOCKS - 1 and engine["block_size"] == BLOCK_SIZE
     assert (engine["running"], engine["compacted"], engine["raw"], engine["waiting"]) == (2, 1, 1, 0)
     for each in engine["requests"]:
         assert each["prompt_tokens"] == PROMPT_TOKENS and each["id"].startswith("cmpl-")
@@ -308,9 +308,9 @@ def test_the_state_tells_what_each_request_holds_of_the_pool(server, complete, p
     # 30 blocks below the boundary are kept as 8.
     assert compacted["raw_blocks"] - compacted["held_blocks"] == 22 and compacted["method"] == "snapkv"
     assert raw["held_blocks"] == raw["raw_blocks"] and raw["method"] is None
-    assert engine["blocks"]["compacted"] == 8
+    assert engine["compacted_blocks"] == 8
     held = sum(each["held_blocks"] for each in engine["requests"])
-    assert held == engine["held_blocks"] and 0 <= engine["blocks"]["used"] - held <= 2  # of the next step
+    assert held == engine["held_blocks"] and 0 <= engine["used_blocks"] - held <= 2  # of the next step
 
     assert heads["raw_pages"] == 30 and heads["layers"] == list(range(30))
     assert {len(layer) for layer in heads["pages"]} == {3}
@@ -325,7 +325,7 @@ def test_the_state_needs_the_key_and_a_wrong_question_ends_nothing(server, compl
     assert refused(server, "heads?request=one")[0] == 404
     assert text_of(complete("Netherfield Park is let", max_tokens=2))
     (engine,) = shown("state")["engines"]
-    assert engine["requests"] == [] and engine["blocks"]["used"] == 0
+    assert engine["requests"] == [] and engine["used_blocks"] == 0
 
 
 def test_a_client_that_hangs_up_frees_its_blocks(complete, prompt):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -30,6 +30,7 @@ from vllm_kvcompress.paging.statistics import (
     CARRIER,
     MOST_REQUESTS,
     CompressionStats,
+    EngineState,
     RequestState,
     blocks_of,
     shown_id,
@@ -472,27 +473,25 @@ class _Compression:
                 steps.append(tracked.steps_down / len(tracked.config.ladder_steps))
         stats.pressure = sum(steps) / len(steps) if steps else 0.0
 
-    def compression_state(self) -> dict[str, Any]:
-        """How things stand, for who looks at it: the pool, and every running request up to a number."""
+    def compression_state(self) -> EngineState:
+        """How things stand, for who looks at it."""
         stats, pool, compacted = CompressionStats(), self.kv_cache_manager.block_pool, self.compacting_manager
         self._add_running(stats)
         usable = pool.num_gpu_blocks - 1  # one is vLLM's null block
-        return {
-            "block_size": compacted.block_size,
-            "blocks": {
-                "total": usable,
-                "used": usable - pool.get_num_free_blocks(),
-                "compacted": sum(map(len, compacted.compacted.values())),
-            },
-            "running": len(self.running),
-            "waiting": self.get_request_counts()[1],
-            "raw": stats.raw,
-            "compacted": stats.compacted,
-            "raw_blocks": stats.raw_blocks,
-            "held_blocks": stats.held_blocks,
-            "pressure": stats.pressure,
-            "requests": [asdict(self._state_of(request)) for request in self.running[:MOST_REQUESTS]],
-        }
+        return EngineState(
+            block_size=compacted.block_size,
+            total_blocks=usable,
+            used_blocks=usable - pool.get_num_free_blocks(),
+            compacted_blocks=sum(map(len, compacted.compacted.values())),
+            running=len(self.running),
+            waiting=self.get_request_counts()[1],
+            raw=stats.raw,
+            compacted=stats.compacted,
+            raw_blocks=stats.raw_blocks,
+            held_blocks=stats.held_blocks,
+            pressure=stats.pressure,
+            requests=[self._state_of(request) for request in self.running[:MOST_REQUESTS]],
+        )
 
     def _state_of(self, request: Request) -> RequestState:
         tracked = self._tracked.get(request.request_id)

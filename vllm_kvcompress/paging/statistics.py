@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.plan import Plan
@@ -86,6 +87,39 @@ class RequestState:
     method: str | None
     step: int | None
     steps: int | None
+
+
+@dataclass
+class EngineState:
+    """How things stand in an engine core, for who looks at it.
+
+    Attributes:
+        block_size: tokens of a block.
+        total_blocks: of the pool that requests can hold.
+        used_blocks: of them that somebody holds.
+        compacted_blocks: of these that hold compacted pages.
+        running: requests that run.
+        waiting: requests that wait.
+        raw, compacted, raw_blocks, held_blocks, pressure: as `CompressionStats` has them.
+        requests: the first `MOST_REQUESTS` of those that run.
+    """
+
+    block_size: int
+    total_blocks: int
+    used_blocks: int
+    compacted_blocks: int
+    running: int
+    waiting: int
+    raw: int
+    compacted: int
+    raw_blocks: int
+    held_blocks: int
+    pressure: float
+    requests: list[RequestState]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels, and is served."""
+        return asdict(self)
 
 
 def shown_id(request_id: str) -> str:
