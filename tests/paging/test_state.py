@@ -1,5 +1,6 @@
 """What an engine core tells of the pool and its running requests is what its own accounts say."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ from simulation import BLOCK, Simulation, prompt_of
 from vllm_kvcompress.paging import repetition, scheduler
 from vllm_kvcompress.paging.statistics import ID_LENGTH, shown_id
 
+SHARES = [0, 0.5, 0.25, 0.125]  # kept at each step of the ladder
 PRESSURE = "knorm:budget=0.125,when=pressure,min_freed_tokens=64"
 
 
@@ -32,7 +34,11 @@ def test_under_pressure_each_requests_blocks_are_those_that_the_pool_misses():
             assert (each.state == "raw") == (each.held_blocks == each.raw_blocks)
             off = each.id == names[2]
             assert (each.method, each.steps) == ((None, None) if off else ("knorm", 3))
-            assert (each.step is None) == off and (off or (each.step > 0) == (each.state == "compacted"))
+            assert (each.step is None) == off
+            if not off:
+                replaced = sum(block.is_null for block in manager.req_to_blocks[each.id])
+                kept = len(manager.compacted.get(each.id, ()))
+                assert kept == math.ceil(SHARES[each.step] * replaced) and bool(kept) == bool(each.step)
             steps.add(each.step)
         pressed = [each.step / each.steps for each in told.requests if each.steps]
         assert told.pressure == pytest.approx(sum(pressed) / len(pressed) if pressed else 0)
