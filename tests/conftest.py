@@ -45,6 +45,8 @@ LONGEST = [
     "kernels/test_float8_compilation.py",
     "engine/test_families.py",
     "engine/test_hybrids.py",
+    "engine/test_states.py",
+    "engine/test_pressure.py",
     "engine/test_latents_parallel.py",
     "engine/test_latents.py",
     "engine/test_formats.py",
