@@ -29,16 +29,6 @@ GAUGES = {
 STATES = "raw", "compacted"
 
 
-def take(stats: SchedulerStats | None) -> CompressionStats | None:
-    """What travels of ours with vLLM's own, which is left as vLLM would have it."""
-    carried = None if stats is None else stats.kv_connector_stats
-    if not carried or CARRIER not in carried:
-        return None
-    assert stats is not None
-    stats.kv_connector_stats = {name: value for name, value in carried.items() if name != CARRIER} or None
-    return CompressionStats(**carried[CARRIER])
-
-
 class CompressionMetrics:
     """Prometheus metrics of one front end, named as vLLM's are, by model and engine.
 
@@ -69,6 +59,16 @@ class CompressionMetrics:
         self._latest: dict[int, CompressionStats] = {}
         for engine in engines:
             self.record(CompressionStats(), engine)
+
+    def take(self, stats: SchedulerStats | None, engine: int) -> None:
+        """Note what travels of ours with an engine's own, which are left as vLLM would have them."""
+        carried = None if stats is None else stats.kv_connector_stats
+        if not carried or CARRIER not in carried:
+            return
+        assert stats is not None
+        own = carried.pop(CARRIER)
+        stats.kv_connector_stats = carried or None
+        self.record(CompressionStats(**own), engine)
 
     def record(self, stats: CompressionStats, engine: int) -> None:
         """Note what an engine reports."""

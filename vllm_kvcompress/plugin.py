@@ -423,10 +423,7 @@ def _with_metrics_recorded(record):
     @functools.wraps(record)
     def wrapped(self, scheduler_stats, *args, engine_idx=None, **kwargs):
         if self.kv_compression is not None:
-            from vllm_kvcompress.metrics import take
-
-            if (own := take(scheduler_stats)) is not None:
-                self.kv_compression.record(own, engine_idx or 0)
+            self.kv_compression.take(scheduler_stats, engine_idx or 0)
         return record(self, scheduler_stats, *args, engine_idx=engine_idx, **kwargs)
 
     return wrapped

@@ -28,6 +28,28 @@ class Member:
         return sampling(self.max_tokens, self.compression, **several)
 
 
+def members_of_small_crowd(
+    long_ids, options: list, number: int, lengths: tuple[int, int, int]
+) -> dict[str, Member]:
+    """So many requests, some with a common beginning, several samples or a short life; `lengths` of prompts:
+    the least, the most and the usual."""
+    random_ = random.Random(7)
+    prefix, members = long_ids(200, seed=100), {}
+    for index in range(number):
+        length = int(random_.triangular(*lengths))
+        prompt = long_ids(length, seed=200 + index)
+        if random_.random() < 0.35:
+            prompt = (prefix + prompt)[:length]
+        members[f"crowd{index}"] = Member(
+            prompt=prompt,
+            max_tokens=random_.randint(8, 24),
+            samples=2 if random_.random() < 0.1 else 1,
+            compression=random_.choice(options),
+            steps_to_live=random_.randint(0, 30) if random_.random() < 0.15 else None,
+        )
+    return members
+
+
 @dataclass
 class Run:
     members: dict[str, Member]

@@ -8,7 +8,15 @@ from collections import Counter
 
 import pytest
 import torch
-from crowd import Member, compacted, compare_with_alone, finished, in_time, serve, tolerate
+from crowd import (
+    compacted,
+    compare_with_alone,
+    finished,
+    in_time,
+    members_of_small_crowd,
+    serve,
+    tolerate,
+)
 from harness import BLOCK_SIZE, Engine, sampling, tokens
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -273,26 +281,9 @@ OPTIONS = [
 ]
 
 
-def crowd(long_ids) -> dict[str, Member]:
-    random_ = random.Random(7)
-    prefix, members = long_ids(200, seed=100), {}
-    for index in range(50):
-        length = int(random_.triangular(40, 700, 100))
-        prompt = long_ids(length, seed=200 + index)
-        if random_.random() < 0.35:
-            prompt = (prefix + prompt)[:length]
-        members[f"crowd{index}"] = Member(
-            prompt=prompt,
-            max_tokens=random_.randint(8, 24),
-            samples=2 if random_.random() < 0.1 else 1,
-            compression=random_.choice(OPTIONS),
-            steps_to_live=random_.randint(0, 30) if random_.random() < 0.15 else None,
-        )
-    return members
-
-
 def test_a_crowd_in_a_small_pool_leaves_nothing_and_nobody_disturbs_another(engine, stock, long_ids):
-    run = serve(engine, crowd(long_ids), POOL, random.Random(8))
+    members = members_of_small_crowd(long_ids, OPTIONS, 50, (40, 700, 100))
+    run = serve(engine, members, POOL, random.Random(8))
     assert run.free_after == run.free_before
     assert run.sent == [compaction.job for compaction in run.compactions]
     assert run.preemptions > 0 and len(run.compactions) > 20 and run.most_running > 3

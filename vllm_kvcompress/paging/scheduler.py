@@ -793,7 +793,7 @@ class _Compression:
         awaited = [block for row in (hit.blocks if hit else ()) for block in row if not block.is_null]
         pool.touch(awaited)  # or they might be compacted into
         num_given = len(self._given)
-        self._give(lacking, bounded=waits)
+        self._give(self._givers(), lacking, bounded=waits)
         pool.free_blocks(reversed(awaited))
         return len(self._given) > num_given
 
@@ -807,17 +807,19 @@ class _Compression:
         free, growth = pool.get_num_free_blocks(), len(self.running)
         if current_platform.is_cpu() or free > pool.num_gpu_blocks // EARLY:
             return
-        ends = [found[-1].plan for request in self._yielding_now() if (found := self._descents(request))]
+        givers = self._givers()
+        ends = [found[-1].plan for _, found in givers]
         large = [plan.kept_blocks for plan in ends if not self._in_place(plan)]
         if large and free - growth < min(large):
-            self._give(growth)
+            self._give(givers, growth)
 
-    def _give(self, lacking: int, bounded: bool = False) -> None:
+    def _give(
+        self, givers: list[tuple[KVCompressionConfig, list[Descent]]], lacking: int, bounded: bool = False
+    ) -> None:
         """Compact requests until so many blocks are free, if there can be; those that would exceed the bound
         of a step in one of the next."""
         block_size = self.compacting_manager.block_size
-        givers = [(self._tracked[r.request_id].config, self._descents(r)) for r in self._yielding_now()]
-        for descent in least_loss([giver for giver in givers if giver[1]], lacking, block_size):
+        for descent in least_loss(givers, lacking, block_size):
             tracked = self._tracked[descent.request.request_id]
             reads = tokens_read(descent.point, block_size, tracked.held)
             if bounded and self._read and self._read + reads > self._most_read:
@@ -825,11 +827,12 @@ class _Compression:
             if self._descend(descent, tracked):
                 self._read += reads
 
-    def _yielding_now(self) -> list[Request]:
-        """Requests that may be compacted in this step."""
+    def _givers(self) -> list[tuple[KVCompressionConfig, list[Descent]]]:
+        """Options of the requests that may be compacted in this step, and what each could give."""
         given = {job.request_id for job in self._given}
         names = (self._yielding & self._has_run) - given
-        return [request for request in self.running if request.request_id in names]
+        requests = [request for request in self.running if request.request_id in names]
+        return [(self._tracked[r.request_id].config, found) for r in requests if (found := self._descents(r))]
 
     def _descents(self, request: Request) -> list[Descent]:
         """What a request could give, each more than the one before."""
