@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,13 @@ def registered_policies():
     yield
     POLICIES.clear()
     POLICIES.update(before)
+
+
+@pytest.fixture(autouse=True)
+def read_environment():
+    """What a test sets in the environment is read: an engine before it has vLLM keep what was there."""
+    if envs := sys.modules.get("vllm.envs"):
+        envs.disable_envs_cache()
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import envs
-from vllm.envs import disable_envs_cache
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -207,7 +206,6 @@ def test_what_is_supported_passes(accepted):
 
 
 def test_the_environment_may_ask_for_what_is_not_supported(monkeypatch):
-    disable_envs_cache()
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(KVCompressionError, match="batch-invariant mode; unset"):
         check_supported(engine_config())
