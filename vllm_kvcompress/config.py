@@ -26,7 +26,11 @@ ENCODING_INTERVAL = 128  # KIVI's residual
 LADDER = (0.5, 0.25, 0.125)
 MATCHED_FORMAT = "k4v3"  # of methods that match, which need a place for biases
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
-ENGINES_OWN = "max_compaction_tokens"  # bounds a step, in which all requests share
+# What all requests share in: what bounds a step, and a share of the pool.
+ENGINES_OWN = "max_compaction_tokens", "prefix_share"
+# Options that say when a request is compacted, and not to what.
+NOT_OF_CONTENT = {"when", "ladder", "min_freed_tokens", "prefix", "enabled", *ENGINES_OWN}
+MOST_NAME = 128  # characters of a prefix's name
 AUTO = "auto"
 AUTO_WITHOUT_SCORER = "kv_compress"
 AUTO_UNDER_PRESSURE = "keydiff"  # without a scorer: what looks at no query, so that none is kept
@@ -154,6 +158,12 @@ class KVCompressionConfig:
             prompt. None for all that the budget allows.
         format: how kept tokens are written in their pages; None for the method's own, or as vLLM has them
             (k4v3 with biases where the method solves for these).
+        prefix: a name, of 1 to 128 characters, under which what a request's prompt is compacted to is kept
+            for later ones that begin with the same tokens, until it is deleted. A request's: an engine may
+            not be given it.
+        prefix_share: part of the pool in which what finished requests were compacted to is kept, until
+            somebody needs the blocks, for later ones that begin with the same tokens; 0 <= share < 1. The
+            engine's: a request may not give it.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -175,6 +185,8 @@ class KVCompressionConfig:
     scorer: str | None = None
     threshold: float | None = None
     format: str | None = None
+    prefix: str | None = None
+    prefix_share: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 
@@ -216,7 +228,17 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"max_tokens_kept must be at least 1 and sink_tokens, got {self.max_tokens_kept}"
             )
-        for name in ("min_freed_tokens", ENGINES_OWN):
+        if not 0 <= self.prefix_share < 1:
+            raise KVCompressionError(
+                f"prefix_share must be a part of the pool, 0 <= prefix_share < 1, got {self.prefix_share}"
+            )
+        if self.prefix is not None and not (0 < len(self.prefix) <= MOST_NAME and self.prefix.isprintable()):
+            raise KVCompressionError(f"prefix must be a name of 1 to {MOST_NAME} printable characters")
+        if self.prefix is not None and self.when == "pressure":
+            raise KVCompressionError(
+                "a prefix is compacted once its prompt is computed; remove when=pressure"
+            )
+        for name in ("min_freed_tokens", "max_compaction_tokens"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise KVCompressionError(f"{name} must be at least 1, got {number}")
         types = self._option_types()
@@ -455,7 +477,7 @@ class KVCompressionConfig:
     @functools.cached_property
     def waits(self) -> bool:
         """Whether a request waits for its repetition and its solution, rather than decode meanwhile."""
-        return self.build_policy().waits
+        return self.build_policy().waits or self.prefix is not None
 
     @property
     def watches_every_query(self) -> bool:
@@ -477,6 +499,16 @@ class KVCompressionConfig:
     def compacts_again(self) -> bool:
         """Whether a request may be compacted more than once."""
         return self.interval is not None or self.when == "pressure"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the positions of what is kept may be asked for later."""
+        return self.compacts_again or self.prefix is not None or self.prefix_share > 0
+
+    @functools.cached_property
+    def content(self) -> str:
+        """What two requests of the same tokens have in common that are compacted to the same."""
+        return _frozen({name: value for name, value in self.to_dict().items() if name not in NOT_OF_CONTENT})
 
     @functools.cached_property
     def expected_loss(self) -> Callable[[float], float]:
@@ -511,11 +543,14 @@ _OWN_TYPES: dict[str, Any] = {
 @functools.lru_cache(maxsize=1024)
 def _for_request(engine: KVCompressionConfig, request: str) -> KVCompressionConfig:
     override = _split_format(json.loads(request))
-    if ENGINES_OWN in override:
-        raise KVCompressionError(
-            f"{ENGINES_OWN} is the engine's; leave it out of requests and start the server with it"
-        )
+    for name in ENGINES_OWN:
+        if name in override:
+            raise KVCompressionError(
+                f"{name} is the engine's; leave it out of requests and start the server with it"
+            )
     flat = engine.to_dict() | {"enabled": True}
+    if override.get("prefix") is not None and engine.when == "pressure":
+        override = {"when": "prompt"} | override
     if override.get("when", engine.when) != engine.when:
         flat.pop("ladder", None)
     if override.get("method", engine.method) != engine.method:

@@ -37,6 +37,7 @@ class Plan:
         held: "Plan | None" = None,
         page_tokens: int | None = None,
         budget: float | None = None,
+        shared: bool = False,
     ) -> "Plan | None":
         """What compacting a request would do; None if it is left alone.
 
@@ -52,14 +53,17 @@ class Plan:
             page_tokens: tokens of a head that a block holds once they are encoded (see `page_tokens`); None
                 without a format.
             budget: in place of the options' own.
+            shared: whether the blocks of its last compaction are others', and not freed by another one.
         """
         if not config.enabled:
             return None
         source = max(0, num_tokens - config.recent_tokens) // block_size
         source -= source % _blocks_together(config, block_size)
         kept = _kept_blocks(config, source, block_size, page_tokens, budget)
-        now = held.kept_blocks + source - held.source_blocks if held else source
-        first = held is None and config.when == "prompt"
+        now = source if held is None else source - held.source_blocks
+        if held is not None and not shared:
+            now += held.kept_blocks
+        first = (held is None or shared) and config.when == "prompt"
         least = config.min_freed_tokens if first or config.when == "pressure" else 1
         fewest = kept
         if config.threshold is not None:  # how much scores above it is known only then

@@ -236,6 +236,7 @@ TABLE: dict[str, Touched] = {
                 "(self, spec_decoding_stats=..., kv_connector_stats=..., cudagraph_stats=..., "
                 "perf_stats=..., ec_connector_stats=...)"
             ),
+            "reset_prefix_cache": "(self, reset_running_requests=..., reset_connector=...)",
             "schedule": "(self, throttle_prefills=...)",
             "update_from_output": "(self, scheduler_output, model_runner_output)",
         },
@@ -308,10 +309,11 @@ TABLE: dict[str, Touched] = {
         reads="block_hash block_id is_null ref_cnt",
     ),
     "vllm.v1.core.block_pool:BlockPool": Touched(
-        reads="num_gpu_blocks",
+        reads="blocks num_gpu_blocks",
         calls={
             "evict_blocks": "(self, block_ids)",
             "free_blocks": "(self, ordered_blocks)",
+            "get_cached_block": "(self, block_hash, kv_cache_group_ids)",
             "get_new_blocks": "(self, num_blocks)",
             "get_num_free_blocks": "(self)",
             "touch": "(self, blocks)",
@@ -344,9 +346,9 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.request:Request": Touched(
         reads=(
-            "arrival_time block_hashes client_index is_prefill_chunk lora_request max_tokens "
+            "arrival_time block_hashes cache_salt client_index is_prefill_chunk lora_request max_tokens "
             "num_computed_tokens num_output_placeholders num_prompt_tokens num_tokens priority "
-            "prompt_token_ids request_id resumable sampling_params status"
+            "prompt_token_ids request_id resumable sampling_params skip_reading_prefix_cache status"
         ),
         calls={
             "__init__": (

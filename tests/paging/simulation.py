@@ -33,6 +33,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import _as_dict as as_dict
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
@@ -40,7 +41,7 @@ from vllm_kvcompress.plan import SPARE_QUERIES
 
 BLOCK = 16
 VOCABULARY = 1000
-SHORT_PROMPTS = KVCompressionConfig(min_freed_tokens=1)  # are compacted, unless a test says something else
+SHORT_PROMPTS = {"min_freed_tokens": 1}  # are compacted, unless a test says something else
 ALL_AT_ONCE = 1 << 20  # tokens: whoever is due is compacted in that step
 MOST_STEPS = 5000
 
@@ -89,7 +90,8 @@ def configured(
     max_compaction_tokens: int | None = ALL_AT_ONCE,
 ) -> VllmConfig:
     """What an engine core's configuration is once its cache is made."""
-    ours = SHORT_PROMPTS.for_request(compression).to_dict() | {"max_compaction_tokens": max_compaction_tokens}
+    own = KVCompressionConfig.parse(SHORT_PROMPTS | as_dict(compression)).to_dict()
+    ours = own | {"max_compaction_tokens": max_compaction_tokens}
     model = _model_config(max_model_len)
     parallel = ParallelConfig(data_parallel_size=data_parallel_size)
     speculative = None
@@ -133,6 +135,7 @@ class Row:
         destination: its compacted blocks.
         boundary: first raw token.
         history: a hash of its compactions.
+        compacted_by: the request whose Job filled `destination`.
         drafts: tokens to verify next.
     """
 
@@ -142,6 +145,7 @@ class Row:
     destination: tuple[int, ...] = ()
     boundary: int = 0
     history: int = 0
+    compacted_by: str = ""
     drafts: list[int] = field(default_factory=list)
 
     def key(self, position: int, token: int, before: Sequence[Key], history: int | None = None) -> Key:
@@ -184,6 +188,8 @@ class FakeWorker:
     def __init__(self, scheduler, seed: int = 0) -> None:
         self.scheduler = scheduler
         self.rows: dict[str, Row] = {}
+        self.prefixes: dict[str, Row] = {}  # what their requests were, up to the end of the prefix
+        self.attached: dict[str, int] = {}  # requests to the tokens that they took from a prefix
         self.records: dict[str, Record] = {}
         self.repeating: dict[str, object] = {}
         self.repeated: dict[str, set[int]] = {}  # owner to the positions that were repeated
@@ -199,10 +205,15 @@ class FakeWorker:
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput:
         step: CompressionStep = output.kv_compression
+        for prefix, name in step.kept.items():
+            self._keep(prefix, name)
         for name in (*step.released, *output.finished_req_ids):
             self._forget(name)
         for name in output.preempted_req_ids or ():
             self.rows[name].blocks, self.rows[name].keys = [], []
+        attaching = {name: self.prefixes[prefix] for name, prefix in step.attached.items()}
+        for prefix in step.dropped:
+            del self.prefixes[prefix]
         for name in step.unsolved:
             assert name in self.rows
             self.solved.pop(name, None), self.repeated.pop(name, None)
@@ -225,7 +236,7 @@ class FakeWorker:
             )
         for repetition in step.repetitions:
             self.repeating[repetition.request_id] = repetition
-        self._update_rows(output)
+        self._update_rows(output, attaching)
         running = {request.request_id for request in self.scheduler.running}
         assert self.records.keys() <= running, "queries are kept whose memory the scheduler does not count"
         self._check_owners()
@@ -254,13 +265,42 @@ class FakeWorker:
         self.repeating.pop(name, None)
         self.solved.pop(name, None)
 
-    def _update_rows(self, output: SchedulerOutput) -> None:
+    def _keep(self, prefix: str, name: str) -> None:
+        row = self.rows[name]
+        assert row.destination, "what is kept was not compacted"
+        kept = next((each for each in self.scheduler._prefixes if each.id == prefix), None)
+        if kept is None:  # and dropped again
+            self.prefixes[prefix] = Row([], [], [])
+            return
+        end = len(kept.hashes) * BLOCK
+        assert end <= len(row.keys), "a prefix has tokens that are not computed"
+        assert [block.block_id for block in kept.tail] == row.blocks[row.boundary // BLOCK : end // BLOCK]
+        assert tuple(block.block_id for block in kept.compacted) == row.destination
+        self.prefixes[prefix] = replace(
+            row, tokens=row.tokens[:end], blocks=row.blocks[: end // BLOCK], keys=row.keys[:end]
+        )
+
+    def _attach(self, name: str, prefix: Row, computed: int) -> None:
+        row = self.rows[name]
+        assert row.tokens[:computed] == prefix.tokens[:computed], "a prefix is of other tokens"
+        assert prefix.boundary <= computed <= len(prefix.keys) and computed % BLOCK == 0
+        assert row.blocks[: computed // BLOCK] == [
+            0 if n < prefix.boundary // BLOCK else block
+            for n, block in enumerate(prefix.blocks[: computed // BLOCK])
+        ]
+        row.keys, row.destination, row.boundary = prefix.keys[:computed], prefix.destination, prefix.boundary
+        row.history, row.compacted_by = prefix.history, prefix.compacted_by
+        self.attached[name] = computed
+
+    def _update_rows(self, output: SchedulerOutput, attaching: dict[str, Row]) -> None:
         for new in output.scheduled_new_reqs:
             row = self.rows.get(new.req_id)
             computed = new.num_computed_tokens
             tokens = list(new.prompt_token_ids)
             keys = row.keys[:computed] if row is not None else []
             self.rows[new.req_id] = row = Row(tokens, list(new.block_ids[0]), keys)
+            if new.req_id in attaching:
+                self._attach(new.req_id, attaching.pop(new.req_id), computed)
             self._read_hit(row, computed)
         cached = output.scheduled_cached_reqs
         for name, blocks, computed in zip(
@@ -270,9 +310,12 @@ class FakeWorker:
             if name in cached.resumed_req_ids:
                 assert not row.destination, "a request came back, but its compacted pages were not released"
                 row.blocks, row.keys = list(blocks[0]), []
+                if name in attaching:
+                    self._attach(name, attaching.pop(name), computed)
                 self._read_hit(row, computed)
             else:
                 row.blocks += blocks[0] if blocks else []
+        assert not attaching, "a request is attached that does not start"
 
     def _read_hit(self, row: Row, computed: int) -> None:
         """Keys that are taken from the prefix cache were computed on raw context."""
@@ -358,7 +401,7 @@ class FakeWorker:
         assert len(job.source) == (job.boundary - job.previous_boundary) // BLOCK
         assert len(job.tail) == -(-(job.num_tokens - job.boundary) // BLOCK)
         for block in job.previous:
-            assert self.compacted[block] == (job.request_id, row.history)
+            assert self.compacted[block] == (row.compacted_by, row.history)
         self._check_keys(job.source + job.tail, row, job.previous_boundary, job.num_tokens)
         self._check_queries(job, row)
         assert len(set(job.destination)) == len(job.destination) > 0 and 0 not in job.destination
@@ -367,6 +410,8 @@ class FakeWorker:
             for name in self.rows:
                 if name != job.request_id and block in self._readable(name):
                     raise AssertionError(f"{name} can read a destination of {job.request_id}")
+            for name, prefix in self.prefixes.items():
+                assert block not in self._readable_of(prefix), f"{name} has a destination of {job.request_id}"
         assert not set(job.tail) & set(job.destination)
         if job.solved:
             solves = self.solved.pop(job.request_id)
@@ -379,6 +424,7 @@ class FakeWorker:
             kept = 1 + hash((row.history, row.keys[job.num_tokens - 1])) % kept
         row.history = hash((row.history, job.boundary, job.num_tokens, kept))
         row.destination, row.boundary = job.destination[:kept], job.boundary
+        row.compacted_by = job.request_id
         for block in job.destination:  # also what is not kept may be written
             self.blocks.pop(block, None)
             self.compacted[block] = (job.request_id, row.history)
@@ -404,14 +450,17 @@ class FakeWorker:
 
     def _readable(self, name: str) -> set[int]:
         """Blocks that a request may read from now on."""
-        row = self.rows[name]
+        return self._readable_of(self.rows[name])
+
+    def _readable_of(self, row: Row) -> set[int]:
         if not row.keys:
             return set()
         return {*row.blocks[row.boundary // BLOCK : -(-len(row.keys) // BLOCK)], *row.destination}
 
     def _check_reads(self, name: str, row: Row) -> None:
         for block in row.destination:
-            assert self.compacted.get(block) == (name, row.history), "compacted pages were overwritten"
+            written = self.compacted.get(block)
+            assert written == (row.compacted_by, row.history), "compacted pages were overwritten"
         begin = row.boundary // BLOCK
         self._check_keys(row.blocks[begin:], row, row.boundary, len(row.keys))
 
@@ -428,6 +477,8 @@ class FakeWorker:
         slots = self.blocks.setdefault(block, {})
         if slots.get(position % BLOCK) == key:
             return
+        for prefix, kept in self.prefixes.items():
+            assert block not in self._readable_of(kept), f"{name} writes a block of {prefix}"
         for other, reader in self.rows.items():
             if other == name or block not in self._readable(other):
                 continue
@@ -444,6 +495,9 @@ class FakeWorker:
         for request in self.scheduler.running:
             for block in self._readable(request.request_id):
                 assert blocks[block].ref_cnt > 0, f"{request.request_id} reads block {block}, which is free"
+        for name, prefix in self.prefixes.items():
+            for block in self._readable_of(prefix):
+                assert blocks[block].ref_cnt > 0, f"{name} has block {block}, which is free"
 
 
 def _sample(key: Key) -> int:
@@ -596,9 +650,10 @@ class Simulation:
         return sum(not block.is_null for block in row) + len(self.manager.compacted.get(name, ()))
 
     def check_accounts(self) -> None:
-        """Every reference of every block is that of a row or a compaction."""
+        """Every reference of every block is that of a row, a compaction or a prefix."""
         references: dict[int, int] = {}
-        for row in (*self.manager.req_to_blocks.values(), *self.manager.compacted.values()):
+        prefixes = [prefix.blocks for prefix in self.scheduler._prefixes]
+        for row in (*self.manager.req_to_blocks.values(), *self.manager.compacted.values(), *prefixes):
             for block in row:
                 if not block.is_null:
                     references[block.block_id] = references.get(block.block_id, 0) + 1
@@ -615,7 +670,12 @@ class Simulation:
         assert not scheduler._repetitions._progress and not scheduler._repetitions._announced
         assert not self.manager.peak_blocks and not self.manager.borrowers
         assert not self.manager.compacted and not self.manager.req_to_blocks
+        assert not scheduler._users and not scheduler._configs and not self.manager.attaching
+        for prefix in list(scheduler._prefixes):
+            assert not prefix.users
+            scheduler._prefixes.drop(prefix)
         self.step()  # the worker hears of the last ones
+        assert not self.worker.prefixes
         assert not self.worker.records and not self.worker.repeating and not self.worker.solved
         assert not self.scheduler._solving._solves
         assert self.free == self.free_at_start

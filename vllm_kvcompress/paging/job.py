@@ -122,8 +122,11 @@ class CompressionStep:
     """Everything a worker has to do before the forward pass of one step, in this order.
 
     Attributes:
+        kept: the requests, by the prefix, what they were compacted to is kept as.
         released: requests that were preempted, or ended compacted, before this step runs. Their compacted
             pages were returned; what is kept of their queries begins again when they do.
+        attached: the prefix, by the request, that requests which start in this step go on with.
+        dropped: prefixes that no other request will attach to.
         solves: what to solve for Jobs of later steps, before anything is written.
         jobs: compactions to run now, in order: a later Job may write blocks that an earlier one freed.
         late: requests that are due, but go on raw while there is no room for their compacted pages, or until
@@ -135,7 +138,10 @@ class CompressionStep:
         repetitions: repeating requests that start to be computed in this step.
     """
 
+    kept: dict[str, str] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
+    attached: dict[str, str] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
     solves: list[Solve] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)
     late: list[str] = field(default_factory=list)

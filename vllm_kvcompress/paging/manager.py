@@ -7,6 +7,8 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
+from vllm_kvcompress.paging.prefixes import Prefix
+
 
 class CompactingManager(FullAttentionManager):
     """vLLM's full-attention manager plus one verb, `compact`.
@@ -21,6 +23,7 @@ class CompactingManager(FullAttentionManager):
         self.compacted: dict[str, list[KVCacheBlock]] = {}
         self.peak_blocks: dict[str, int] = {}  # of the requests that are compacted while they are prefilled
         self.borrowers: set[str] = set()  # requests that read another one's blocks and leave nothing behind
+        self.attaching: dict[str, Prefix] = {}  # by requests that take one over if they are admitted
         self._released: set[str] = set()
 
     def compact(
@@ -71,7 +74,7 @@ class CompactingManager(FullAttentionManager):
         free = self.block_pool.get_num_free_blocks()
         if free < num_kept and not in_place:
             return None
-        again = previous[:num_kept] if free < num_kept else []
+        again = [block for block in previous if block.ref_cnt == 1][:num_kept] if free < num_kept else []
         num_new = min(num_kept - len(again), free)
         # A raw block that another request can read must not be written; one that only the prefix cache
         # knows may be, once its entry is gone.
@@ -95,13 +98,17 @@ class CompactingManager(FullAttentionManager):
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args, **kwargs
     ) -> None:
-        if request_id not in self.borrowers:
+        prefix = self.attaching.get(request_id)
+        if request_id not in self.borrowers and prefix is None:
             return super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kwargs)
         row = self.req_to_blocks[request_id]
         assert not row
-        self.block_pool.touch(new_computed_blocks)
+        self.block_pool.touch([block for block in new_computed_blocks if not block.is_null])
         row.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(row)
+        if prefix is not None:
+            self.block_pool.touch(prefix.compacted)
+            self.compacted[request_id] = list(prefix.compacted)
 
     def held_blocks(self, request_id: str) -> int:
         """Blocks of the pool that the request holds: its raw blocks and its compacted ones."""
@@ -109,7 +116,7 @@ class CompactingManager(FullAttentionManager):
         return raw + len(self.compacted.get(request_id, ()))
 
     def may_be_cached(self, request_id: str) -> bool:
-        """Whether the prefix cache may have a request's blocks, of this group and of others.
+        """Whether vLLM's prefix cache may have a request's blocks, of this group and of others.
 
         Whatever is computed on top of compacted context is not what its hash promises.
         """

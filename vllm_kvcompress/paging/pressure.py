@@ -39,6 +39,7 @@ def descents(
     held: Plan | None,
     block_size: int,
     page_tokens: int | None,
+    shared: bool = False,
 ) -> list[Descent]:
     """What a request could give, each more than the one before; nothing if the ladder's end frees too little.
 
@@ -50,17 +51,18 @@ def descents(
         held: its last compaction.
         block_size: tokens per block.
         page_tokens: as of `Plan.of`.
+        shared: likewise.
     """
     steps = config.ladder_steps
-    raw = 0 if held is None else held.source_blocks - held.kept_blocks
+    before = 0 if held is None else held.source_blocks - (0 if shared else held.kept_blocks)
     found: list[Descent] = []
     # The end first: whoever is there already is asked again and again.
     for step in (len(steps) - 1, *range(last_step, len(steps) - 1)):
-        plan = Plan.of(config, point, block_size, held, page_tokens, steps[step])
+        plan = Plan.of(config, point, block_size, held, page_tokens, steps[step], shared)
         if plan is None and not found:
             return []
         if plan is not None:
-            freed = plan.source_blocks - plan.kept_blocks - raw
+            freed = plan.source_blocks - plan.kept_blocks - before
             found.append(Descent(request, point, step, plan, freed))
     rising: list[Descent] = []
     for descent in (*found[1:], found[0]):

@@ -22,6 +22,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Repetition, Solve
 from vllm_kvcompress.paging.manager import CompactingManager
+from vllm_kvcompress.paging.prefixes import Prefix, Prefixes
 from vllm_kvcompress.paging.pressure import Descent, descents, least_loss
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.solving import Solving
@@ -65,6 +66,8 @@ class _Tracked:
         uncounted: its last Job, if that has a threshold and how much it keeps is not known yet.
         solved: shares of its next Job that are solved.
         step: of its ladder, the step that it was compacted at last; 0 before.
+        prefix: the compacted prefix that it goes on from, until it is compacted itself.
+        is_due_ever: whether it would be compacted without that.
         observed_from: computed tokens when it last started, whose queries nobody has seen.
     """
 
@@ -76,6 +79,8 @@ class _Tracked:
     uncounted: Job | None = None
     solved: int = 0
     step: int = 0
+    prefix: Prefix | None = None
+    is_due_ever: bool = True
     observed_from: int = 0
 
     @property
@@ -120,6 +125,7 @@ class _Compression:
         index, coordinator = compactable_group(self.kv_cache_config), self.kv_cache_manager.coordinator
         self.compacting_manager = coordinator.single_type_managers[index]
         assert isinstance(self.compacting_manager, CompactingManager)
+        self._group = index
         self._is_hybrid = len(coordinator.single_type_managers) > 1
         self._shares_contexts = not self.has_mamba_layers
         if self._is_hybrid:
@@ -132,6 +138,11 @@ class _Compression:
         self._stats = CompressionStats()
         coordinator.get_num_blocks_to_allocate = self._noting_blocks(coordinator.get_num_blocks_to_allocate)
         self.kv_cache_manager.allocate_slots = self._or_compact(self.kv_cache_manager.allocate_slots)
+        self._prefixes = Prefixes(self.kv_cache_manager.block_pool, self.compression.prefix_share)
+        self._configs: dict[str, KVCompressionConfig] = {}  # of requests that may attach to a prefix
+        self._kept: dict[str, str] = {}  # requests, by the prefix that each leaves behind
+        self._attached: dict[str, str] = {}  # prefixes, by the request that attached to it in this step
+        self._users: dict[str, Prefix] = {}  # what requests attached to, until they end
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
         self._abandoned: list[str] = []  # repeating requests to be ended
@@ -171,14 +182,18 @@ class _Compression:
     def _or_compact(
         self, allocate_slots: Callable[..., KVCacheBlocks | None]
     ) -> Callable[..., KVCacheBlocks | None]:
-        """vLLM's allocation; under pressure requests are compacted before it fails."""
+        """vLLM's allocation. Before it fails prefixes go, and under pressure requests are compacted."""
 
         def allocated(request: Request, *args, **kwargs) -> KVCacheBlocks | None:
             while True:
                 blocks = allocate_slots(request, *args, **kwargs)
-                if blocks is not None or not self._yielding:
+                if blocks is not None:
+                    if request.request_id in self.compacting_manager.attaching:
+                        self._attach(request, kwargs["new_computed_blocks"])
                     return blocks
-                if not self._make_room(request, kwargs.get("new_computed_blocks")):
+                if self._drop_prefix(request):
+                    continue
+                if not self._yielding or not self._make_room(request, kwargs.get("new_computed_blocks")):
                     return None
 
         return allocated
@@ -207,6 +222,8 @@ class _Compression:
         super().add_request(request)
         if config is not None:
             self._track(request, config)
+            if config.enabled and not self._is_hybrid:
+                self._configs[request.request_id] = config
 
     def _track(self, request: Request, config: KVCompressionConfig) -> None:
         """Remember a request that will be compacted."""
@@ -259,8 +276,13 @@ class _Compression:
         # gone by now.
         jobs = [job for job in jobs if job.request_id in compacted]
         self._stats.count(jobs)
+        kept, attached = self._kept, self._attached
+        self._kept, self._attached = {}, {}
         output.kv_compression = CompressionStep(
+            kept=kept,
             released=released,
+            attached=attached,
+            dropped=self._prefixes.take_dropped(),
             solves=self._solving.take(released),
             jobs=jobs,
             late=[name for name in (*unsolved, *late) if (own := self._tracked.get(name)) and own.late],
@@ -278,8 +300,11 @@ class _Compression:
         # replays its output. So no chunk runs past the point before the request is compacted, unless there is
         # no room for that.
         tracked = self._tracked.get(request.request_id)
-        if tracked is not None and tracked.point is not None and not tracked.late:
-            num_new_tokens = min(num_new_tokens, max(tracked.point - num_computed_tokens, 0))
+        point = None if tracked is None or tracked.late else tracked.point
+        if request.request_id in self.compacting_manager.attaching:
+            point = self._point_behind(request, num_computed_tokens)
+        if point is not None:
+            num_new_tokens = min(num_new_tokens, max(point - num_computed_tokens, 0))
         if tracked is not None and request.status != RequestStatus.RUNNING and not self._start_ring(tracked):
             return 0  # it goes on waiting
         num_new_tokens = self._repetitions.bounded(request.request_id, num_new_tokens)
@@ -344,6 +369,9 @@ class _Compression:
                 shared_prefix_boundary = min(shared_prefix_boundary or limit, limit)
             if num_hit > limit:
                 blocks, num_hit = self._shorter_hit(request, blocks, limit)
+        if (row := self._compacted_hit(request, num_hit)) is not None:
+            num_hit = len(row) * manager.block_size
+            blocks = self.kv_cache_manager.create_kv_cache_blocks((row,))
         return blocks, num_hit, shared_prefix_boundary, diverged
 
     def _shared_with(self, repetition: Repetition) -> tuple[KVCacheBlocks, int]:
@@ -392,11 +420,12 @@ class _Compression:
         if self._repetitions.of(request.request_id) is not None:
             self.waiting.remove_request(request)
             self.kv_holding_waiting.prepend_request(request)
+        self._detach(request)
         tracked = self._tracked.get(request.request_id)
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
-            tracked.solved = tracked.step = 0
+            tracked.solved, tracked.step, tracked.prefix = 0, 0, None
             self._solving.release(request.request_id)
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
@@ -435,6 +464,7 @@ class _Compression:
 
     def _free_blocks(self, request: Request) -> None:
         super()._free_blocks(request)
+        self._detach(request)
         # An owner that ends before it is compacted needs no repetition any more.
         repeating = self._repetitions.abandon(request.request_id)
         super().finish_requests(repeating, RequestStatus.FINISHED_ABORTED)
@@ -442,6 +472,8 @@ class _Compression:
         self._yielding.discard(request.request_id)
         self.compacting_manager.peak_blocks.pop(request.request_id, None)
         self.compacting_manager.borrowers.discard(request.request_id)
+        self.compacting_manager.attaching.pop(request.request_id, None)
+        self._configs.pop(request.request_id, None)
         self._repetitions.ended(request.request_id)
         self._solving.release(request.request_id)
 
@@ -528,6 +560,7 @@ class _Compression:
             held, block_size = tracked.held, self.compacting_manager.block_size
             kept = {"compacted_tokens": held.boundary, "kept_tokens": held.kept_blocks * block_size}
             told = {**(told or {}), CARRIER: {"method": tracked.config.method} | kept}
+        self._leave_prefix(request)
         return delayed, told
 
     # ------------------------------------------------------------------ compaction
@@ -615,6 +648,8 @@ class _Compression:
         manager, name = self.compacting_manager, request.request_id
         if name not in self._deferred:
             return False
+        if self._tracked[name].config.prefix is not None:  # it is there for that alone
+            return True
         full = name in manager.peak_blocks and manager.held_blocks(name) >= manager.peak_blocks[name]
         return request.is_prefill_chunk or full
 
@@ -667,7 +702,7 @@ class _Compression:
                 most = spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
             needed += own if most is None else min(own, most)
         num_active = len(self.running) + self.num_waiting_for_streaming_input
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self._prefixes.idle_blocks
         return num_active < self.max_num_active_reqs and needed <= free
 
     def _compact(self, request: Request) -> Job | None:
@@ -676,7 +711,8 @@ class _Compression:
         tracked = self._tracked[request.request_id]
         config, point, held = tracked.config, tracked.point, tracked.held
         assert point is not None
-        plan = Plan.of(config, point, manager.block_size, held, self._page_tokens(config))
+        shared = tracked.prefix is not None
+        plan = Plan.of(config, point, manager.block_size, held, self._page_tokens(config), shared=shared)
         if plan is None:
             self._pass_point(request, tracked)
             return None
@@ -734,13 +770,16 @@ class _Compression:
         """Swap a Job's blocks for new ones; None if there is no room."""
         begin, end = job.previous_boundary, job.boundary
         block_size, in_place = self.compacting_manager.block_size, self._in_place(plan)
-        swapped = self.compacting_manager.compact(
-            job.request_id, begin // block_size, end // block_size, plan.kept_blocks, in_place
-        )
-        if swapped is None:
-            return None
+        while True:
+            swapped = self.compacting_manager.compact(
+                job.request_id, begin // block_size, end // block_size, plan.kept_blocks, in_place
+            )
+            if swapped is not None:
+                break
+            if not self._prefixes.make_room():
+                return None
         previous, _, destination = swapped
-        tracked.held = plan
+        tracked.held, tracked.prefix = plan, None
         return replace(job, previous=previous, destination=destination)
 
     def _solved(self, tracked: _Tracked, job: Job, num_blocks: int) -> bool:
@@ -804,7 +843,7 @@ class _Compression:
         request could give nothing.
         """
         pool = self.kv_cache_manager.block_pool
-        free, growth = pool.get_num_free_blocks(), len(self.running)
+        free, growth = pool.get_num_free_blocks() + self._prefixes.idle_blocks, len(self.running)
         if current_platform.is_cpu() or free > pool.num_gpu_blocks // EARLY:
             return
         givers = self._givers()
@@ -844,7 +883,10 @@ class _Compression:
         if request.is_prefill_chunk and _wants_prompt_logprobs(request.sampling_params):
             return []  # they are of raw context
         in_page, block_size = self._page_tokens(tracked.config), self.compacting_manager.block_size
-        every = descents(request, tracked.config, point, tracked.step, tracked.held, block_size, in_page)
+        shared = tracked.prefix is not None
+        every = descents(
+            request, tracked.config, point, tracked.step, tracked.held, block_size, in_page, shared
+        )
         free = self.kv_cache_manager.block_pool.get_num_free_blocks()
         return [each for each in every if self._in_place(each.plan) or each.plan.kept_blocks <= free]
 
@@ -854,7 +896,10 @@ class _Compression:
         job = self._job(request, tracked, descent.point, plan)
         row = manager.req_to_blocks[request.request_id]
         begin = job.previous_boundary // manager.block_size
+        held = manager.compacted.get(request.request_id, ())
         shared = sum(block.ref_cnt > 1 for block in row[begin : plan.source_blocks])
+        if tracked.prefix is None:  # else they are not counted
+            shared += sum(block.ref_cnt > 1 for block in held)
         if (descent.freed - shared) * manager.block_size < tracked.config.min_freed_tokens:
             return False
         swapped = self._swapped(job, tracked, plan)
@@ -890,6 +935,122 @@ class _Compression:
         """The first token of a request that started in this step whose query is computed."""
         return self.requests[name].num_computed_tokens - output.num_scheduled_tokens[name]
 
+    # ------------------------------------------------------------------ compacted prefixes
+
+    def _compacted_hit(self, request: Request, num_hit: int) -> list[KVCacheBlock] | None:
+        """The row of a request that takes a compacted prefix over; None if what vLLM has of it is as long."""
+        manager, name = self.compacting_manager, request.request_id
+        manager.attaching.pop(name, None)
+        config = self._configs.get(name)
+        if config is None or not self._prefixes or request.skip_reading_prefix_cache:
+            return None
+        most = request.num_tokens - (2 if self.num_spec_tokens else 1)
+        if name in self._tracked and _goes_on_compacted(config):
+            # As with a hit of vLLM's: the window is to be observed.
+            most = min(most, request.num_prompt_tokens - max(config.observed_window, 1))
+        found = self._prefixes.find(request.block_hashes, config.content, max(most, 0) // manager.block_size)
+        if found is None or found[1] * manager.block_size <= num_hit:
+            return None
+        prefix, end = found
+        manager.attaching[name] = prefix
+        num_compacted = prefix.plan.source_blocks
+        return [manager._null_block] * num_compacted + list(prefix.tail[: end - num_compacted])
+
+    def _attach(self, request: Request, hit: KVCacheBlocks) -> None:
+        """Note that a request that has just been admitted goes on from a compacted prefix."""
+        name, config = request.request_id, self._configs[request.request_id]
+        prefix = self.compacting_manager.attaching.pop(name)
+        self._prefixes.use(prefix)
+        self._users[name] = prefix
+        self._attached[name] = prefix.id
+        tracked = self._tracked.setdefault(name, _Tracked(config, None, is_due_ever=False))
+        tracked.held, tracked.prefix = prefix.plan, prefix
+        if config.when == "pressure":
+            steps = enumerate(config.ladder_steps)
+            tracked.step = next(n for n, step in steps if (step or 0.0) <= (prefix.kept or 0.0))
+        tracked.point = self._point_behind(request, len(hit.blocks[0]) * self.compacting_manager.block_size)
+
+    def _point_behind(self, request: Request, num_tokens: int) -> int | None:
+        """The first compaction point of a request that goes on from so many tokens of a compacted prefix."""
+        config, tracked = self._configs[request.request_id], self._tracked.get(request.request_id)
+        point = None if tracked is None or not _goes_on_compacted(config) else tracked.point
+        while point is not None and point < num_tokens + max(config.observed_window, 1):
+            point = next_point(config, request.num_prompt_tokens, point)
+        return point
+
+    def _detach(self, request: Request) -> None:
+        """Note that a request holds nothing any more."""
+        name = request.request_id
+        if (prefix := self._users.pop(name, None)) is None:
+            return
+        prefix.users -= 1
+        if name in self._tracked and not self._tracked[name].is_due_ever:
+            del self._tracked[name]
+
+    def _drop_prefix(self, asking: Request) -> bool:
+        """Drop a prefix that nobody holds for a request that found too few blocks; False if there is none."""
+        manager = self.compacting_manager
+        own = manager.attaching.get(asking.request_id)
+        if self._prefixes.make_room(() if own is None else (own,)):
+            return True
+        if own is not None and not self.running and own.name is None and not own.users:
+            # With it alone there is no room: at the next step it is done without.
+            del manager.attaching[asking.request_id]
+            self._prefixes.drop(own)
+        return False
+
+    def _leave_prefix(self, request: Request) -> Prefix | None:
+        """Keep what a request that ends was compacted to, if it should be; None if not."""
+        manager, name = self.compacting_manager, request.request_id
+        tracked = self._tracked.get(name)
+        if tracked is None or tracked.held is None or tracked.uncounted is not None:
+            return None
+        if name not in manager.compacted or not request.block_hashes:
+            return None
+        # Whatever follows may be of drafts, or is yet to be computed.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        if (wanted := tracked.config.prefix) is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        elif not self.compression.prefix_share:
+            return None
+        begin, end = tracked.held.source_blocks, num_tokens // manager.block_size
+        config = tracked.config
+        prefix = Prefix(
+            id=self._prefixes.new_id(),
+            name=wanted,
+            config=config,
+            hashes=tuple(request.block_hashes[:end]),
+            plan=tracked.held,
+            kept=config.ladder_steps[tracked.step] if config.when == "pressure" else config.budget,
+            compacted=tuple(manager.compacted[name]),
+            tail=tuple(manager.req_to_blocks[name][begin:end]),
+            salt=request.cache_salt,
+            adapter=request.lora_request.lora_name if request.lora_request else None,
+        )
+        if wanted is not None and not self._may_be_named(prefix):
+            return None
+        if not self._prefixes.keep(prefix):
+            return None
+        if wanted is not None:  # a raw copy that nobody reads would be taken instead, and compacted each time
+            found = (manager.block_pool.get_cached_block(each, [self._group]) for each in prefix.hashes)
+            idle = {blocks[0].block_id for blocks in found if blocks and not blocks[0].ref_cnt}
+            manager.block_pool.evict_blocks(idle)
+        self._kept[prefix.id] = name
+        return prefix
+
+    def _may_be_named(self, prefix: Prefix) -> bool:
+        """Whether there is room for a prefix until it is deleted, and its name is not taken."""
+        assert prefix.name is not None
+        pool, block_size = self.kv_cache_manager.block_pool, self.compacting_manager.block_size
+        others = pool.num_gpu_blocks - 1 - self._prefixes.named_blocks - len(prefix.blocks)
+        fits = others >= -(-self.max_model_len // block_size)  # whom vLLM has promised to serve
+        return fits and self._prefixes.named(prefix.name, prefix.salt) is None
+
+    def reset_prefix_cache(self, *args, **kwargs) -> bool:
+        for prefix in list(self._prefixes):
+            self._prefixes.drop(prefix)
+        return super().reset_prefix_cache(*args, **kwargs)
+
     # ------------------------------------------------------------------ repetition
 
     def _repeated(self, request: Request, config: KVCompressionConfig) -> bool:
@@ -903,6 +1064,12 @@ class _Compression:
     def _end_abandoned(self) -> None:
         abandoned, self._abandoned = self._abandoned, []
         super().finish_requests(abandoned, RequestStatus.FINISHED_ABORTED)
+
+
+def _goes_on_compacted(config: KVCompressionConfig) -> bool:
+    """Whether what goes on from a compacted prefix may be compacted with it: if neither all queries nor all
+    of the context are asked for, and how much is kept is known before."""
+    return not (config.observes_all or config.repeats or config.threshold is not None)
 
 
 def _wants_prompt_logprobs(params: SamplingParams | None) -> bool:

@@ -63,6 +63,7 @@ class CompressionState:
 
     Attributes:
         tables: request id to the pages of each compacted request.
+        prefixes: likewise of each compacted prefix that requests may attach to.
         batch: the tables of the current batch; for vLLM's CPU kernel.
         runs: the tables of all requests on the GPU; for our own kernel, None elsewhere.
         observer: what is kept of the queries of requests to be compacted.
@@ -75,6 +76,7 @@ class CompressionState:
         self.observer = observer
         self.runs = runs
         self.tables: dict[str, RequestTable] = observer.tables
+        self.prefixes: dict[str, RequestTable] = {}
         self.batch = BatchTables()
         self.live = False
 
@@ -85,15 +87,31 @@ class CompressionState:
 
     def put(self, request_id: str, table: RequestTable) -> None:
         """Note what a request is compacted to."""
+        if (before := self.tables.get(request_id)) is not None:
+            before.let_go()
         self.tables[request_id] = table
         if self.runs is not None:
             self.runs.put(request_id, table)
 
     def forget(self, request_id: str) -> None:
         """Drop everything known of a request."""
-        table = self.tables.pop(request_id, None)
-        if table is not None and table.format is not None:
-            self.observer.cache.clear(table.destination)
+        self._let_go(self.tables.pop(request_id, None))
         self.observer.forget(request_id)
         if self.runs is not None:
             self.runs.drop(request_id)
+
+    def keep(self, prefix_id: str, request_id: str) -> None:
+        """Keep what a request is compacted to for others."""
+        self.prefixes[prefix_id] = self.tables[request_id].shared()
+
+    def attach(self, request_id: str, prefix_id: str) -> None:
+        """Have a request go on from a compacted prefix."""
+        self.put(request_id, self.prefixes[prefix_id].shared())
+
+    def drop(self, prefix_id: str) -> None:
+        """Forget a compacted prefix; who is attached to it is not concerned."""
+        self._let_go(self.prefixes.pop(prefix_id))
+
+    def _let_go(self, table: RequestTable | None) -> None:
+        if table is not None and table.let_go() and table.format is not None:
+            self.observer.cache.clear(table.destination)

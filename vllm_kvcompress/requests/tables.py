@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,31 @@ class RequestTable:
         self.units = counts if records is None else records.counts.sum(0)
         self.unit_tokens = grid.block_size if records is None else RECORD
         self.num_tail = 0
+        self._holders = [1]  # of the pages, as many tables
         self._on_host = torch.cat([counts.amax(1), self.units.amax(1), counts.sum()[None]])
         self._arrived: torch.cuda.Event | None = None
         if counts.is_cuda:  # asked for once the step is done or the request is compacted again
             self._on_host = self._on_host.to("cpu", non_blocking=True)
             self._arrived = torch.cuda.Event()
             self._arrived.record()
+
+    def shared(self) -> "RequestTable":
+        """The same pages for another holder, with a raw tail of its own."""
+        other = copy(self)
+        other.num_tail = 0
+        other.__dict__.pop("pages", None)
+        self._holders[0] += 1
+        return other
+
+    def let_go(self) -> bool:
+        """Note that its holder has no use for it any more; whether nobody has any for the pages."""
+        self._holders[0] -= 1
+        return not self._holders[0]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the pages are others', too."""
+        return self._holders[0] > 1
 
     @property
     def format(self) -> Format | None:

@@ -292,10 +292,9 @@ class Compactor:
         for listener in self.listeners:
             listener(job, counts, positions)
         again = job.config.compacts_again
+        remembered = positions.to(torch.int32) if job.config.remembers else None
         destination = task.destination[: len(columns) // self.grid.pages_per_block]
-        new = RequestTable(
-            self.grid, destination, counts, job.boundary, positions.to(torch.int32) if again else None
-        )
+        new = RequestTable(self.grid, destination, counts, job.boundary, remembered)
         if observed is not None and again:
             self._carry(task, new, columns - held.num_scored)
         return new
@@ -378,7 +377,8 @@ class Compactor:
             if columns:
                 from_start[unit[~is_old]] = torch.cat(columns) + old.shape[1] * RECORD
         self._write(staged)
-        if freed := sorted({*job.previous} - {*job.destination}):
+        shared = task.work.table is not None and task.work.table.is_shared
+        if not shared and (freed := sorted({*job.previous} - {*job.destination})):
             self.cache.clear(self.cache.on_device(freed))
         return self._finish_encoded(task, held, records, pages, row, from_start)
 
@@ -396,7 +396,7 @@ class Compactor:
         shape = self.grid.num_layers, self.grid.num_heads
         positions = columns if held.positions is None else held.positions()[row[:, None], columns]
         again = job.config.compacts_again
-        stored = positions.to(torch.int32) if again else None
+        stored = positions.to(torch.int32) if job.config.remembers else None
         new = RequestTable(self.grid, task.destination, counts.view(shape), job.boundary, stored, records)
         for listener in self.listeners:
             listener(job, new.units, positions)

@@ -249,9 +249,15 @@ class CompressionWorker(Worker):
 
     def _compact(self, step: CompressionStep, finished: set[str]) -> None:
         state = self.compression
+        for prefix_id, request_id in step.kept.items():
+            state.keep(prefix_id, request_id)
         for request_id in (*step.released, *finished):
             state.forget(request_id)
             self.compactor.forget(request_id)
+        for request_id, prefix_id in step.attached.items():
+            state.attach(request_id, prefix_id)
+        for prefix_id in step.dropped:
+            state.drop(prefix_id)
         for request_id in step.unsolved:
             state.observer.drop_states(request_id)
             state.observer.resume(request_id)

@@ -1,0 +1,304 @@
+"""Compacted prefixes that later requests attach to, without a model: see `simulation`."""
+
+import random
+
+import pytest
+from simulation import BLOCK, Simulation, prompt_of
+from test_scheduler import MODES
+
+KEEPS = "knorm:budget=0.25,prefix_share=0.5"
+PINS = "knorm:budget=0.25"
+
+
+def pin(sim: Simulation, prompt, name="document", compression=PINS, **fields):
+    """Have a prompt's compaction kept under a name; the prefix."""
+    sim.add(prompt, f"{compression},prefix={name}", 2, name=f"makes-{name}-{random.random()}", **fields)
+    sim.finish()
+    return sim.scheduler._prefixes.named(name, fields.get("cache_salt"))
+
+
+def forget_raw(sim: Simulation) -> None:
+    """As if the raw blocks had been taken by others since."""
+    sim.pool.evict_blocks({block.block_id for block in sim.pool.blocks if block.ref_cnt == 0})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_users_of_a_pinned_prefix_share_its_blocks_and_compute_their_own_suffix(mode):
+    sim = Simulation(PINS, max_model_len=1280, **mode)
+    document = prompt_of(40 * BLOCK + 5)
+    prefix = pin(sim, document)
+    assert prefix is not None and len(prefix.hashes) == 40
+    assert prefix.plan.source_blocks == 38 and len(prefix.compacted) == 10 and len(prefix.tail) == 2
+    forget_raw(sim)
+    free = sim.free
+    names = [sim.add(document + prompt_of(50, seed), max_tokens=30) for seed in (1, 2, 3)]
+    sim.step()
+    assert [sim.worker.attached[name] for name in names] == [40 * BLOCK] * 3
+    own = -(-(len(document) + 50 + sim.scheduler.num_spec_tokens * 2 + 2) // BLOCK) - 40
+    assert free - sim.free <= 3 * own
+    assert prefix.users == prefix.hits == 3
+    sim.finish()
+    assert sim.free == free and prefix.users == 0 and not sim.jobs[1:]
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_answer_on_a_prefix_is_that_of_whoever_was_compacted_there_and_went_on(mode):
+    """The keys of a token are a hash of all compactions before it: so is the answer."""
+    document, suffix = prompt_of(40 * BLOCK), prompt_of(50, 1)
+    sim = Simulation(KEEPS, **mode)
+    name = sim.add(document, max_tokens=40)
+    sim.finish()
+    prefix = next(iter(sim.scheduler._prefixes))
+    said = sim.answers[name]
+    forget_raw(sim)
+    later = sim.add(document + said[:30] + suffix, max_tokens=20)
+    sim.finish()
+    begin = sim.worker.attached[later]
+    assert begin == (len(document) + 30) // BLOCK * BLOCK and prefix.hits == 1
+    row = sim.worker.rows[later]
+    key = row.keys[begin - 1]
+    for position in range(begin, len(row.keys)):
+        key = hash((key, row.tokens[position], row.history))
+        assert row.keys[position] == key
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("change", "attached"),
+    [
+        (dict(), 40),
+        (dict(compression="knorm:budget=0.125"), None),
+        (dict(compression="keydiff:budget=0.25"), None),
+        (dict(compression="knorm:budget=0.25,sink_tokens=8"), None),
+        (dict(compression="knorm:budget=0.25,min_freed_tokens=8"), 40),
+        (dict(compression="off"), None),
+        (dict(cache_salt="another"), None),
+        (dict(cache_salt=None), None),
+        (dict(first_token=1), None),
+        (dict(last_token=1), 39),
+        (dict(boundary_token=1), None),
+    ],
+)
+def test_only_the_same_tokens_options_and_salt_attach(change, attached):
+    sim, document = Simulation(PINS, max_model_len=1280), prompt_of(40 * BLOCK)
+    prefix = pin(sim, document, cache_salt="mine")
+    forget_raw(sim)
+    prompt = document + prompt_of(20, 1)
+    for place, position in {"first": 0, "last": len(document) - 1, "boundary": 38 * BLOCK - 1}.items():
+        if f"{place}_token" in change:
+            prompt[position] = change[f"{place}_token"]
+    salt = change.get("cache_salt", "mine")
+    name = sim.add(prompt, change.get("compression"), 4, cache_salt=salt)
+    sim.finish()
+    found = sim.worker.attached.get(name)
+    assert found == (None if attached is None else attached * BLOCK)
+    assert prefix.hits == (attached is not None)
+    sim.check_nothing_left()
+
+
+def test_adapters_have_prefixes_of_their_own():
+    from vllm.lora.request import LoRARequest
+
+    sim, document = Simulation(PINS, max_model_len=1280), prompt_of(40 * BLOCK)
+    one, other = (LoRARequest(name, number, "/nowhere") for number, name in enumerate(("one", "other"), 1))
+    prefix = pin(sim, document, lora_request=one)
+    assert prefix.adapter == "one"
+    forget_raw(sim)
+    names = [sim.add(document + [7, 7], None, 2, lora_request=lora) for lora in (one, other, None)]
+    sim.finish()
+    assert [name in sim.worker.attached for name in names] == [True, False, False]
+    sim.check_nothing_left()
+
+
+def test_a_raw_hit_that_is_as_long_wins():
+    sim, document = Simulation(KEEPS, num_blocks=400), prompt_of(40 * BLOCK)
+    sim.run(document, max_tokens=2)
+    assert len(sim.scheduler._prefixes) == 1
+    name = sim.add(document + prompt_of(20, 1), max_tokens=2)
+    sim.finish()
+    assert name not in sim.worker.attached
+    sim.check_nothing_left()
+
+
+def test_who_pins_has_no_raw_copy_of_it_left_in_the_prefix_cache():
+    sim, document = Simulation(PINS, max_model_len=1280), prompt_of(40 * BLOCK)
+    pin(sim, document)
+    name = sim.add(document + prompt_of(20, 1), max_tokens=2)
+    sim.finish()
+    assert sim.worker.attached[name] == 40 * BLOCK
+    sim.check_nothing_left()
+
+
+def test_a_conversation_goes_on_from_what_its_last_turn_was_compacted_to_and_is_compacted_again():
+    sim = Simulation(KEEPS, num_blocks=200)
+    prompt, boundaries = prompt_of(20 * BLOCK), []
+    for turn in range(12):
+        name = sim.add(prompt, max_tokens=20)
+        sim.finish()
+        forget_raw(sim)
+        assert (name in sim.worker.attached) == (turn > 0)
+        if turn:  # all but what may be of the last block
+            assert len(prompt) - sim.worker.attached[name] < 60 + 2 * BLOCK
+        boundaries.append(sim.worker.rows[name].boundary)
+        prompt = prompt + sim.answers[name] + prompt_of(30, turn + 1)
+        prefixes = list(sim.scheduler._prefixes)
+        assert len({block.block_id for each in prefixes for block in each.blocks}) <= 0.5 * 199
+    assert boundaries == sorted(boundaries) and len(set(boundaries)) > 2
+    # Its pages are a quarter, and the tail is compacted once that frees something: it stays bounded.
+    assert len(prefixes[-1].blocks) < 0.55 * len(prefixes[-1].hashes)
+    sim.check_nothing_left()
+
+
+def test_prefixes_without_a_name_go_before_anybody_suffers():
+    sim = Simulation(KEEPS, num_blocks=101, max_model_len=1600)
+    for seed in range(8):
+        sim.run(prompt_of(40 * BLOCK, seed), max_tokens=2)
+    assert sim.free < 60
+    name = sim.add(prompt_of(95 * BLOCK, 100), "off", 40)
+    sim.finish()
+    assert not sim.preempted and len(sim.answers[name]) == 40
+    sim.check_nothing_left()
+
+
+def test_the_share_is_kept_and_those_used_longest_ago_go_first():
+    sim, made = Simulation(KEEPS, num_blocks=101, max_model_len=1280), []
+    prefixes = sim.scheduler._prefixes
+    for seed in (0, 1, 2, 3, 0, 4, 5):
+        sim.run(prompt_of(40 * BLOCK + 3, seed), max_tokens=2)
+        made.append(list(prefixes)[-1])
+        held = {block.block_id for each in prefixes for block in each.blocks}
+        assert len(held) <= 50
+        forget_raw(sim)
+    assert made[4] is made[0]  # nothing was added to it
+    assert list(prefixes) == [made[3], made[0], made[5], made[6]]
+    sim.check_nothing_left()
+
+
+def test_what_was_gone_on_from_goes_before_what_was_not():
+    sim, prompt = Simulation(KEEPS, num_blocks=101, max_model_len=1280), prompt_of(30 * BLOCK)
+    prefixes = sim.scheduler._prefixes
+    sim.run(prompt_of(20 * BLOCK, 1), max_tokens=2)
+    first = prompt + sim.run(prompt, max_tokens=20)
+    forget_raw(sim)
+    sim.run(first + prompt_of(20, 2), max_tokens=2)
+    other, before, after = sorted(prefixes, key=lambda prefix: int(prefix.id.partition("-")[2]))
+    assert list(prefixes) == [before, other, after]
+    sim.check_nothing_left()
+
+
+def test_a_name_is_kept_whatever_comes_and_pins_leave_room_for_the_longest_request():
+    sim = Simulation(PINS, num_blocks=101, max_model_len=60 * BLOCK)
+    kept = [pin(sim, prompt_of(40 * BLOCK, seed), f"d{seed}") for seed in range(5)]
+    # 12 blocks each: three are 36, and a fourth would leave fewer than 60 of 100.
+    assert [each is not None for each in kept] == [True, True, True, False, False]
+    sim.run(prompt_of(59 * BLOCK, 9), "off", 10)
+    assert len(sim.scheduler._prefixes) == 3
+    assert pin(sim, prompt_of(40 * BLOCK, 7), "d0") is kept[0]  # the name is taken
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prefix_may_be_deleted_while_it_is_used(mode):
+    sim, document = Simulation(PINS, max_model_len=1280, **mode), prompt_of(40 * BLOCK)
+    prefix = pin(sim, document)
+    before = sim.free + len(prefix.blocks)
+    names = [sim.add(document + prompt_of(20, seed), max_tokens=20) for seed in (1, 2)]
+    for _ in range(4):
+        sim.step()
+    sim.scheduler._prefixes.drop(prefix)
+    assert sim.free < before
+    late = sim.add(document + prompt_of(20, 3), max_tokens=20)
+    sim.finish()
+    assert all(name in sim.worker.attached for name in names) and late not in sim.worker.attached
+    assert sim.free == before
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_who_is_attached_may_be_preempted_and_comes_back(mode):
+    sim, document = Simulation(PINS, max_model_len=1280, **mode), prompt_of(40 * BLOCK)
+    alone = Simulation(PINS, max_model_len=1280, **mode)
+    for each in (sim, alone):
+        pin(each, document)
+    name = sim.add(document + prompt_of(20, 1), max_tokens=20)
+    for _ in range(6):
+        sim.step()
+    sim.preempt(name)
+    sim.finish()
+    assert sim.answers[name] == alone.run(document + prompt_of(20, 1), max_tokens=20)
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("compression", ["snapkv:budget=0.25", "kvzip:budget=0.25", "h2o:budget=0.25"])
+def test_a_policy_that_looks_at_queries_sees_its_window_or_does_not_compact_again(compression, monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_kvcompress.paging import repetition
+
+    tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: [1] * 10)
+    monkeypatch.setattr(repetition, "cached_tokenizer_from_config", lambda config: tokenizer)
+    sim, document = Simulation(compression, num_blocks=400, max_model_len=2000), prompt_of(40 * BLOCK)
+    prefix = pin(sim, document, compression=compression)
+    assert prefix is not None
+    forget_raw(sim)
+    num_jobs = len(sim.jobs)
+    names = [sim.add(document + prompt_of(n, n), max_tokens=20) for n in (3, 20, 50, 900)]
+    sim.finish()
+    again = {"snapkv": [names[3]], "kvzip": [], "h2o": []}[compression.partition(":")[0]]
+    assert [job.request_id for job in sim.jobs[num_jobs:]] == again
+    window = 32 if again else 1
+    for name, n in zip(names, (3, 20, 50, 900), strict=True):
+        assert sim.worker.attached[name] == min(40, (40 * BLOCK + n - window) // BLOCK) * BLOCK
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("when", ["prompt", "pressure", "streaming"])
+def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, when):
+    """Conversations that go on, branch and are deleted, documents that are pinned, in a small pool."""
+    draw = random.Random(seed)
+    every = ",recompact_every=160" if when == "streaming" else ""
+    engine = f"knorm:budget=0.25,prefix_share=0.4,when={when}{every},min_freed_tokens=16"
+    sim = Simulation(engine, num_blocks=draw.choice([90, 150, 260]), max_model_len=1280, **mode)
+    talks = [prompt_of(draw.randrange(100, 500), number) for number in range(6)]
+    live: dict[str, int] = {}
+    for number in range(60):
+        talk = draw.randrange(len(talks))
+        if len(talks[talk]) > 1000:
+            talks[talk] = talks[talk][: draw.randrange(80, 400)]
+        salt = draw.choice([None, None, "salt"])
+        compression = draw.choice([None, None, None, "off", "keydiff:budget=0.5", "snapkv:budget=0.25"])
+        if draw.random() < 0.15:
+            compression = f"knorm:budget=0.25,prefix=p{number % 3}"
+        name = sim.add(
+            talks[talk] + prompt_of(draw.randrange(1, 60), number),
+            compression,
+            draw.randrange(1, 50),
+            cache_salt=salt,
+            priority=0,
+        )
+        live[name] = talk
+        for _ in range(draw.randrange(0, 12)):
+            sim.step()
+        ended = [name for name in live if name not in sim.scheduler.requests]
+        for name in ended:
+            row, talk = sim.worker.rows.get(name), live.pop(name)
+            if row is not None and draw.random() < 0.5 and len(row.tokens) < 1000:
+                talks[talk] = list(row.tokens)
+        if live and draw.random() < 0.1:
+            name = draw.choice(sorted(live))
+            sim.abort(name)
+            del live[name]
+        if draw.random() < 0.2:
+            forget_raw(sim)
+        prefixes = list(sim.scheduler._prefixes)
+        if prefixes and draw.random() < 0.1:
+            sim.scheduler._prefixes.drop(draw.choice(prefixes))
+        running = [request.request_id for request in sim.scheduler.running]
+        if running and draw.random() < 0.1:
+            sim.preempt(draw.choice(running))
+    sim.finish()
+    assert sim.worker.attached or when != "prompt"
+    sim.check_nothing_left()
