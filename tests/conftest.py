@@ -52,6 +52,7 @@ LONGEST = [
     "engine/test_latents.py",
     "engine/test_formats.py",
     "engine/test_matching.py",
+    "engine/test_compacted_prefixes.py",
     "engine/test_recompaction.py",
     "engine/test_randomised.py",
     "engine/test_repetition.py",

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.sampling_params import RequestOutputKind
 
 from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress.config import _as_dict as as_dict
 from vllm_kvcompress.paging.pressure import Descent
 from vllm_kvcompress.plan import Plan
 
@@ -50,7 +51,7 @@ def start(model: Path, **overrides) -> LLM:
     )
     options |= overrides
     if compression := (options.get("additional_config") or {}).get("kv_compression"):
-        ours = KVCompressionConfig(min_freed_tokens=1).for_request(compression)
+        ours = KVCompressionConfig.parse({"min_freed_tokens": 1} | as_dict(compression))
         ours = ours.to_dict() | {"max_compaction_tokens": 1 << 20}
         options["additional_config"] = options["additional_config"] | {"kv_compression": ours}
     _ROPE_DICT.clear()  # an engine before may have had its rotary embeddings computed otherwise
@@ -306,16 +307,21 @@ class Engine:
             yield from manager.req_to_blocks.values()
 
     def check_accounts(self) -> None:
-        """Every block is free or held, compacted ones by one request alone; references are counted right."""
+        """Every block is free or held; references are counted right."""
         references: dict[int, int] = {}
         for row in self.rows():
             for block in row:
                 if not block.is_null:
                     references[block.block_id] = references.get(block.block_id, 0) + 1
-        for blocks in self.manager.compacted.values():
+        for prefix in self.scheduler._prefixes:
+            for block in prefix.tail:
+                references[block.block_id] = references.get(block.block_id, 0) + 1
+        shared = [prefix.compacted for prefix in self.scheduler._prefixes]
+        taken_over = self.scheduler._prefixes or self.scheduler._users
+        for blocks in (*self.manager.compacted.values(), *shared):
             for block in blocks:
-                assert block.block_id not in references and block.block_hash is None
-                references[block.block_id] = 1
+                assert block.block_hash is None and (taken_over or block.block_id not in references)
+                references[block.block_id] = references.get(block.block_id, 0) + 1
         for id, count in references.items():
             assert self.pool.blocks[id].ref_cnt == count
         assert self.pool.get_num_free_blocks() == sum(
@@ -333,8 +339,10 @@ class Engine:
             assert not self.scheduler._repetitions._progress and not self.scheduler._repetitions._announced
             assert not self.manager.peak_blocks and not self.manager.borrowers
             assert not self.manager.compacted
+            assert not self.manager.attaching and not self.scheduler._users
             state = self.worker.compression
             assert not state.tables and len(state.observer) == 0
+            assert set(state.prefixes) == {prefix.id for prefix in self.scheduler._prefixes}
 
 
 def tokens(output: RequestOutput, sample: int = 0) -> list[int]:

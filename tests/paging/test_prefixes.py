@@ -230,6 +230,20 @@ def test_who_is_attached_may_be_preempted_and_comes_back(mode):
     sim.check_nothing_left()
 
 
+def test_who_is_compacted_in_a_full_pool_writes_none_of_the_pages_it_shares():
+    sim, document = Simulation(PINS, max_model_len=2000, num_blocks=200), prompt_of(40 * BLOCK)
+    prefix = pin(sim, document)
+    forget_raw(sim)
+    sim.add(prompt_of(112 * BLOCK, 1), "off", 200)
+    user = sim.add(document + prompt_of(57 * BLOCK, 2), max_tokens=20)
+    job = sim.step_until_compacted(user)
+    shared = {block.block_id for block in prefix.compacted}
+    assert set(job.previous) == shared and not shared & set(job.destination)
+    assert set(job.source) & set(job.destination), "it was not full"
+    sim.finish()
+    sim.check_nothing_left()
+
+
 @pytest.mark.parametrize("compression", ["snapkv:budget=0.25", "kvzip:budget=0.25", "h2o:budget=0.25"])
 def test_a_policy_that_looks_at_queries_sees_its_window_or_does_not_compact_again(compression, monkeypatch):
     from types import SimpleNamespace
