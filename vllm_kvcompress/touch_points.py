@@ -192,7 +192,7 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:ParallelConfig": Touched(
         reads=(
-            "data_parallel_rank_local data_parallel_size data_parallel_size_local "
+            "data_parallel_index data_parallel_rank_local data_parallel_size data_parallel_size_local "
             "decode_context_parallel_size distributed_executor_backend local_engines_only "
             "prefill_context_parallel_size use_ubatching worker_cls"
         ),

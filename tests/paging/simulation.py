@@ -509,6 +509,7 @@ class Simulation:
 
     Attributes:
         answers: request to its output tokens, also of requests that have ended.
+        told: request that has ended to what its response carries beside them.
     """
 
     def __init__(self, compression: str = "snapkv:budget=0.25", num_blocks: int = 200, **options) -> None:
@@ -530,6 +531,7 @@ class Simulation:
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.free
         self.answers: dict[str, list[int]] = {}
+        self.told: dict[str, dict] = {}
         self.steps = 0
         self.preempted: list[str] = []
         self.last: SchedulerOutput | None = None
@@ -589,6 +591,8 @@ class Simulation:
         for outputs in self.scheduler.update_from_output(output, answered).values():
             for each in outputs.outputs:
                 self.answers.setdefault(each.request_id, []).extend(each.new_token_ids)
+                if each.finish_reason is not None:
+                    self.told[each.request_id] = (each.kv_transfer_params or {}).get("kv_compression", {})
         if self.scheduler.num_spec_tokens and self._depth == 1 and output.num_scheduled_tokens:
             self.scheduler.update_draft_token_ids(self.worker.take_drafts())
 

@@ -64,7 +64,8 @@ class Prefixes:
         self._most = int(share * (pool.num_gpu_blocks - 1))
         self._kept: OrderedDict[str, Prefix] = OrderedDict()  # by id, used longest ago first
         self._found: dict[tuple[bytes, str], list[Prefix]] = {}  # by the end of what is compacted
-        self._unnamed: Counter[int] = Counter()  # how many without a name hold a block
+        self._holders: Counter[int] = Counter()  # how many hold a block
+        self._unnamed: Counter[int] = Counter()  # how many of those without a name
         self._ids = itertools.count()
         self._dropped: list[str] = []
 
@@ -127,6 +128,7 @@ class Prefixes:
                 self._kept.move_to_end(each.id, last=False)
         self._kept[prefix.id] = prefix
         self._found.setdefault(self._key(prefix), []).append(prefix)
+        self._holders.update(held)
         if prefix.name is None:
             self._unnamed.update(held)
             while len(self._unnamed) > self._most:
@@ -140,8 +142,13 @@ class Prefixes:
         found.remove(prefix)
         if not found:
             del self._found[self._key(prefix)]
+        held = {block.block_id for block in prefix.blocks}
+        for block_id in held:
+            self._holders[block_id] -= 1
+            if not self._holders[block_id]:
+                del self._holders[block_id]
         if prefix.name is None:
-            self._unnamed.subtract({block.block_id for block in prefix.blocks})
+            self._unnamed.subtract(held)
             self._unnamed = +self._unnamed
         self._pool.free_blocks(reversed(prefix.blocks))
         self._dropped.append(prefix.id)
@@ -163,6 +170,11 @@ class Prefixes:
         """Blocks that nobody holds but prefixes without a name."""
         blocks = self._pool.blocks
         return sum(blocks[name].ref_cnt == num for name, num in self._unnamed.items())
+
+    @property
+    def held_blocks(self) -> int:
+        """Blocks of all prefixes."""
+        return len(self._holders)
 
     @property
     def named_blocks(self) -> int:

@@ -32,6 +32,7 @@ from vllm_kvcompress.paging.statistics import (
     MOST_REQUESTS,
     CompressionStats,
     EngineState,
+    PrefixState,
     RequestState,
     blocks_of,
     shown_id,
@@ -67,6 +68,7 @@ class _Tracked:
         solved: shares of its next Job that are solved.
         step: of its ladder, the step that it was compacted at last; 0 before.
         prefix: the compacted prefix that it goes on from, until it is compacted itself.
+        prefix_tokens: of one, that it did not compute.
         is_due_ever: whether it would be compacted without that.
         observed_from: computed tokens when it last started, whose queries nobody has seen.
     """
@@ -80,6 +82,7 @@ class _Tracked:
     solved: int = 0
     step: int = 0
     prefix: Prefix | None = None
+    prefix_tokens: int = 0
     is_due_ever: bool = True
     observed_from: int = 0
 
@@ -425,7 +428,7 @@ class _Compression:
         if tracked is not None:  # it starts again from nothing
             tracked.point = next_point(tracked.config, request.num_prompt_tokens)
             tracked.held, tracked.late, tracked.due_since, tracked.uncounted = None, False, None, None
-            tracked.solved, tracked.step, tracked.prefix = 0, 0, None
+            tracked.solved, tracked.step, tracked.prefix, tracked.prefix_tokens = 0, 0, None, 0
             self._solving.release(request.request_id)
             self.compacting_manager.release(request.request_id)  # what is kept of its queries, too
             # vLLM preempts while it schedules, when the repetition may be in the batch already: it is ended
@@ -504,17 +507,19 @@ class _Compression:
             if tracked is not None and tracked.config.when == "pressure":
                 steps.append(tracked.steps_down / len(tracked.config.ladder_steps))
         stats.pressure = sum(steps) / len(steps) if steps else 0.0
+        stats.prefixes, stats.prefix_blocks = len(self._prefixes), self._prefixes.held_blocks
 
     def compression_state(self) -> EngineState:
         """How things stand, for who looks at it."""
         stats, pool, compacted = CompressionStats(), self.kv_cache_manager.block_pool, self.compacting_manager
         self._add_running(stats)
         usable = pool.num_gpu_blocks - 1  # one is vLLM's null block
+        pages = *compacted.compacted.values(), *(prefix.compacted for prefix in self._prefixes)
         return EngineState(
             block_size=compacted.block_size,
             total_blocks=usable,
             used_blocks=usable - pool.get_num_free_blocks(),
-            compacted_blocks=sum(map(len, compacted.compacted.values())),
+            compacted_blocks=len({block.block_id for blocks in pages for block in blocks}),
             running=len(self.running),
             waiting=self.get_request_counts()[1],
             raw=stats.raw,
@@ -523,6 +528,9 @@ class _Compression:
             held_blocks=stats.held_blocks,
             pressure=stats.pressure,
             requests=[self._state_of(request) for request in self.running[:MOST_REQUESTS]],
+            prefixes=stats.prefixes,
+            prefix_blocks=stats.prefix_blocks,
+            named_prefixes=sum(prefix.name is not None for prefix in self._prefixes),
         )
 
     def _state_of(self, request: Request) -> RequestState:
@@ -552,16 +560,57 @@ class _Compression:
             (n for n in names if n in self.compacting_manager.compacted and shown_id(n) == shown), None
         )
 
+    def prefixes(self, salt: str | None) -> list[PrefixState]:
+        """The compacted prefixes under a salt: those that have a name, and some of the others."""
+        own = [prefix for prefix in self._prefixes if prefix.salt == salt]
+        named = sorted((prefix for prefix in own if prefix.name is not None), key=lambda each: each.name)
+        unnamed = [prefix for prefix in reversed(own) if prefix.name is None]  # used last first
+        return [self._state_of_prefix(prefix) for prefix in named + unnamed[:MOST_REQUESTS]]
+
+    def delete_prefix(self, name: str, salt: str | None) -> bool:
+        """Keep a prefix no longer; who holds its blocks goes on. False if there is none of this name."""
+        prefix = self._prefixes.named(name, salt)
+        if prefix is not None:
+            self._prefixes.drop(prefix)
+        return prefix is not None
+
+    def _state_of_prefix(self, prefix: Prefix) -> PrefixState:
+        return PrefixState(
+            id=prefix.id,
+            name=prefix.name,
+            tokens=len(prefix.hashes) * self.compacting_manager.block_size,
+            compacted_tokens=prefix.plan.boundary,
+            blocks=len(prefix.blocks),
+            bytes=len(prefix.blocks) * self._block_bytes,
+            users=prefix.users,
+            hits=prefix.hits,
+            method=prefix.config.method,
+            budget=prefix.config.budget,
+            adapter=prefix.adapter,
+        )
+
     def _connector_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
         """vLLM's parameters of a response, with what was kept of a request that was compacted."""
         delayed, told = super()._connector_finished(request)
+        own: dict[str, Any] = {}
         tracked = self._tracked.get(request.request_id)
         if tracked is not None and tracked.held is not None:
             held, block_size = tracked.held, self.compacting_manager.block_size
-            kept = {"compacted_tokens": held.boundary, "kept_tokens": held.kept_blocks * block_size}
-            told = {**(told or {}), CARRIER: {"method": tracked.config.method} | kept}
-        self._leave_prefix(request)
-        return delayed, told
+            own = {"method": tracked.config.method, "compacted_tokens": held.boundary}
+            own["kept_tokens"] = held.kept_blocks * block_size
+            if tracked.prefix_tokens:
+                own["prefix_tokens"] = tracked.prefix_tokens
+        left, config = self._leave_prefix(request), self._configs.get(request.request_id)
+        if config is not None and config.prefix is not None:
+            own |= {"method": config.method, "prefix": self._told_of(left, config.prefix)}
+        return delayed, {**(told or {}), CARRIER: own} if own else told
+
+    def _told_of(self, left: Prefix | str, name: str) -> dict[str, Any]:
+        """What the client hears of a prefix that its request should leave under a name."""
+        if isinstance(left, str):
+            return {"kept": False, "name": name, "reason": left}
+        engine = self.vllm_config.parallel_config.data_parallel_index
+        return {"kept": True, "engine": engine, **self._state_of_prefix(left).to_dict()}
 
     # ------------------------------------------------------------------ compaction
 
@@ -960,15 +1009,18 @@ class _Compression:
         """Note that a request that has just been admitted goes on from a compacted prefix."""
         name, config = request.request_id, self._configs[request.request_id]
         prefix = self.compacting_manager.attaching.pop(name)
+        num_tokens = len(hit.blocks[0]) * self.compacting_manager.block_size
         self._prefixes.use(prefix)
+        self._stats.prefix_hits += 1
+        self._stats.prefix_hit_tokens += num_tokens
         self._users[name] = prefix
         self._attached[name] = prefix.id
         tracked = self._tracked.setdefault(name, _Tracked(config, None, is_due_ever=False))
-        tracked.held, tracked.prefix = prefix.plan, prefix
+        tracked.held, tracked.prefix, tracked.prefix_tokens = prefix.plan, prefix, num_tokens
         if config.when == "pressure":
             steps = enumerate(config.ladder_steps)
             tracked.step = next(n for n, step in steps if (step or 0.0) <= (prefix.kept or 0.0))
-        tracked.point = self._point_behind(request, len(hit.blocks[0]) * self.compacting_manager.block_size)
+        tracked.point = self._point_behind(request, num_tokens)
 
     def _point_behind(self, request: Request, num_tokens: int) -> int | None:
         """The first compaction point of a request that goes on from so many tokens of a compacted prefix."""
@@ -999,25 +1051,28 @@ class _Compression:
             self._prefixes.drop(own)
         return False
 
-    def _leave_prefix(self, request: Request) -> Prefix | None:
-        """Keep what a request that ends was compacted to, if it should be; None if not."""
+    def _leave_prefix(self, request: Request) -> Prefix | str:
+        """Keep what a request that ends was compacted to, if it should be; else why not, in one line."""
         manager, name = self.compacting_manager, request.request_id
+        config = self._configs.get(name)
+        if config is None or (config.prefix is None and not self.compression.prefix_share):
+            return "nobody asked for it"
         tracked = self._tracked.get(name)
-        if tracked is None or tracked.held is None or tracked.uncounted is not None:
-            return None
-        if name not in manager.compacted or not request.block_hashes:
-            return None
+        if tracked is None or name not in manager.compacted or tracked.uncounted is not None:
+            return self._uncompacted(tracked, config)
+        assert tracked.held is not None
+        if not request.block_hashes:
+            return "the server runs without prefix caching"
         # Whatever follows may be of drafts, or is yet to be computed.
         num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
-        if (wanted := tracked.config.prefix) is not None:
+        if config.prefix is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
-        elif not self.compression.prefix_share:
-            return None
         begin, end = tracked.held.source_blocks, num_tokens // manager.block_size
-        config = tracked.config
+        if begin > end:
+            return "some of its output was compacted with the prompt; ask for fewer max_tokens"
         prefix = Prefix(
             id=self._prefixes.new_id(),
-            name=wanted,
+            name=config.prefix,
             config=config,
             hashes=tuple(request.block_hashes[:end]),
             plan=tracked.held,
@@ -1027,24 +1082,41 @@ class _Compression:
             salt=request.cache_salt,
             adapter=request.lora_request.lora_name if request.lora_request else None,
         )
-        if wanted is not None and not self._may_be_named(prefix):
-            return None
+        if config.prefix is not None and (problem := self._unnameable(prefix)) is not None:
+            return problem
         if not self._prefixes.keep(prefix):
-            return None
-        if wanted is not None:  # a raw copy that nobody reads would be taken instead, and compacted each time
+            return "there is one like it, or it is larger than prefix_share"
+        if config.prefix is not None:
+            # A raw copy that nobody reads would be taken instead, and compacted each time.
             found = (manager.block_pool.get_cached_block(each, [self._group]) for each in prefix.hashes)
             idle = {blocks[0].block_id for blocks in found if blocks and not blocks[0].ref_cnt}
             manager.block_pool.evict_blocks(idle)
         self._kept[prefix.id] = name
         return prefix
 
-    def _may_be_named(self, prefix: Prefix) -> bool:
-        """Whether there is room for a prefix until it is deleted, and its name is not taken."""
+    def _uncompacted(self, tracked: _Tracked | None, config: KVCompressionConfig) -> str:
+        """Why a request that ends was not compacted."""
+        if tracked is None or (tracked.held is None and tracked.point is None):
+            least = config.min_freed_tokens
+            return f"compacting the prompt would free fewer than min_freed_tokens={least}: it is too short"
+        if tracked.late:
+            return "the pool had no room to compact the prompt; try again when fewer requests run"
+        return "the request ended before its prompt was compacted"
+
+    def _unnameable(self, prefix: Prefix) -> str | None:
+        """Why a prefix may not be kept until it is deleted; None if it may."""
         assert prefix.name is not None
+        if self._prefixes.named(prefix.name, prefix.salt) is not None:
+            return "the name is taken; delete the prefix that has it, or use another one"
         pool, block_size = self.kv_cache_manager.block_pool, self.compacting_manager.block_size
-        others = pool.num_gpu_blocks - 1 - self._prefixes.named_blocks - len(prefix.blocks)
-        fits = others >= -(-self.max_model_len // block_size)  # whom vLLM has promised to serve
-        return fits and self._prefixes.named(prefix.name, prefix.salt) is None
+        usable, longest = pool.num_gpu_blocks - 1, -(-self.max_model_len // block_size)
+        own, others = len(prefix.blocks), self._prefixes.named_blocks
+        if usable - others - own >= longest:  # of whom vLLM has promised to serve
+            return None
+        return (
+            f"its {own} blocks and {others} of other names would leave fewer of {usable} than {longest}, for "
+            "--max-model-len; delete a prefix or lower it"
+        )
 
     def reset_prefix_cache(self, *args, **kwargs) -> bool:
         for prefix in list(self._prefixes):

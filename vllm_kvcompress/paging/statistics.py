@@ -9,7 +9,7 @@ from vllm_kvcompress.plan import Plan
 
 CARRIER = "kv_compression"  # under which they travel beside vLLM's own
 ID_LENGTH = 64  # of a request's name, as it is shown
-MOST_REQUESTS = 256  # of one engine that are described one by one
+MOST_REQUESTS = 256  # of one engine that are described one by one; as many prefixes without a name
 
 
 @dataclass
@@ -28,6 +28,10 @@ class CompressionStats:
         held_blocks: blocks that they hold.
         pressure: mean over the running requests that may be asked to give, from 0 for raw to 1 for the end
             of the ladder.
+        prefixes: compacted prefixes that are kept, with a name or without.
+        prefix_blocks: blocks that hold them.
+        prefix_hits: requests that went on from one, once more if preempted since.
+        prefix_hit_tokens: that they did not compute.
     """
 
     compactions: int = 0
@@ -40,6 +44,10 @@ class CompressionStats:
     raw_blocks: int = 0
     held_blocks: int = 0
     pressure: float = 0.0
+    prefixes: int = 0
+    prefix_blocks: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
 
     def count(self, jobs: Iterable[Job]) -> None:
         """Add a step's compactions."""
@@ -90,6 +98,40 @@ class RequestState:
 
 
 @dataclass
+class PrefixState:
+    """A compacted prefix, as it is shown to who knows its salt.
+
+    Attributes:
+        id: in its engine.
+        name: under which it is kept until it is deleted; None for one that goes when it is in the way.
+        tokens: of the prompt that it stands for.
+        compacted_tokens: of them that are compacted; the others are raw.
+        blocks: that hold it.
+        bytes: of these, on each worker.
+        users: requests that hold its blocks.
+        hits: requests that have attached to it.
+        method, budget: by which it was compacted, see `KVCompressionConfig`.
+        adapter: name of the adapter by which its tokens were computed; None for none.
+    """
+
+    id: str
+    name: str | None
+    tokens: int
+    compacted_tokens: int
+    blocks: int
+    bytes: int
+    users: int
+    hits: int
+    method: str
+    budget: float | None
+    adapter: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it travels, and is served."""
+        return asdict(self)
+
+
+@dataclass
 class EngineState:
     """How things stand in an engine core, for who looks at it.
 
@@ -97,11 +139,13 @@ class EngineState:
         block_size: tokens of a block.
         total_blocks: of the pool that requests can hold.
         used_blocks: of them that somebody holds.
-        compacted_blocks: of these that hold compacted pages.
+        compacted_blocks: of these that hold compacted pages, of requests and of prefixes.
         running: requests that run.
         waiting: requests that wait.
         raw, compacted, raw_blocks, held_blocks, pressure: as `CompressionStats` has them.
         requests: the first `MOST_REQUESTS` of those that run.
+        prefixes, prefix_blocks: as `CompressionStats` has them.
+        named_prefixes: compacted prefixes that have a name, under any salt.
     """
 
     block_size: int
@@ -116,6 +160,9 @@ class EngineState:
     held_blocks: int
     pressure: float
     requests: list[RequestState]
+    prefixes: int = 0
+    prefix_blocks: int = 0
+    named_prefixes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As it travels, and is served."""
