@@ -32,6 +32,7 @@ from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.groups import GROUP
 from vllm_kvcompress.plan import peak_blocks
 from vllm_kvcompress.plugin import register
+from vllm_kvcompress.support import _warn_of_queries
 
 STREAMING = KVCompressionConfig(method="snapkv", budget=0.25, when="streaming", recompact_every=256)
 
@@ -59,7 +60,7 @@ def at_the_end(smollm2) -> InputProcessor:
 def asked(processor: InputProcessor, length: int, option: object = None, resumable=False, **params):
     extra = None if option is None else {"kv_compression": option}
     prompt = {"type": "token", "prompt_token_ids": [1 + i % 1000 for i in range(length)]}
-    given = SamplingParams(extra_args=extra, max_tokens=8, **params)
+    given = SamplingParams(extra_args=extra, **{"max_tokens": 8} | params)
     return processor.process_inputs("0", prompt, given, ("generate",), resumable=resumable)
 
 
@@ -144,6 +145,88 @@ def test_a_streamed_request_may_fill_the_pool_but_for_the_null_block(smollm2, st
     monkeypatch.setattr(cache, "num_gpu_blocks", needed)
     with pytest.raises(VLLMValidationError, match=f"need {needed} blocks of the pool's {needed - 1} with"):
         asked(streaming, 3000)
+
+
+# ---------------------------------------------------------------------- compacted prefixes
+
+NAMED = "knorm:budget=0.25,prefix=document"
+
+
+def test_a_request_may_leave_a_prefix_under_a_name(at_the_end, streaming):
+    for processor in (at_the_end, streaming):
+        assert asked(processor, 1000, NAMED)
+        assert asked(processor, 1000, {"prefix": "a name, with spaces"})
+    assert asked(at_the_end, 1000, NAMED, prompt_logprobs=1), "of raw context"
+    assert asked(at_the_end, 1000, NAMED, skip_reading_prefix_cache=True), "which says what it reads"
+    assert asked(at_the_end, 4094, NAMED)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (dict(option=NAMED, max_tokens=1), "with prefix use max_tokens=2 or more"),
+        (dict(option=NAMED, length=4095, max_tokens=None), "than 4094 tokens with --max-model-len 4096, got 4095"),
+        (dict(option=NAMED, n=2, temperature=1.0), "got n=2; use n=1"),
+        (dict(option=NAMED, resumable=True), "goes on later stays raw; leave prefix out"),
+        (dict(option={"method": "off", "prefix": "document"}), "nothing is compacted with off"),
+        (dict(option=NAMED + "x" * 200), "a name of 1 to 128 printable characters"),
+        (dict(option={"prefix": "two\nlines"}), "a name of 1 to 128 printable characters"),
+        (dict(option={"prefix": ""}), "a name of 1 to 128 printable characters"),
+        (dict(option={"prefix": 3}), "option prefix must be str"),
+        (dict(option="knorm:prefix_share=0.5"), "prefix_share is the engine's"),
+    ],
+)
+def test_what_cannot_leave_a_prefix_is_refused_in_one_line(at_the_end, request_, message):
+    with pytest.raises(VLLMValidationError, match=message) as refused:
+        asked(at_the_end, **{"length": 1000} | request_)
+    assert len(str(refused.value).splitlines()) == 1
+    if (option := request_["option"]) == NAMED:  # without the name there is nothing wrong
+        request_ = request_ | {"option": option.partition(",")[0]}
+        assert asked(at_the_end, **{"length": 1000} | request_)
+
+
+def test_prefixes_need_the_prefix_cache_and_layers_that_are_all_compacted(smollm2, at_the_end, monkeypatch):
+    share = KVCompressionConfig.parse("knorm:prefix_share=0.5").engine_kwargs()
+    assert processor_of(smollm2, **share)
+    with pytest.raises(KVCompressionError, match="leave prefix_share out, or remove --no-enable-prefix-cach"):
+        processor_of(smollm2, **share, enable_prefix_caching=False)
+    with pytest.raises(KVCompressionError, match="leave it out of the engine's options and give it to requ"):
+        processor_of(smollm2, **KVCompressionConfig.parse(NAMED).engine_kwargs())
+    config = at_the_end.vllm_config
+    with monkeypatch.context() as patched:
+        patched.setattr(config.cache_config, "enable_prefix_caching", False)
+        with pytest.raises(VLLMValidationError, match="leave prefix out, or remove --no-enable-prefix-cach"):
+            asked(at_the_end, 1000, NAMED)
+        assert asked(at_the_end, 1000, "knorm")
+    with monkeypatch.context() as patched:
+        patched.setitem(config.additional_config, GROUP, {"block_size": 64, "beside": 20})
+        with pytest.raises(VLLMValidationError, match="some of this one slide a window; leave prefix out"):
+            asked(at_the_end, 1000, NAMED)
+        assert asked(at_the_end, 1000, "knorm")
+    monkeypatch.setitem(config.additional_config, GROUP, {"block_size": 64, "beside": 0})
+    assert asked(at_the_end, 1000, NAMED), "a group of its own, of larger blocks"
+
+
+def test_a_method_that_looks_at_one_prompts_last_queries_is_warned_of_once(smollm2, at_the_end, caplog):
+    _warn_of_queries.cache_clear()
+
+    def warned() -> list[str]:
+        said = [record.getMessage() for record in caplog.records if "last queries" in record.getMessage()]
+        caplog.clear()
+        return said
+
+    for method in ("knorm", "keydiff", "kvzip", "expected_attention", "attention_matching", "kivi"):
+        asked(at_the_end, 1000, f"{method}:prefix=document")
+    asked(at_the_end, 1000, "snapkv")
+    assert warned() == []
+    for method in ("snapkv", "adakv", "kv_compress", "snapkv:budget=0.5"):
+        asked(at_the_end, 1000, f"{method}{',' if ':' in method else ':'}prefix=document")
+    said = warned()
+    assert [line.split()[1] for line in said] == ["snapkv", "adakv", "kv_compress"]
+    assert all("with prefix better use kvzip" in line and len(line.splitlines()) == 1 for line in said)
+    for _ in range(2):
+        processor_of(smollm2, **KVCompressionConfig.parse("snapkv:prefix_share=0.5").engine_kwargs())
+    assert len(said := warned()) == 1 and "with prefix_share better use" in said[0]
 
 
 # ---------------------------------------------------------------------- profiles

@@ -140,6 +140,11 @@ def configure(vllm_config: VllmConfig) -> VllmConfig:
     if requested is None:
         return vllm_config
     config = KVCompressionConfig.parse(requested)
+    if config.prefix is not None:
+        raise KVCompressionError(
+            "kv-compression: prefix names what one request's prompt is compacted to; leave it out of the "
+            "engine's options and give it to requests"
+        )
     if not config.enabled:  # "off" is the same as not asking
         return vllm_config
     check_supported(vllm_config)
@@ -315,6 +320,8 @@ def _check_request(vllm_config: VllmConfig, value: object) -> None:
                 f"start the server with scorer={scorer}"
             )
         config = engine.for_request(value)
+        if config.prefix is not None and not config.enabled:
+            raise KVCompressionError("nothing is compacted with off; leave prefix out, or name a method")
         check_method(config, vllm_config)
         check_watched(config, engine, vllm_config)
     except KVCompressionError as error:
@@ -328,6 +335,7 @@ def _with_length_check(process_inputs):
         if isinstance(self.vllm_config.scheduler_config.scheduler_cls, str) and request.sampling_params:
             _check_length(self.vllm_config, request)
             _check_prompt_logprobs(self.vllm_config, request)
+            _check_prefix(self.vllm_config, request)
         return request
 
     return wrapped
@@ -404,6 +412,32 @@ def _check_prompt_logprobs(vllm_config: VllmConfig, request: EngineCoreRequest) 
             'leave them out, or send vllm_xargs {"kv_compression": "off"}',
             parameter=KEY,
         )
+
+
+def _check_prefix(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse a name for what a request cannot leave behind."""
+    params, requested = request.sampling_params, _requested(vllm_config)
+    given = (params.extra_args or {}).get(KEY)
+    if requested is None or given is None:
+        return
+    if KVCompressionConfig.parse(requested).for_request(given).prefix is None:
+        return
+    longest = vllm_config.model_config.max_model_len
+    length = length_from_prompt_token_ids_or_embeds(request.prompt_token_ids, request.prompt_embeds)
+    problem = None
+    if request.resumable:
+        problem = "a prompt that goes on later stays raw; leave prefix out"
+    elif params.n > 1:
+        problem = f"one request leaves one prefix of its name, got n={params.n}; use n=1"
+    elif length + 2 > longest:
+        problem = (
+            "a prompt is compacted after its first token of output; with prefix it may have no more than "
+            f"{longest - 2} tokens with --max-model-len {longest}, got {length}"
+        )
+    elif params.max_tokens == 1:
+        problem = "a prompt is compacted after the first token of output; with prefix use max_tokens=2 or more"
+    if problem:
+        raise VLLMValidationError(f"kv_compression: {problem}", parameter=KEY)
 
 
 def _with_metrics(init):

@@ -1,11 +1,13 @@
 """What compression does not support yet, refused at start-up with one line each."""
 
+import functools
 from collections.abc import Mapping
 
 import torch
 import vllm
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -14,13 +16,14 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
-from vllm_kvcompress.paging.groups import block_size, tokens_of_page
+from vllm_kvcompress.paging.groups import block_size, blocks_beside, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.requests.float8 import FLOAT8, ON_GPU
 from vllm_kvcompress.touch_points import check_touch_points
 
+logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 512  # of our GPU kernels, which hold some keys and values in shared memory
 MAX_WIDE = 256  # likewise of numbers of 4 bytes, and of formats that rotate
@@ -110,6 +113,38 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
+    if config.prefix is not None or config.prefix_share:
+        _check_prefixes(config, vllm_config)
+
+
+def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
+    """Refuse compacted prefixes where there cannot be any."""
+    model, option = vllm_config.model_config, "prefix" if config.prefix is not None else "prefix_share"
+    if not vllm_config.cache_config.enable_prefix_caching:
+        raise KVCompressionError(
+            f"kv-compression: compacted prefixes are found by vLLM's prefix cache; leave {option} out, or "
+            "remove --no-enable-prefix-caching"
+        )
+    if slides_windows(model) or model.is_hybrid or blocks_beside(vllm_config):
+        what = "keep states" if model.is_hybrid else "slide a window"
+        raise KVCompressionError(
+            "kv-compression: compacted prefixes are of models all of whose layers are compacted, and some of "
+            f"this one {what}; leave {option} out"
+        )
+    if config.observed_window and not config.matches:
+        _warn_of_queries(config.method, option)
+
+
+@functools.cache
+def _warn_of_queries(method: str, option: str) -> None:
+    """Say once of a method that it keeps what one prompt's end asks for, and others will ask for more."""
+    logger.warning(
+        "kv-compression: %s keeps what the last queries of a prompt look at, and who goes on from it as a "
+        "prefix asks something else; with %s better use kvzip, attention_matching, expected_attention, "
+        "foresight, keydiff or knorm",
+        method,
+        option,
+    )
 
 
 def _check_needs(config: KVCompressionConfig, lacks: Mapping[str, str]) -> None:

@@ -122,7 +122,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.sampling_params:SamplingParams": Touched(
-        reads="extra_args max_tokens prompt_logprob_token_ids prompt_logprobs",
+        reads="extra_args max_tokens n prompt_logprob_token_ids prompt_logprobs",
     ),
     "vllm:SamplingParams": Touched(),
     "vllm.envs": Touched(
@@ -160,7 +160,8 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:CacheConfig": Touched(
         reads=(
-            "block_size cache_dtype kv_cache_memory_bytes kv_sharing_fast_prefill num_gpu_blocks "
+            "block_size cache_dtype enable_prefix_caching kv_cache_memory_bytes kv_sharing_fast_prefill "
+            "num_gpu_blocks "
             "prefix_match_unit user_specified_block_size"
         ),
     ),

@@ -13,7 +13,8 @@ DOCUMENT = prompt_of(40 * BLOCK + 5)
 
 def asks(sim: Simulation, prompt, name="document", compression=PINS, max_tokens=2, **fields) -> dict:
     """What the client of a request is told of the prefix that it should leave."""
-    request = sim.add(prompt, f"{compression},prefix={name}", max_tokens, name=f"asks-{len(sim.answers)}", **fields)
+    own, option = f"asks-{len(sim.answers)}", f"{compression},prefix={name}"
+    request = sim.add(prompt, option, max_tokens, name=own, **fields)
     sim.finish(request)
     return sim.told[request]["prefix"]
 
