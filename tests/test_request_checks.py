@@ -165,7 +165,10 @@ def test_a_request_may_leave_a_prefix_under_a_name(at_the_end, streaming):
     ("request_", "message"),
     [
         (dict(option=NAMED, max_tokens=1), "with prefix use max_tokens=2 or more"),
-        (dict(option=NAMED, length=4095, max_tokens=None), "than 4094 tokens with --max-model-len 4096, got 4095"),
+        (
+            dict(option=NAMED, length=4095, max_tokens=None),
+            "than 4094 tokens with --max-model-len 4096, got 4095",
+        ),
         (dict(option=NAMED, n=2, temperature=1.0), "got n=2; use n=1"),
         (dict(option=NAMED, resumable=True), "goes on later stays raw; leave prefix out"),
         (dict(option={"method": "off", "prefix": "document"}), "nothing is compacted with off"),

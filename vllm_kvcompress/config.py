@@ -27,7 +27,7 @@ LADDER = (0.5, 0.25, 0.125)
 MATCHED_FORMAT = "k4v3"  # of methods that match, which need a place for biases
 DEFAULT_BASE = "snapkv"  # of a policy on top of another one
 # What all requests share in: what bounds a step, and a share of the pool.
-ENGINES_OWN = "max_compaction_tokens", "prefix_share"
+ENGINES_OWN = "max_compaction_tokens", "prefix_share", "prefix_folder"
 # Options that say when a request is compacted, and not to what.
 NOT_OF_CONTENT = {"when", "ladder", "min_freed_tokens", "prefix", "enabled", *ENGINES_OWN}
 MOST_NAME = 128  # characters of a prefix's name
@@ -164,6 +164,8 @@ class KVCompressionConfig:
         prefix_share: part of the pool in which what finished requests were compacted to is kept, until
             somebody needs the blocks, for later ones that begin with the same tokens; 0 <= share < 1. The
             engine's: a request may not give it.
+        prefix_folder: where prefixes that have a name are saved, and loaded from when an engine starts; None
+            for nowhere. The engine's: a request may not give it.
         options: further hyper-parameters of the policy and the allocation, by name.
         enabled: False leaves requests uncompressed unless they ask for it themselves.
 
@@ -187,6 +189,7 @@ class KVCompressionConfig:
     format: str | None = None
     prefix: str | None = None
     prefix_share: float = 0.0
+    prefix_folder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     enabled: bool = True
 

@@ -21,7 +21,7 @@ from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
 from vllm.v1.engine import EngineCoreReadyResponse, EngineCoreRequest
-from vllm.v1.engine.core import EngineCore, EngineCoreProc
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCore, EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -67,6 +67,11 @@ def register() -> None:
     InputProcessor.__init__ = _with_watched_endpoints(InputProcessor.__init__)
     EngineCore.kv_compression_state = _state
     EngineCore.kv_compression_heads = _heads
+    EngineCore.kv_compression_save_prefix = _save_prefix
+    EngineCore.kv_compression_load_prefix = _load_prefix
+    EngineCore.__init__ = _with_saved_prefixes(EngineCore.__init__)
+    for core in (EngineCoreProc, DPEngineCoreProc):
+        core.run_busy_loop = _with_saved_prefixes(core.run_busy_loop)
     vllm.plugins.load_endpoint_plugins = _with_page(vllm.plugins.load_endpoint_plugins)
 
 
@@ -435,7 +440,9 @@ def _check_prefix(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
             f"{longest - 2} tokens with --max-model-len {longest}, got {length}"
         )
     elif params.max_tokens == 1:
-        problem = "a prompt is compacted after the first token of output; with prefix use max_tokens=2 or more"
+        problem = (
+            "a prompt is compacted after the first token of output; with prefix use max_tokens=2 or more"
+        )
     if problem:
         raise VLLMValidationError(f"kv_compression: {problem}", parameter=KEY)
 
@@ -497,6 +504,38 @@ def _heads(self, shown_id: str) -> dict[str, Any] | None:
         "pages": [pages for rank in ranks for pages in rank["pages"]],
         "raw_pages": ranks[0]["raw_pages"],
     }
+
+
+def _save_prefix(self, name: str, salt: str | None = None, path: str | None = None) -> str | None:
+    """A method of `EngineCore`; see `prefix_files.save`."""
+    from vllm_kvcompress import prefix_files
+
+    return prefix_files.save(self, name, salt, path)
+
+
+def _load_prefix(self, path: str) -> str | None:
+    """A method of `EngineCore`; see `prefix_files.load`."""
+    from vllm_kvcompress import prefix_files
+
+    return prefix_files.load(self, path)
+
+
+def _with_saved_prefixes(begin):
+    """What ends a core's start, or begins its work in a process of its own: there vLLM loads plugins when
+    the core is being made already."""
+    ends_start = begin.__name__ == "__init__"
+
+    @functools.wraps(begin)
+    def wrapped(self, *args, **kwargs):
+        if ends_start:
+            begin(self, *args, **kwargs)
+        if ends_start != isinstance(self, EngineCoreProc) and _compresses(self.vllm_config):
+            from vllm_kvcompress import prefix_files
+
+            prefix_files.load_folder(self)
+        return None if ends_start else begin(self, *args, **kwargs)
+
+    return wrapped
 
 
 def _with_page(load_endpoint_plugins):

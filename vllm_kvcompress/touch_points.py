@@ -72,8 +72,12 @@ TABLE: dict[str, Touched] = {
     # what the workers found reaches every front end
     "vllm.v1.engine:EngineCoreReadyResponse": Touched(),
     "vllm.v1.engine.core:EngineCore": Touched(
-        reads="scheduler",
+        reads="request_block_hasher scheduler vllm_config",
         calls={
+            "__init__": (
+                "(self, vllm_config, executor_class, log_stats, executor_fail_callback=..., "
+                "include_finished_set=...)"
+            ),
             "_initialize_kv_caches": "(self, vllm_config)",
             "collective_rpc": "(self, method, timeout=..., args=..., kwargs=...)",
         },
@@ -81,6 +85,12 @@ TABLE: dict[str, Touched] = {
     "vllm.v1.engine.core:EngineCoreProc": Touched(
         calls={
             "_make_ready_response": "(self)",
+            "run_busy_loop": "(self)",
+        },
+    ),
+    "vllm.v1.engine.core:DPEngineCoreProc": Touched(
+        calls={
+            "run_busy_loop": "(self)",
         },
     ),
     "vllm.v1.engine.core_client:MPClient": Touched(
@@ -347,9 +357,10 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.request:Request": Touched(
         reads=(
-            "arrival_time block_hashes cache_salt client_index is_prefill_chunk lora_request max_tokens "
-            "num_computed_tokens num_output_placeholders num_prompt_tokens num_tokens priority "
-            "prompt_token_ids request_id resumable sampling_params skip_reading_prefix_cache status"
+            "all_token_ids arrival_time block_hashes cache_salt client_index is_prefill_chunk lora_request "
+            "max_tokens mm_features num_computed_tokens num_output_placeholders num_prompt_tokens num_tokens "
+            "priority prompt_embeds prompt_token_ids request_id resumable sampling_params "
+            "skip_reading_prefix_cache status"
         ),
         calls={
             "__init__": (
@@ -415,7 +426,7 @@ TABLE: dict[str, Touched] = {
     # the workers
     "vllm.v1.worker.gpu_worker:Worker": Touched(
         reads=(
-            "cache_config compilation_config lora_config model_config model_runner parallel_config "
+            "cache_config compilation_config lora_config model_config model_runner parallel_config rank "
             "scheduler_config use_v2_model_runner vllm_config"
         ),
         overrides={

@@ -1,7 +1,15 @@
 """Compacted prefixes in the engine: who attaches to one answers as whoever was compacted there."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 from harness import first_difference, sampling, tokens
+
+from vllm_kvcompress import prefix_files
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.prefix_files import load_prefix, save_prefix
+from vllm_kvcompress.requests.saved import read
 
 DOCUMENT = 640  # tokens; blocks of 32
 METHODS = [
@@ -140,3 +148,118 @@ def test_nobody_attaches_whose_prompt_is_another_or_who_asks_for_prompt_logprobs
     sharing.run(document + [5], sampling(4, "knorm:budget=0.5"))
     sharing.run(document + [5], sampling(4, "off"))
     assert not attachments
+
+
+# ---------------------------------------------------------------------- saved
+
+
+def saved(engine, path, name="document"):
+    save_prefix(engine.llm, name, path)
+    engine.scheduler._prefixes.drop(engine.scheduler._prefixes.named(name, None))
+    engine.run(range(2, 9), sampling(1, "off"))  # the worker hears of it
+    assert not engine.worker.compression.prefixes
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "knorm:budget=0.25",
+        "snapkv+k4v3:budget=0.125",
+        "attention_matching:budget=0.1,chunk=600,references=256",
+    ],
+)
+def test_a_saved_prefix_is_loaded_and_answers_the_same(sharing, attachments, long_ids, method, tmp_path):
+    document, suffix = long_ids(DOCUMENT, seed=7), long_ids(40, seed=13)
+    pin(sharing, document, method)
+    expected = sharing.run(document + suffix, sampling(40, method))
+    again = sharing.run(document + suffix + tokens(expected), sampling(30, method))
+    saved(sharing, tmp_path / "document")
+    # All of the pool is written by others meanwhile.
+    sharing.run(long_ids(3500, seed=22), sampling(2, "off"))
+    sharing.forget_prefixes()
+    free = sharing.free
+    load_prefix(sharing.llm, tmp_path / "document")
+    (prefix,) = sharing.scheduler._prefixes
+    assert sharing.free == free - len(prefix.blocks)
+    # Attached to in the very step in which it is loaded.
+    num = len(attachments)
+    assert first_difference(sharing.run(document + suffix, sampling(40, method)), expected) is None
+    assert len(attachments) == num + 1
+    answer = sharing.run(document + suffix + tokens(expected), sampling(30, method))
+    assert first_difference(answer, again) is None
+    sharing.check_accounts()
+    save_prefix(sharing.llm, "document", tmp_path / "again")
+    one, other = (read(str(tmp_path / name)) for name in ("document", "again"))
+    assert one.about == other.about
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(sharing, long_ids, tmp_path):
+    prefix, _ = pin(sharing, long_ids(DOCUMENT, seed=8), "knorm:budget=0.25")
+    path = tmp_path / "document"
+
+    def problem(call, *args) -> str:
+        with pytest.raises(KVCompressionError) as error:
+            call(sharing.llm, *args)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "no prefix 'another'" in problem(save_prefix, "another", path)
+    assert "cannot write" in problem(save_prefix, "document", tmp_path / "missing" / "document")
+    save_prefix(sharing.llm, "document", path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert "name is taken" in problem(load_prefix, path)
+    assert not sharing.worker.compression.read
+    sharing.scheduler._prefixes.drop(prefix)
+    assert "No such file" in problem(load_prefix, tmp_path / "missing")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in problem(load_prefix, path)
+    whole = whole.replace(b'\\"boundary\\": 608', b'\\"boundary\\": 640')
+    path.write_bytes(whole)
+    assert "damaged" in problem(load_prefix, path)
+    weight = next(sharing.worker.model_runner.get_model().parameters())
+    path.write_bytes(whole.replace(b'\\"boundary\\": 640', b'\\"boundary\\": 608'))
+    before = weight.flatten()[0].item()
+    weight.flatten()[0] += 1
+    try:
+        assert "another model" in problem(load_prefix, path)
+    finally:
+        weight.flatten()[0] = before
+    blocks = sharing.pool.get_new_blocks(sharing.free - 5)
+    try:
+        assert "takes 6 blocks, and 5 are free" in problem(load_prefix, path)
+    finally:
+        sharing.pool.free_blocks(blocks)
+    assert not sharing.worker.compression.read
+    load_prefix(sharing.llm, path)
+
+
+def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
+    sharing, long_ids, tmp_path, monkeypatch, caplog
+):
+    core, method = sharing.llm.llm_engine.engine_core.engine_core, "knorm:budget=0.25"
+    ours = replace(sharing.scheduler.compression, prefix_folder=str(tmp_path / "kept"))
+    monkeypatch.setattr(sharing.scheduler, "compression", ours)
+    for name, salt in (("one", None), ("one", "salt"), ("../another", None)):
+        sharing.llm.llm_engine.add_request(
+            f"{name}{salt}",
+            {"prompt_token_ids": long_ids(DOCUMENT, seed=9), **({"cache_salt": salt} if salt else {})},
+            sampling(2, f"{method},prefix={name}"),
+        )
+        sharing.finish()
+        assert core.kv_compression_save_prefix(name, salt) is None
+    assert len(list((tmp_path / "kept").iterdir())) == 3
+    for prefix in list(sharing.scheduler._prefixes):
+        sharing.scheduler._prefixes.drop(prefix)
+    prefix_files.remove(core, "../another", None)
+    (tmp_path / "kept" / "damaged.safetensors").write_bytes(b"nothing")
+    prefix_files.load_folder(core)
+    found = {(prefix.name, prefix.salt) for prefix in sharing.scheduler._prefixes}
+    assert found == {("one", None), ("one", "salt")}
+    hashes = {prefix.hashes for prefix in sharing.scheduler._prefixes}
+    assert len(hashes) == 2, "the salt is in what a prefix is found by"
+    assert [record.message for record in caplog.records if "not loaded" in record.message] == [
+        f"kv-compression: a prefix was not loaded: {tmp_path}/kept/damaged.safetensors is not a compacted "
+        "prefix, or it is damaged"
+    ]

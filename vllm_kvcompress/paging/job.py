@@ -118,6 +118,21 @@ class Repetition:
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """A prefix that the workers have read from files, and the blocks that it is to be in.
+
+    Attributes:
+        prefix_id: its name.
+        destination: block ids of its compacted pages.
+        tail: block ids of the raw ones behind them.
+    """
+
+    prefix_id: str
+    destination: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class CompressionStep:
     """Everything a worker has to do before the forward pass of one step, in this order.
 
@@ -125,6 +140,7 @@ class CompressionStep:
         kept: the requests, by the prefix, what they were compacted to is kept as.
         released: requests that were preempted, or ended compacted, before this step runs. Their compacted
             pages were returned; what is kept of their queries begins again when they do.
+        loaded: prefixes that come from files.
         attached: the prefix, by the request, that requests which start in this step go on with.
         dropped: prefixes that no other request will attach to.
         solves: what to solve for Jobs of later steps, before anything is written.
@@ -140,6 +156,7 @@ class CompressionStep:
 
     kept: dict[str, str] = field(default_factory=dict)
     released: list[str] = field(default_factory=list)
+    loaded: list[Loaded] = field(default_factory=list)
     attached: dict[str, str] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     solves: list[Solve] = field(default_factory=list)

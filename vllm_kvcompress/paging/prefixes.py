@@ -22,6 +22,7 @@ class Prefix:
         config: the options by which it was compacted.
         hashes: of its blocks as if all were raw, each of all tokens up to its end, with adapter, salt and
             pictures: one per block of compacted tokens and of the tail.
+        tokens: of which it is; None where tokens do not say it all (pictures, embeddings).
         plan: its compaction.
         kept: fraction of the raw bytes that this was given.
         compacted: its compacted blocks.
@@ -36,6 +37,7 @@ class Prefix:
     name: str | None
     config: KVCompressionConfig
     hashes: tuple[bytes, ...]
+    tokens: tuple[int, ...] | None
     plan: Plan
     kept: float | None
     compacted: tuple[KVCacheBlock, ...]

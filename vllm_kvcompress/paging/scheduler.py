@@ -19,8 +19,16 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Observation, Repetition, Solve
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.job import (
+    CompressionReport,
+    CompressionStep,
+    Job,
+    Loaded,
+    Observation,
+    Repetition,
+    Solve,
+)
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.prefixes import Prefix, Prefixes
 from vllm_kvcompress.paging.pressure import Descent, descents, least_loss
@@ -145,6 +153,7 @@ class _Compression:
         self._configs: dict[str, KVCompressionConfig] = {}  # of requests that may attach to a prefix
         self._kept: dict[str, str] = {}  # requests, by the prefix that each leaves behind
         self._attached: dict[str, str] = {}  # prefixes, by the request that attached to it in this step
+        self._loaded: list[Loaded] = []
         self._users: dict[str, Prefix] = {}  # what requests attached to, until they end
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
@@ -279,11 +288,12 @@ class _Compression:
         # gone by now.
         jobs = [job for job in jobs if job.request_id in compacted]
         self._stats.count(jobs)
-        kept, attached = self._kept, self._attached
-        self._kept, self._attached = {}, {}
+        kept, attached, loaded = self._kept, self._attached, self._loaded
+        self._kept, self._attached, self._loaded = {}, {}, []
         output.kv_compression = CompressionStep(
             kept=kept,
             released=released,
+            loaded=loaded,
             attached=attached,
             dropped=self._prefixes.take_dropped(),
             solves=self._solving.take(released),
@@ -1075,6 +1085,7 @@ class _Compression:
             name=config.prefix,
             config=config,
             hashes=tuple(request.block_hashes[:end]),
+            tokens=None if config.prefix is None else self._tokens_of(request, end * manager.block_size),
             plan=tracked.held,
             kept=config.ladder_steps[tracked.step] if config.when == "pressure" else config.budget,
             compacted=tuple(manager.compacted[name]),
@@ -1093,6 +1104,84 @@ class _Compression:
             manager.block_pool.evict_blocks(idle)
         self._kept[prefix.id] = name
         return prefix
+
+    def _tokens_of(self, request: Request, num_tokens: int) -> tuple[int, ...] | None:
+        if request.prompt_embeds is not None or request.mm_features:
+            return None
+        return tuple(request.all_token_ids[:num_tokens])
+
+    def describe_prefix(self, prefix: Prefix) -> dict[str, Any]:
+        """What must be known of a prefix to load it again, but for its tokens."""
+        return {
+            "name": prefix.name,
+            "salt": prefix.salt,
+            "config": prefix.config.to_dict(),
+            "boundary": prefix.plan.boundary,
+            "kept_blocks": prefix.plan.kept_blocks,
+            "kept": prefix.kept,
+            "block_size": self.compacting_manager.block_size,
+        }
+
+    def prefix_to_save(self, name: str, salt: str | None) -> tuple[Prefix, tuple[str, ...]]:
+        """A prefix, and the names by which workers know it.
+
+        Raises:
+            KVCompressionError: there is none, or it cannot be saved.
+        """
+        prefix = self._prefixes.named(name, salt)
+        if prefix is None:
+            raise KVCompressionError(f"there is no prefix {name!r}")
+        if prefix.adapter is not None or prefix.tokens is None:
+            raise KVCompressionError("prefixes of an adapter, pictures or embeddings cannot be saved")
+        names = (prefix.id, self._kept[prefix.id]) if prefix.id in self._kept else (prefix.id,)
+        return prefix, names
+
+    def load_prefix(self, about: dict[str, Any], request: Request, prefix_id: str) -> Prefix:
+        """Take blocks for a prefix that the workers have read.
+
+        Args:
+            about: what `describe_prefix` said of it.
+            request: one whose prompt it is.
+            prefix_id: as the workers call it.
+
+        Raises:
+            KVCompressionError: there is no room, or its name is taken.
+        """
+        manager, pool = self.compacting_manager, self.kv_cache_manager.block_pool
+        num_kept, num_source = about["kept_blocks"], about["boundary"] // manager.block_size
+        needed = num_kept + len(request.block_hashes) - num_source
+        while pool.get_num_free_blocks() < needed and self._prefixes.make_room():
+            pass
+        if pool.get_num_free_blocks() < needed:
+            raise KVCompressionError(
+                f"the prefix takes {needed} blocks, and {pool.get_num_free_blocks()} are free"
+            )
+        blocks = pool.get_new_blocks(needed)
+        prefix = Prefix(
+            id=prefix_id,
+            name=about["name"],
+            config=KVCompressionConfig.parse(about["config"]),
+            hashes=tuple(request.block_hashes),
+            tokens=self._tokens_of(request, request.num_tokens),
+            plan=Plan(about["boundary"], num_source, num_kept),
+            kept=about["kept"],
+            compacted=tuple(blocks[:num_kept]),
+            tail=tuple(blocks[num_kept:]),
+            salt=about["salt"],
+        )
+        problem = self._unnameable(prefix)
+        if problem is None:
+            self._prefixes.keep(prefix)
+            ids = [block.block_id for block in blocks]
+            self._loaded.append(Loaded(prefix_id, tuple(ids[:num_kept]), tuple(ids[num_kept:])))
+        pool.free_blocks(reversed(blocks))  # a prefix has references of its own
+        if problem is not None:
+            raise KVCompressionError(problem)
+        return prefix
+
+    def new_prefix_id(self) -> str:
+        """For a prefix that is to be loaded."""
+        return self._prefixes.new_id()
 
     def _uncompacted(self, tracked: _Tracked | None, config: KVCompressionConfig) -> str:
         """Why a request that ends was not compacted."""

@@ -70,6 +70,11 @@ class PagedCache(ABC):
     def content(self) -> Tensor:
         """`[L·B·H, page_bytes]` uint8, the pages as bytes; a view."""
 
+    @property
+    def packed_orders(self) -> tuple[Tensor, ...]:
+        """In which order the numbers of a page lie, where that is the kernel's own."""
+        return ()
+
     def tokens_per_page(self, format: Format) -> int:
         """Tokens that a page holds at least once they are encoded."""
         return format.tokens_per_page(self.content.shape[1], self.head_size)
@@ -328,6 +333,10 @@ class PackedCache(HostCache):
     @property
     def head_size(self) -> int:
         return self.key_packing.head_size
+
+    @property
+    def packed_orders(self) -> tuple[Tensor, ...]:
+        return self.key_packing.order, self.value_packing.order
 
     def read_keys(self, pages: Tensor) -> Tensor:
         keys = self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)

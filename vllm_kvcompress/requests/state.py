@@ -1,14 +1,16 @@
 """What a worker knows of the requests it has compacted or is about to."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvcompress.paging.job import Loaded
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.runs import RunArrays
+from vllm_kvcompress.requests.saved import Saved
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
 
@@ -77,6 +79,7 @@ class CompressionState:
         self.runs = runs
         self.tables: dict[str, RequestTable] = observer.tables
         self.prefixes: dict[str, RequestTable] = {}
+        self.read: dict[str, Saved] = {}  # prefixes that are to be loaded
         self.batch = BatchTables()
         self.live = False
 
@@ -103,6 +106,18 @@ class CompressionState:
     def keep(self, prefix_id: str, request_id: str) -> None:
         """Keep what a request is compacted to for others."""
         self.prefixes[prefix_id] = self.tables[request_id].shared()
+
+    def load(self, loaded: Loaded) -> Callable[[], None]:
+        """Have a prefix that was read; what then writes its pages, unless they are nobody's by then."""
+        saved, cache = self.read.pop(loaded.prefix_id), self.observer.cache
+        destination, tail = cache.on_device(loaded.destination), cache.on_device(loaded.tail)
+        table = self.prefixes[loaded.prefix_id] = saved.table(cache, destination)
+
+        def written() -> None:
+            if table.is_held:
+                saved.put(cache, destination, tail)
+
+        return written
 
     def attach(self, request_id: str, prefix_id: str) -> None:
         """Have a request go on from a compacted prefix."""

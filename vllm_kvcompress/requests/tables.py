@@ -90,6 +90,11 @@ class RequestTable:
         return not self._holders[0]
 
     @property
+    def is_held(self) -> bool:
+        """Whether anybody has a use for the pages."""
+        return self._holders[0] > 0
+
+    @property
     def is_shared(self) -> bool:
         """Whether the pages are others', too."""
         return self._holders[0] > 1

@@ -29,6 +29,7 @@ from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import CompactableSpec, compactable_group
+from vllm_kvcompress.requests import saved
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.latents import latent_layers
 from vllm_kvcompress.requests.layers import ProbedLayers, probe_layers
@@ -194,6 +195,56 @@ class CompressionWorker(Worker):
             "raw_pages": table.boundary // table.grid.block_size,
         }
 
+    def kv_compression_save(
+        self, path: str, names: Sequence[str], tail: Sequence[int], tokens: Sequence[int], about: dict
+    ) -> str | None:
+        """Write a prefix to a file; asked by the engine.
+
+        Args:
+            path: the file; of several workers each has one of its own.
+            names: of the prefix, and of the request that it is of if this worker has not been told yet.
+            tail: block ids of its raw tail.
+            tokens: of which it is.
+            about: what the scheduler knows of it.
+
+        Returns:
+            What is in the way; None if nothing is.
+        """
+        state = self.compression
+        known = state.prefixes | state.tables
+        table = next((known[name] for name in names if name in known), None)
+        if table is None:
+            return "it is being loaded; try again"
+        cache, own = state.observer.cache, saved.path_of(path, self.rank, self.parallel_config.world_size)
+        about = about | {"fingerprint": self._fingerprint()}
+        try:
+            saved.write(own, cache, table, cache.on_device(tail), torch.tensor(tokens), about)
+        except OSError as error:
+            return f"cannot write {own}: {error.strerror or error}"
+        return None
+
+    def kv_compression_read(self, path: str, prefix_id: str) -> str | None:
+        """Read a prefix into the host's memory, to be loaded in a step; asked by the engine.
+
+        Returns:
+            What is in the way; None if nothing is.
+        """
+        own = saved.path_of(path, self.rank, self.parallel_config.world_size)
+        try:
+            found = saved.read(own)
+            saved.check(found, self.compression.observer.cache, self._fingerprint(), own)
+        except ValueError as error:
+            return str(error)
+        self.compression.read[prefix_id] = found
+        return None
+
+    def kv_compression_unread(self, prefix_id: str) -> None:
+        """Forget a prefix that was read; asked by the engine."""
+        self.compression.read.pop(prefix_id, None)
+
+    def _fingerprint(self) -> str:
+        return saved.fingerprint(self.model_runner.get_model(), self.compression.observer.cache)
+
     @abstractmethod
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         """The whole cache, which every layer's implementation is given too.
@@ -254,10 +305,13 @@ class CompressionWorker(Worker):
         for request_id in (*step.released, *finished):
             state.forget(request_id)
             self.compactor.forget(request_id)
+        loaded = [state.load(each) for each in step.loaded]
         for request_id, prefix_id in step.attached.items():
             state.attach(request_id, prefix_id)
         for prefix_id in step.dropped:
             state.drop(prefix_id)
+        for write in loaded:  # now that nothing is cleared any more
+            write()
         for request_id in step.unsolved:
             state.observer.drop_states(request_id)
             state.observer.resume(request_id)
