@@ -12,6 +12,8 @@ import pytest
 import torch
 from harness import NUM_BLOCKS, Compaction, Engine, external_id, first_difference, sampling, start, tokens
 
+from vllm_kvcompress.prefix_files import load_prefix, save_prefix
+
 NUM_TOKENS = 8
 SIZES = {"tensor": 3, "pipeline": 2}
 
@@ -76,12 +78,15 @@ class Parallel:
         outputs: by name.
         ranks: by rank.
         free: blocks at the end.
+        pinned: the answer of a request that left a compacted prefix, and of two that went on from it with a
+            part of that answer: from what was in the cache, and from what was saved and loaded again.
     """
 
     sent: list
     outputs: dict
     ranks: list[Rank]
     free: int
+    pinned: list[list[int]]
 
 
 # ---------------------------------------------------------------------- in the workers, by `collective_rpc`
@@ -171,7 +176,24 @@ def serve(folder: Path, model: str, kind: str) -> None:
         llm.llm_engine.add_request(name, {"prompt_token_ids": [1, 2, 3]}, sampling(1, "off"))
         finish()
     assert not scheduler.requests and not scheduler.compacting_manager.compacted
-    result = Parallel(sent, outputs, llm.collective_rpc(report), free)
+    result = Parallel(sent, outputs, llm.collective_rpc(report), free, [])
+
+    def answer(prompt: list[int], method: str, max_tokens: int) -> list[int]:
+        llm.llm_engine.add_request("pinned", {"prompt_token_ids": prompt}, sampling(max_tokens, method))
+        finish()
+        return tokens(outputs.pop("pinned"))
+
+    method, document = "snapkv+kivi8:budget=0.1", prompts["off"]
+    result.pinned.append(answer(document, f"{method},prefix=document", 80))
+    for path in (str(folder / f"{kind}-document"), None):
+        result.pinned.append(answer(document + result.pinned[0][:60], method, 20))
+        (prefix,) = scheduler._prefixes
+        assert prefix.hits == 1
+        if path is not None:
+            save_prefix(llm, "document", path)
+            scheduler._prefixes.drop(prefix)
+            assert len(list(folder.glob(f"{kind}-document.*"))) == SIZES[kind]
+            load_prefix(llm, path)
     (folder / kind).write_bytes(pickle.dumps(result))
     core.shutdown()
 
@@ -287,6 +309,11 @@ def test_what_is_local_to_a_rank_is_kept_as_in_one_process(parallel, single, kin
                     exchanged, total = exchanged + len({*kept} - {*other}), total + len(kept)
     # Ranks add their shares in an order of their own, which may exchange tokens that all but tie.
     assert exchanged <= total / 1000
+
+
+def test_who_goes_on_from_a_compacted_prefix_answers_as_who_left_it(parallel, kind):
+    said, *gone_on = parallel[kind].pinned
+    assert gone_on == [said[60:]] * 2
 
 
 def test_heads_and_layers_differ_in_what_they_keep(single):

@@ -316,3 +316,47 @@ def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, wh
     sim.finish()
     assert sim.worker.attached or when != "prompt"
     sim.check_nothing_left()
+
+
+def test_a_thousand_conversations_with_deletions_while_they_are_used():
+    """Each has up to four turns, interleaved; documents are pinned and deleted under their readers."""
+    draw = random.Random(0)
+    sim = Simulation(
+        KEEPS, num_blocks=400, max_model_len=1280, max_num_batched_tokens=1024, asynchronous=True
+    )
+    documents = [prompt_of(draw.randrange(200, 400), 10_000 + number) for number in range(12)]
+    waiting = [(number, 0, documents[number % 12] + prompt_of(9, number)) for number in range(1000)]
+    live: dict[str, tuple[int, int]] = {}
+    turns, most, ended = 0, 0, []
+    while waiting or live:
+        while waiting and len(live) < 24:
+            number, turn, prompt = waiting.pop(draw.randrange(min(len(waiting), 40)))
+            name = sim.add(prompt, max_tokens=draw.randrange(2, 9), name=f"{number}-{turn}")
+            live[name], turns = (number, turn), turns + 1
+        sim.steps = 0
+        sim.step()
+        for name in ended:  # of whom the worker has heard by now
+            del sim.worker.rows[name]
+        ended = [name for name in live if name not in sim.scheduler.requests]
+        for name in ended:
+            (number, turn), row = live.pop(name), sim.worker.rows[name]
+            if turn < 3 and draw.random() < 0.25:
+                waiting.append((number, turn + 1, row.tokens + prompt_of(20, turns)))
+        prefixes = list(sim.scheduler._prefixes)
+        most = max(most, len(prefixes))
+        used = [prefix for prefix in prefixes if prefix.users]
+        if used and draw.random() < 0.2:
+            sim.scheduler._prefixes.drop(draw.choice(used))
+        if draw.random() < 0.05:
+            forget_raw(sim)
+        if draw.random() < 0.02:
+            name = f"d{draw.randrange(4)}"
+            if (pinned := sim.scheduler._prefixes.named(name, None)) is not None:
+                sim.scheduler._prefixes.drop(pinned)
+            else:
+                pinning = sim.add(
+                    draw.choice(documents), f"{PINS},prefix={name}", 2, name=f"pin-{turns}-{name}"
+                )
+                live[pinning] = 0, 3
+    assert turns > 1200 and len(sim.worker.attached) > 200 and most > 10
+    sim.check_nothing_left()

@@ -5,6 +5,7 @@ import torch
 from harness import first_difference, sampling
 
 from vllm_kvcompress.attention import gpu
+from vllm_kvcompress.prefix_files import load_prefix, save_prefix
 
 OPTIONS = dict(
     skip_tokenizer_init=True,
@@ -109,6 +110,37 @@ def test_the_same_under_pressure_at_the_same_points(engines, method, length, poi
         for one, other in zip(before, after, strict=True):
             assert torch.equal(one.counts, other.counts) and torch.equal(one.kept, other.kept)
         assert first_difference(reference, output) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "length"),
+    [("snapkv:budget=0.25,window=8", 140), ("kv_compress+k4v3:budget=0.1,window=8", 330)],
+)
+def test_who_goes_on_from_a_compacted_prefix_answers_the_same(engines, method, length, tmp_path):
+    """Two at a time, and once more when it was saved and loaded again."""
+    document, ended = prompt(98, length), []
+    users = [(document + prompt(seed, 20 + seed), sampling(6, method, detokenize=False)) for seed in (3, 4)]
+    for engine in engines.values():
+        engine.run(document, sampling(2, f"{method},prefix=document", detokenize=False))
+        (prefix,) = engine.scheduler._prefixes
+        outputs = engine.run_all(users)
+        assert prefix.hits == 2
+        save_prefix(engine.llm, "document", tmp_path / "document")
+        engine.scheduler._prefixes.drop(prefix)
+        engine.forget_prefixes()
+        load_prefix(engine.llm, tmp_path / "document")
+        again = engine.run_all(users)
+        assert next(iter(engine.scheduler._prefixes)).hits == 2
+        ended.append(outputs)
+        for one, other in zip(outputs, again, strict=True):
+            assert first_difference(one, other) is None
+        engine.check_accounts()
+        engine.forget_prefixes()
+        engine.check_nothing_left()
+        assert not engine.worker.compression.prefixes
+    for others in ended[1:]:
+        for one, other in zip(ended[0], others, strict=True):
+            assert first_difference(one, other) is None
 
 
 def test_our_kernel_computes_what_compacted_rows_attend_to(engines, monkeypatch):

@@ -47,6 +47,7 @@ class Server:
         arguments: argparse.Namespace,
         blocks: int,
         folder: Path,
+        prefix_caching: bool = False,
     ) -> None:
         self.variant, self.model, self.blocks = variant, arguments.model, blocks
         with socket.socket() as probe:
@@ -57,7 +58,8 @@ class Server:
         command += ["--block-size", str(arguments.block_size), "--num-gpu-blocks-override", str(blocks)]
         longest = max(arguments.prompt, arguments.short) + arguments.output_tokens
         command += ["--max-model-len", str(min(longest + 512, (blocks - 1) * arguments.block_size))]
-        command += ["--max-num-seqs", "64", "--no-enable-prefix-caching"]
+        command += ["--max-num-seqs", "64", "--enable-prompt-tokens-details"]
+        command += [] if prefix_caching else ["--no-enable-prefix-caching"]
         if config is not None:
             command += ["--additional-config", json.dumps(config.engine_kwargs()["additional_config"])]
         self.log = folder / f"{variant}.log"
@@ -115,26 +117,11 @@ class Server:
         """Send requests with vLLM's benchmark client, as its options say; its report and what the server
         showed."""
         before = self.metrics()
-        peak = {"running": 0.0, "usage": 0.0}
-        done = threading.Event()
-
-        def watch() -> None:
-            while not done.wait(0.25):
-                with contextlib.suppress(OSError):
-                    now = self.metrics()
-                    peak["running"] = max(peak["running"], now["vllm:num_requests_running"])
-                    peak["usage"] = max(peak["usage"], now["vllm:kv_cache_usage_perc"])
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         given = ["--backend", "openai", "--port", str(self.port), "--model", self.model, *given]
         given += ["--ignore-eos", "--temperature", "0", "--percentile-metrics", "ttft,itl"]
         given += ["--num-prompts", str(num_requests), "--ready-check-timeout-sec", "0", "--disable-tqdm"]
-        try:
+        with self.watched() as peak:
             values = _benchmark_client(given)
-        finally:
-            done.set()
-            watcher.join()
         if values["completed"] != num_requests:
             raise KVCompressionError(f"{values['completed']} of {num_requests} requests were answered")
         after = self.metrics()
@@ -152,6 +139,27 @@ class Server:
             "peak_blocks": round(peak["usage"] * (self.blocks - 1)),
         }
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[dict[str, float]]:
+        """The most requests that run meanwhile, and the largest part of the pool that is in use."""
+        peak = {"running": 0.0, "usage": 0.0}
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(0.25):
+                with contextlib.suppress(OSError):
+                    now = self.metrics()
+                    peak["running"] = max(peak["running"], now["vllm:num_requests_running"])
+                    peak["usage"] = max(peak["usage"], now["vllm:kv_cache_usage_perc"])
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        try:
+            yield peak
+        finally:
+            done.set()
+            watcher.join()
+
     def stop(self) -> None:
         """End the server and all its processes."""
         with contextlib.suppress(ProcessLookupError):
@@ -164,14 +172,17 @@ class Server:
 
 @contextlib.contextmanager
 def running(
-    variants: dict[str, KVCompressionConfig | None], arguments: argparse.Namespace, blocks: int
+    variants: dict[str, KVCompressionConfig | None],
+    arguments: argparse.Namespace,
+    blocks: int,
+    prefix_caching: bool = False,
 ) -> Iterator[dict[str, Server]]:
     """Servers with pools of one size, by name, ready to answer; ended whatever happens."""
     with tempfile.TemporaryDirectory() as work, contextlib.ExitStack() as stack:
         servers: dict[str, Server] = {}
         stack.callback(_stop_all, servers)
         for name, config in variants.items():
-            servers[name] = Server(name, config, arguments, blocks, Path(work))
+            servers[name] = Server(name, config, arguments, blocks, Path(work), prefix_caching)
         for server in servers.values():
             server.wait()
         yield servers
