@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import first_difference, sampling, tokens
+from harness import first_difference, same_kept, sampling, tokens
 
 from vllm_kvcompress import prefix_files
 from vllm_kvcompress.config import KVCompressionError
@@ -119,6 +119,35 @@ def test_who_is_compacted_again_writes_no_page_that_others_read(sharing, long_id
     # What is free by now may be written by anybody.
     sharing.run(long_ids(2000, seed=20), sampling(2, "off"))
     assert first_difference(sharing.run(document + suffix, short), expected) is None
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "knorm:budget=0.25",
+        "snapkv:budget=0.25",
+        "keydiff:budget=0.25,allocation=adaptive",
+        "foresight:budget=0.25",
+        "snapkv+k4v3:budget=0.125",
+        "snapkv+mixed_dim:budget=0.25",
+    ],
+)
+def test_who_is_compacted_again_keeps_what_one_keeps_that_was_compacted_twice(
+    sharing, attachments, long_ids, method
+):
+    prompt = long_ids(DOCUMENT + 420, seed=14)
+    alone = sharing.run(prompt, sampling(20, f"{method},when=streaming,recompact_every={DOCUMENT}"))
+    twice = sharing.compactions[:]
+    assert [c.job.num_tokens for c in twice] == [DOCUMENT, len(prompt)]
+    sharing.forget_prefixes()
+    sharing.compactions.clear()
+    pin(sharing, prompt[:DOCUMENT], method)
+    answer = sharing.run(prompt, sampling(20, method))
+    assert len(attachments) == 1
+    for one, other in zip(twice, sharing.compactions, strict=True):
+        assert (one.job.num_tokens, one.job.boundary) == (other.job.num_tokens, other.job.boundary)
+        assert same_kept(one, other)
+    assert first_difference(answer, alone) is None
 
 
 def test_a_prefix_that_is_deleted_while_it_is_read_stays_whole_for_its_readers(sharing, long_ids):

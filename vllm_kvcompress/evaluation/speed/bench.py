@@ -19,7 +19,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.speed.held import check_pool, longest_request, measure_blocks
-from vllm_kvcompress.evaluation.speed.prefixes import measure_prefixes, prefixes_table
+from vllm_kvcompress.evaluation.speed.prefixes import measure_document, measure_talks, prefixes_table
 from vllm_kvcompress.evaluation.speed.rates import measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
@@ -52,13 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--output-tokens", 48, "answer tokens of the served requests", options.at_least(2))
     number("--requests", 12, "requests sent at once")
     number("--server-rounds", 2, "alternations of the served load")
-    parser.add_argument("--parts", default="steps,serve", help="of steps, serve, rates, prefixes, blocks")
+    parser.add_argument(
+        "--parts", default="steps,serve", help="of steps, serve, rates, document, talks, blocks"
+    )
     parser.add_argument(
         "--rates", type=options.rates, default="0.1,0.2,0.4", help="requests a second of the part `rates`"
     )
-    number("--keys", 8, "pass keys in the document of the part `prefixes`")
+    number("--keys", 8, "pass keys in the document of the part `document`")
     number("--room", 1536, "tokens that its pool holds beside a raw document", options.at_least(256))
-    number("--talks", 40, "its conversations")
+    number("--talks", 40, "conversations of the part `talks`")
     number("--turns", 20, "turns of each")
     number("--long-output", 4000, "output tokens of the part `blocks`")
     number("--long-prompt", 6000, "prompt tokens of the part `blocks`")
@@ -73,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         "steps": measure_steps,
         "serve": measure_serving,
         "rates": measure_rates,
-        "prefixes": measure_prefixes,
+        "document": measure_document,
+        "talks": measure_talks,
         "blocks": measure_blocks,
     }
     chosen = [part for part in arguments.parts.split(",") if part]
@@ -102,7 +105,8 @@ def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, p
         "steps": max(arguments.contexts) + output_room(arguments),
         "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
         "rates": arguments.prompt + arguments.output_tokens,
-        "prefixes": arguments.prompt + arguments.output_tokens,
+        "document": arguments.prompt + arguments.output_tokens,
+        "talks": arguments.prompt + arguments.output_tokens,
         "blocks": longest_request(arguments),
     }
     limit = context_limit(arguments.model)
@@ -133,8 +137,9 @@ def table(result: dict[str, Any]) -> str:
         lines += _serving_table(result["serve"], settings)
     if "steps" in result:
         lines += _steps_table(result["steps"])
-    if "prefixes" in result:
-        lines += prefixes_table(result["prefixes"])
+    for part, shown in {"document": "Users of one document", "talks": "Conversations"}.items():
+        if part in result:
+            lines += prefixes_table(result[part], shown)
     if "rates" in result:
         lines += rates_table(result["rates"])
     if "blocks" in result:

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ POOL = 0.35  # of all that is said in conversations
 OTHER = 12  # tokens of a question
 AT_ONCE = 4  # conversations that are spoken in
 SAID = 32  # tokens of prose in each turn
-BEGUN = 256  # tokens of a conversation's first turn
+BEGUN = 512  # tokens of a conversation's first turn
 ANSWER = 8  # tokens
 TIMEOUT_S = 600.0
 ASKS = "\n\nWhat is the pass key? The pass key is"
@@ -45,27 +46,29 @@ class Answer:
     cached: int
 
 
-def measure_prefixes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both, on two servers with prefix caching and pools of one size."""
+def measure_document(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Users of one document, on two servers with prefix caching and pools of one size."""
+    return _measured(arguments, arguments.prompt + arguments.room, _document)
+
+
+def measure_talks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Conversations, likewise, in pools that hold a part of what is said."""
+    spoken = arguments.talks * (BEGUN + arguments.turns * (SAID + ANSWER + OTHER))
+    return _measured(arguments, int(spoken * POOL), _talks)
+
+
+def _measured(arguments: argparse.Namespace, num_tokens: int, load: Callable) -> dict[str, Any]:
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     config = KVCompressionConfig.parse(arguments.compression)
     variants = {"stock": None, "compacted": replace(config, prefix_share=PREFIX_SHARE)}
-    spoken = arguments.talks * (BEGUN + arguments.turns * (SAID + ANSWER + OTHER))
-    tokens = {"document": arguments.prompt + arguments.room, "talks": int(spoken * POOL)}
-    pools = {load: number // arguments.block_size + 1 for load, number in tokens.items()}
-    result: dict[str, Any] = {"pools": {load: blocks - 1 for load, blocks in pools.items()}}
-    with tqdm(total=2 * len(variants), desc="prefixes") as bar:
-        for load, blocks in pools.items():
-            result[load] = {}
-            with running(variants, arguments, blocks, prefix_caching=True) as servers:
-                for name, server in servers.items():
-                    measured = _document if load == "document" else _talks
-                    result[load][name] = measured(server, arguments, tokenizer)
-                    bar.update()
-    return result
+    blocks, rows = num_tokens // arguments.block_size + 1, {}
+    with running(variants, arguments, blocks, prefix_caching=True) as servers:
+        for name, server in tqdm(servers.items(), desc=load.__name__.strip("_")):
+            rows[name] = load(server, arguments, tokenizer)
+    return {"pool_blocks": blocks - 1, "rows": rows}
 
 
 def _document(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
@@ -95,7 +98,7 @@ def _document(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> 
         answers = list(pool.map(lambda prompt: _ask(server, prompt, arguments.output_tokens), prompts))
         seconds = time.perf_counter() - begun
     right = sum(keys[number] in answer.text for number, answer in zip(asked, answers, strict=True))
-    return {"at_once": peak["running"], "seconds": seconds, "right": right, **_shown(answers)}
+    return {"seconds": seconds, "right": right, **_shown(answers, peak)}
 
 
 def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
@@ -122,8 +125,7 @@ def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dic
         said[number] += answer.tokens
         return answer
 
-    before = server.metrics()
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool, server.watched() as peak:
         for _ in range(arguments.turns):
             order = list(range(arguments.talks))
             random_.shuffle(order)
@@ -133,18 +135,19 @@ def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dic
                 begin = random_.randrange(len(prose) - SAID)
                 said[number] += prose[begin : begin + SAID]
             first.append(statistics.median(each.first for each in answers[-arguments.talks :]))
-    preempted = server.metrics()["vllm:num_preemptions_total"] - before["vllm:num_preemptions_total"]
     tokens = sum(map(len, said))
-    return {"right": right, "tokens": tokens, "by_turn": first, "preemptions": preempted, **_shown(answers)}
+    return {"right": right, "tokens": tokens, "by_turn": first, **_shown(answers, peak)}
 
 
-def _shown(answers: list[Answer]) -> dict[str, Any]:
+def _shown(answers: list[Answer], peak: dict[str, float]) -> dict[str, Any]:
     ordered = sorted(answer.first for answer in answers)
     return {
         "n": len(answers),
         "hit": sum(answer.cached for answer in answers) / sum(answer.prompt for answer in answers),
         "median_ttft": statistics.median(ordered),
         "p99_ttft": ordered[-1 - len(ordered) // 100],
+        "at_once": peak["running"],
+        "preemptions": peak["preemptions"],
     }
 
 
@@ -182,22 +185,20 @@ def _ask(server: Server, prompt: list[int], max_tokens: int, **fields: Any) -> A
     return Answer(text, tokens, first, usage["prompt_tokens"], details.get("cached_tokens") or 0)
 
 
-def prefixes_table(result: dict[str, Any]) -> list[str]:
-    """One row for each load and server, in Markdown."""
+def prefixes_table(result: dict[str, Any], shown: str) -> list[str]:
+    """One row for each server, in Markdown; `shown` says of what."""
     lines = [
-        "Pools of {document} and of {talks} blocks:".format(**result["pools"]),
+        f"{shown}, in a pool of {result['pool_blocks']} blocks:",
         "",
-        "| | | cached tokens | TTFT median, p99 | at once | right answers [95 %] |",
+        "| | cached tokens | TTFT median, p99 | at once | preemptions | right answers [95 %] |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for load, shown in {"document": "users of one document", "talks": "conversations"}.items():
-        for name, row in result[load].items():
-            right = share([1.0] * row["right"] + [0.0] * (row["n"] - row["right"]))
-            assert right is not None
-            at_once = f"{row['at_once']:.0f}" if "at_once" in row else ""
-            lines.append(
-                f"| {shown} | {name} | {100 * row['hit']:.0f} % | {row['median_ttft']:.2f}, "
-                f"{row['p99_ttft']:.2f} s | {at_once} | "
-                f"{row['right']} of {row['n']} [{100 * right['low']:.0f}, {100 * right['high']:.0f}] |"
-            )
+    for name, row in result["rows"].items():
+        right = share([1.0] * row["right"] + [0.0] * (row["n"] - row["right"]))
+        assert right is not None
+        lines.append(
+            f"| {name} | {100 * row['hit']:.0f} % | {row['median_ttft']:.2f}, {row['p99_ttft']:.2f} s | "
+            f"{row['at_once']:.0f} | {row['preemptions']:.0f} | "
+            f"{row['right']} of {row['n']} [{100 * right['low']:.0f}, {100 * right['high']:.0f}] |"
+        )
     return [*lines, ""]

@@ -141,8 +141,9 @@ class Server:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[dict[str, float]]:
-        """The most requests that run meanwhile, and the largest part of the pool that is in use."""
-        peak = {"running": 0.0, "usage": 0.0}
+        """Meanwhile: the most requests that run, the largest part of the pool in use, and preemptions."""
+        peak, name = {"running": 0.0, "usage": 0.0}, "vllm:num_preemptions_total"
+        before = self.metrics()[name]
         done = threading.Event()
 
         def watch() -> None:
@@ -159,6 +160,7 @@ class Server:
         finally:
             done.set()
             watcher.join()
+            peak["preemptions"] = self.metrics()[name] - before
 
     def stop(self) -> None:
         """End the server and all its processes."""
