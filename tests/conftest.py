@@ -56,6 +56,7 @@ LONGEST = [
     "engine/test_recompaction.py",
     "engine/test_randomised.py",
     "engine/test_repetition.py",
+    "engine/test_check.py",
     "engine/test_blocks.py",
     "engine/test_invariants.py",
     "engine/test_speculation.py",

@@ -61,10 +61,12 @@ def _end(number: int, frame: object) -> NoReturn:
 
 def _add_measuring(commands: Any) -> None:
     """The commands that run models; what they need is imported only once one of them runs."""
+    from vllm_kvcompress.evaluation import check
     from vllm_kvcompress.evaluation.quality import calibrate, evaluate, inspection
     from vllm_kvcompress.evaluation.speed import bench
 
     for name, module, summary in (
+        ("check", check, "what of a model is compacted, and what a pool then holds"),
         ("eval", evaluate, "quality of every method and budget against the full cache"),
         ("bench", bench, "memory and speed, stock vLLM against compressed"),
         ("inspect", inspection, "which heads keep how much of a prompt"),

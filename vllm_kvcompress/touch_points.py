@@ -363,6 +363,7 @@ TABLE: dict[str, Touched] = {
             "skip_reading_prefix_cache status"
         ),
         calls={
+            "append_output_token_ids": "(self, token_ids)",
             "__init__": (
                 "(self, request_id, prompt_token_ids, sampling_params, pooling_params, client_index=..., "
                 "arrival_time=..., prompt_embeds=..., prompt_is_token_ids=..., mm_features=..., "
@@ -759,7 +760,44 @@ TABLE: dict[str, Touched] = {
         },
         serving=False,
     ),
-    "vllm.utils.argparse_utils:FlexibleArgumentParser": Touched(serving=False),
+    "vllm.utils.argparse_utils:FlexibleArgumentParser": Touched(
+        overrides={
+            "error": "(self, message)",
+        },
+        serving=False,
+    ),
+    # `check`, which makes an engine without weights
+    "vllm.plugins:load_general_plugins": Touched(serving=False),
+    "vllm.utils.torch_utils:set_default_torch_dtype": Touched(serving=False),
+    "vllm.model_executor.model_loader": Touched(
+        calls={
+            "register_model_loader": "(load_format)",
+        },
+        serving=False,
+    ),
+    "vllm.model_executor.model_loader.base_loader:BaseModelLoader": Touched(
+        calls={
+            "create_model": "(self, vllm_config, model_config, prefix=...)",
+        },
+        overrides={
+            "download_model": "(self, model_config)",
+            "load_model": "(self, vllm_config, model_config, prefix=...)",
+            "load_weights": "(self, model, model_config)",
+        },
+        serving=False,
+    ),
+    "vllm.v1.executor.abstract:Executor": Touched(
+        reads="vllm_config",
+        overrides={
+            "compile_or_warm_up_model": "(self)",
+            "determine_available_memory": "(self)",
+            "initialize_from_config": "(self, kv_cache_configs)",
+        },
+        serving=False,
+    ),
+    "vllm.v1.executor.uniproc_executor:UniProcExecutor": Touched(reads="driver_worker", serving=False),
+    "vllm.v1.kv_cache_interface:MambaSpec": Touched(reads="mamba_type", serving=False),
+    "vllm.v1.kv_cache_interface:SlidingWindowSpec": Touched(reads="sliding_window", serving=False),
     "vllm.entrypoints.openai": Touched(
         reads="api_server",
         serving=False,

@@ -21,6 +21,14 @@ def at_least(least: int) -> Callable[[str], int]:
     return read
 
 
+def above_zero(given: str) -> float:
+    """A number above 0."""
+    number = _number(given, float)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {given}")
+    return number
+
+
 def counts(least: int) -> Callable[[str], list[int]]:
     """Comma-separated whole numbers from `least` on; as a list without repetitions, in the order given."""
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.v1.attention.backend import AttentionBackend
@@ -140,16 +141,7 @@ class CompressionWorker(Worker):
             probed = probe_layers(
                 model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
             )
-        self.lacks = probed.lacks
-        said = self.model_config.get_num_kv_heads(self.parallel_config), self.model_config.get_head_size()
-        if said != (num_heads, cache.head_size):
-            differs = (
-                f"its layers have {num_heads} KV heads of {cache.head_size} channels, "
-                "and its configuration says {} of {}".format(*said)
-            )
-            self.lacks["needs_known_shape"] = differs
-            if said[1] != cache.head_size:
-                self.lacks[NEEDS_HEAD_SIZE] = differs
+        self.lacks = probed.lacks | lacks_of_shape(num_heads, cache.head_size, self.vllm_config)
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
@@ -419,6 +411,28 @@ def backend_overrides(backends: Mapping[AttentionBackendEnum, str]) -> Iterator[
         for backend in backends:
             backend.clear_override()
         _cached_get_attn_backend.cache_clear()
+
+
+def lacks_of_shape(num_heads: int, head_size: int, vllm_config: VllmConfig) -> dict[str, str]:
+    """What methods may not ask of layers that are not of the shape which the configuration says.
+
+    Args:
+        num_heads: H, of this rank.
+        head_size: D.
+        vllm_config: the engine's.
+
+    Returns:
+        As `ProbedLayers.lacks`.
+    """
+    model = vllm_config.model_config
+    said = model.get_num_kv_heads(vllm_config.parallel_config), model.get_head_size()
+    if said == (num_heads, head_size):
+        return {}
+    differs = (
+        f"its layers have {num_heads} KV heads of {head_size} channels, "
+        "and its configuration says {} of {}".format(*said)
+    )
+    return {"needs_known_shape": differs} | ({NEEDS_HEAD_SIZE: differs} if said[1] != head_size else {})
 
 
 def owner_of(layer: Attention | MLAAttention) -> str | None:
