@@ -1,0 +1,214 @@
+"""What requests ask for beside compression: adapters, embeddings, grammars, log-probabilities, samples.
+
+One engine with all of it, so that they meet in its batches. Oracles: the adapter merged into the weights, the
+tokens whose embeddings were given, the stock engine, the same request by itself.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from harness import BLOCK_SIZE, Engine, first_difference, same_kept, sampling, tokens
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
+
+RANK, ALPHA = 4, 8
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+OPTIONS = dict(
+    enable_lora=True,
+    max_loras=3,  # one more than there are: vLLM's CPU build takes no adapter for the one in the last place
+    max_lora_rank=8,
+    enable_prompt_embeds=True,
+    max_num_batched_tokens=2048,  # vLLM's CPU build fails on a seed where a prompt is computed in parts
+)
+METHODS = ["snapkv:budget=0.25", "h2o:budget=0.3", "kvzip:budget=0.3,chunk=128", "kivi:budget=0.2"]
+ADAPTERS = ("one", "other")
+
+
+@pytest.fixture(scope="module")
+def adapters(random_model, tmp_path_factory) -> dict[str, tuple[LoRARequest, Path]]:
+    """By name: an adapter, and the checkpoint that it is merged into."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    made = {}
+    for number, name in enumerate(ADAPTERS, 1):
+        generator = torch.Generator().manual_seed(number)
+        model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+        weights = {}
+        for index, layer in enumerate(model.model.layers):
+            for projection in PROJECTIONS:
+                weight = getattr(layer.self_attn, projection).weight
+                down = torch.randn(RANK, weight.shape[1], generator=generator) * 0.1
+                up = torch.randn(weight.shape[0], RANK, generator=generator) * 0.1
+                weight.data += ALPHA / RANK * up @ down
+                place = f"base_model.model.model.layers.{index}.self_attn.{projection}"
+                weights |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+        folder = tmp_path_factory.mktemp("adapters") / name
+        folder.mkdir()
+        save_file(weights, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(
+            json.dumps(
+                dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS, bias="none")
+            )
+        )
+        merged = tmp_path_factory.mktemp("models") / f"merged-{name}"
+        model.save_pretrained(merged)
+        AutoTokenizer.from_pretrained(random_model).save_pretrained(merged)
+        made[name] = LoRARequest(name, number, str(folder)), merged
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(engines, random_model) -> Engine:
+    return engines(random_model, "snapkv:budget=0.25", **OPTIONS)
+
+
+@pytest.fixture
+def engine(shared):
+    """With an empty prefix cache; afterwards nothing may be left in it."""
+    shared.forget_prefixes()
+    shared.compactions.clear(), shared.outputs.clear()
+    free = shared.free
+    yield shared
+    shared.check_nothing_left()
+    assert shared.free == free
+
+
+def ask(engine: Engine, name: str, prompt, params, adapter: LoRARequest | None = None) -> str:
+    given = {"prompt_token_ids": prompt} if isinstance(prompt, list) else {"prompt_embeds": prompt}
+    engine.llm.llm_engine.add_request(name, given, params, lora_request=adapter)
+    return name
+
+
+def alone(engine: Engine, prompt, params, adapter: LoRARequest | None = None):
+    """A request's answer and its compaction, by itself on an empty prefix cache."""
+    engine.forget_prefixes()
+    engine.compactions.clear()
+    name = ask(engine, "alone", prompt, params, adapter)
+    engine.finish()
+    return engine.outputs.pop(name), engine.compaction_of(name)
+
+
+# ---------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_with_an_adapter_is_kept_what_is_kept_with_it_merged(engine, engines, adapters, long_ids, name):
+    adapter, merged_model = adapters[name]
+    merged, prompt = engines(merged_model, "snapkv:budget=0.25"), long_ids(500, seed=3)
+    plain, without = alone(engine, prompt, sampling(16))
+    for method in METHODS:
+        expected, kept = alone(merged, prompt, sampling(16, method))
+        answer, own = alone(engine, prompt, sampling(16, method), adapter)
+        assert same_kept(own, kept), method
+        assert first_difference(answer, expected) is None, method
+        if method == METHODS[0]:
+            assert not same_kept(own, without) and tokens(answer) != tokens(plain)
+
+
+def test_a_batch_of_adapters_and_none_is_as_each_alone(engine, adapters, long_ids):
+    asked = {}
+    for index, name in enumerate((None, *ADAPTERS)):
+        for method in METHODS:
+            adapter = None if name is None else adapters[name][0]
+            asked[f"{name} {method}"] = long_ids(400 + 10 * index, seed=4), sampling(16, method), adapter
+    expected = {name: alone(engine, *request) for name, request in asked.items()}
+    engine.forget_prefixes()
+    engine.compactions.clear()
+    for name, request in asked.items():
+        ask(engine, name, *request)
+    engine.finish()
+    for name, (answer, kept) in expected.items():
+        assert same_kept(engine.compaction_of(name), kept), name
+        assert first_difference(engine.outputs.pop(name), answer) is None, name
+
+
+def test_a_cached_prefix_is_of_its_adapter(engine, adapters, long_ids):
+    prompt, params = long_ids(500, seed=5), sampling(12)
+    expected = {name: alone(engine, prompt, params, adapters[name][0]) for name in ADAPTERS}
+    engine.forget_prefixes()
+    cached = {}
+    for turn in range(2):
+        for name in ADAPTERS:
+            request = ask(engine, f"{name} {turn}", prompt, params, adapters[name][0])
+            engine.finish()
+            answer, kept = engine.outputs.pop(request), expected[name]
+            cached[request] = answer.num_cached_tokens
+            assert same_kept(engine.compaction_of(request), kept[1])
+            assert first_difference(answer, kept[0]) is None
+    hit = (500 - 32) // BLOCK_SIZE * BLOCK_SIZE  # but for the window, whose queries score
+    assert cached == {"one 0": 0, "other 0": 0, "one 1": hit, "other 1": hit}
+
+
+# ---------------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("method", ["snapkv:budget=0.25", "h2o:budget=0.3", "kivi:budget=0.2"])
+def test_embeddings_of_tokens_are_those_tokens(engine, random_model, adapters, long_ids, method):
+    from transformers import LlamaForCausalLM
+
+    prompt, params = long_ids(420, seed=6), sampling(16, method)
+    table = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32).get_input_embeddings()
+    embeds = table(torch.tensor(prompt)).detach()
+    for adapter in (None, adapters["one"][0]):
+        expected, kept = alone(engine, prompt, params, adapter)
+        answer, own = alone(engine, embeds, params, adapter)
+        assert same_kept(own, kept)
+        assert first_difference(answer, expected) is None
+
+
+# ---------------------------------------------------------------------- grammars
+
+YEAR = r"(19|20)[0-9]{2}(, (19|20)[0-9]{2}){8}"
+
+
+@pytest.mark.parametrize("method", [*METHODS, "snapkv:budget=0.25,recompact_every=8"])
+def test_a_grammar_holds_across_compactions(engine, long_ids, method):
+    prompt = long_ids(420, seed=7)
+    grammar = dict(structured_outputs=StructuredOutputsParams(regex=YEAR), ignore_eos=False)
+    free, _ = alone(engine, prompt, sampling(60, method))
+    answer, kept = alone(engine, prompt, sampling(60, method, **grammar))
+    assert kept is not None
+    assert re.fullmatch(YEAR, answer.outputs[0].text)
+    assert not re.match(YEAR, free.outputs[0].text)
+    # Beside one that is free, both are as they were.
+    engine.forget_prefixes()
+    (
+        ask(engine, "bound", prompt, sampling(60, method, **grammar)),
+        ask(engine, "free", prompt, sampling(60, method)),
+    )
+    engine.finish()
+    assert tokens(engine.outputs.pop("bound")) == tokens(answer)
+    assert first_difference(engine.outputs.pop("free"), free) is None
+
+
+# ---------------------------------------------------------------------- log-probabilities and samples
+
+
+def test_log_probabilities_of_a_prompt_are_stocks(engine, stock, long_ids):
+    prompt = long_ids(420, seed=8)
+    params = sampling(12, prompt_logprobs=2)
+    expected, got = stock.run_fresh(prompt, params), engine.run_fresh(prompt, params)
+    assert engine.compactions
+    assert len(got.prompt_logprobs) == len(prompt) and got.prompt_logprobs[0] is None
+    for one, other in zip(got.prompt_logprobs[1:], expected.prompt_logprobs[1:], strict=True):
+        assert one.keys() == other.keys()
+        assert all(abs(one[token].logprob - other[token].logprob) < 1e-4 for token in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_samples_of_a_request_are_each_as_by_itself(engine, long_ids, method):
+    prompt = long_ids(420, seed=9)
+    drawn = dict(temperature=1.0, top_p=0.9)
+    name = ask(engine, "all", prompt, sampling(16, method, n=3, seed=5, **drawn))
+    engine.finish()
+    together, kept = engine.outputs.pop(name), list(engine.compactions)
+    assert len(kept) == 3 and all(same_kept(one, kept[0]) for one in kept)
+    assert len({tuple(tokens(together, sample)) for sample in range(3)}) == 3
+    for sample in range(3):  # vLLM gives each sample the next seed
+        answer, own = alone(engine, prompt, sampling(16, method, seed=5 + sample, **drawn))
+        assert same_kept(own, kept[sample])
+        assert tokens(answer) == tokens(together, sample)
