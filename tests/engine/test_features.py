@@ -212,3 +212,71 @@ def test_samples_of_a_request_are_each_as_by_itself(engine, long_ids, method):
         answer, own = alone(engine, prompt, sampling(16, method, seed=5 + sample, **drawn))
         assert same_kept(own, kept[sample])
         assert tokens(answer) == tokens(together, sample)
+
+
+# ---------------------------------------------------------------------- quantized weights
+
+GROUP = 32  # input channels that share a scale
+
+
+def quantized(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """A weight `[out, in]` in 4 bits as GPTQ stores it, and what that stands for."""
+    groups = weight.T.unflatten(0, (-1, GROUP))  # [groups, GROUP, out]
+    scales = (groups.abs().amax(1, keepdim=True) / 7).bfloat16().float()
+    codes = (groups / scales).round().clamp(-8, 7)
+    plain = (codes * scales).flatten(0, 1).T
+    nibbles = (codes + 8).to(torch.int64).flatten(0, 1).unflatten(0, (-1, 8))  # [in / 8, 8, out]
+    shifts = torch.arange(0, 32, 4)[:, None]
+    packed = (nibbles << shifts).sum(1)
+    packed = torch.where(packed >= 2**31, packed - 2**32, packed).int()
+    zeros = torch.full((len(groups), weight.shape[0] // 8), 0x77777777, dtype=torch.int32)
+    order = torch.arange(weight.shape[1], dtype=torch.int32) // GROUP
+    return dict(qweight=packed, qzeros=zeros, scales=scales[:, 0].bfloat16(), g_idx=order), plain
+
+
+@pytest.fixture(scope="module")
+def in_four_bits(random_model, tmp_path_factory) -> tuple[Path, Path]:
+    """The random model with weights of 4 bits, and one with the numbers that these stand for."""
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    content = {}
+    for name, parameter in model.named_parameters():
+        if "_proj." not in name:
+            parameter.data = parameter.data.bfloat16().float()
+            content[name] = parameter.data.bfloat16()
+            continue
+        parts, plain = quantized(parameter.data)
+        content |= {name.replace("weight", part): value.contiguous() for part, value in parts.items()}
+        parameter.data = plain.contiguous()
+    folders = [tmp_path_factory.mktemp("models") / name for name in ("four-bits", "plain")]
+    for folder in folders:
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(random_model).save_pretrained(folder)
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["quantization_config"] = dict(
+        quant_method="gptq", bits=4, group_size=GROUP, desc_act=False, sym=True, lm_head=False
+    )
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    save_file(content, folders[0] / "model.safetensors", metadata={"format": "pt"})
+    return folders[0], folders[1]
+
+
+def test_over_quantized_weights_is_kept_what_is_kept_over_the_numbers_they_stand_for(
+    engines, in_four_bits, long_ids
+):
+    packed, plain = (engines(model, "snapkv:budget=0.25", dtype="bfloat16") for model in in_four_bits)
+    assert "qweight" in {name.rpartition(".")[2] for name, _ in packed.worker.get_model().named_parameters()}
+    prompt = long_ids(480, seed=10)
+    for method in [*METHODS, "criticalkv:budget=0.25"]:
+        expected, kept = alone(plain, prompt, sampling(12, method))
+        answer, own = alone(packed, prompt, sampling(12, method))
+        assert (own.counts - kept.counts).abs().sum() <= kept.counts.sum() / 20, method
+        exchanged = total = 0  # both round to bfloat16, otherwise
+        for mine, its in zip(own.positions(), kept.positions(), strict=True):
+            for one, other in zip(mine, its, strict=True):
+                exchanged, total = exchanged + len({*one} - {*other}), total + len(one)
+        assert exchanged < total / 20, method
+        first_difference(answer, expected, gap=0.2)
+    packed.check_nothing_left()
