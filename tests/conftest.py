@@ -57,6 +57,8 @@ LONGEST = [
     "engine/test_randomised.py",
     "engine/test_repetition.py",
     "engine/test_check.py",
+    "engine/test_features.py",
+    "engine/test_images.py",
     "engine/test_blocks.py",
     "engine/test_invariants.py",
     "engine/test_speculation.py",
@@ -157,7 +159,7 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     """Random models some of whose layers slide a window over 128 tokens, with SmolLM2's tokenizer.
 
-    Those like gpt-oss have sinks.
+    Those like gpt-oss have sinks; those of Llama 4 attend within chunks of 128 tokens.
     """
     import torch
     from drawn import draw_scorer
@@ -168,6 +170,8 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
         Gemma4TextConfig,
         GptOssConfig,
         GptOssForCausalLM,
+        Llama4ForCausalLM,
+        Llama4TextConfig,
     )
 
     common = dict(
@@ -224,8 +228,24 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     )
     for layer, sharpness in zip(gemma4.model.layers[2::3], (0.3, 0.6), strict=False):
         layer.self_attn.k_norm.weight.data.fill_(sharpness)
+    llama4 = Llama4ForCausalLM(
+        Llama4TextConfig(
+            **common,
+            intermediate_size_mlp=128,
+            num_hidden_layers=6,
+            layer_types=["chunked_attention", "chunked_attention", "full_attention"] * 2,
+            no_rope_layers=[1, 1, 0] * 2,
+            attention_chunk_size=128,
+            interleave_moe_layer_step=2,
+            num_local_experts=4,
+            num_experts_per_tok=1,
+            tie_word_embeddings=True,
+            initializer_range=0.15,
+        )
+    )
     made = {}
-    for name, model in {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss}.items():
+    models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4}
+    for name, model in models.items():
         made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
         model.save_pretrained(made[name])
         tokenizer.save_pretrained(made[name])

@@ -88,12 +88,19 @@ REFUSED = {
         "model_config__get_sliding_window": lambda: 4095,
         "model_config__hf_text_config__layer_types": ["sliding_attention"] * 2,
     },
-    "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager": {
+    "windows, chunks or states in one cache group with full attention; remove --disable-hybrid-kv": {
         "model_config__get_sliding_window": lambda: 4095,
         "scheduler_config__disable_hybrid_kv_cache_manager": True,
     },
-    "(chunked_attention)": {
-        "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"]
+    "attention within chunks in every layer": {
+        "model_config__hf_text_config__layer_types": ["chunked_attention"] * 2
+    },
+    "chunks or states in one cache group with full attention": {
+        "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"],
+        "scheduler_config__disable_hybrid_kv_cache_manager": True,
+    },
+    "hybrid attention (dilated_attention)": {
+        "model_config__hf_text_config__layer_types": ["full_attention", "dilated_attention"]
     },
     "ALiBi": {"model_config__uses_alibi": True},
     "ALiBi;": {"model_config__architectures": ["Step1ForCausalLM"]},
@@ -188,6 +195,7 @@ def test_latents_are_refused_on_a_gpu(on_gpu):
             "model_config__get_sliding_window": lambda: 128,
             "model_config__hf_text_config__layer_types": ["sliding_attention", "full_attention"],
         },
+        {"model_config__hf_text_config__layer_types": ["chunked_attention", "full_attention"]},
         {"scheduler_config__disable_hybrid_kv_cache_manager": True},  # a model without windows
         {"model_config__hf_text_config": SimpleNamespace(model_type="gemma3n_text", num_kv_shared_layers=1)},
         {"model_config__hf_text_config__model_type": "gpt_oss"},  # sinks
@@ -309,12 +317,13 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
     path.write_text(json.dumps({**content, "budgets": [0.25], "shares": [[[1], [2]]]}))
     compression = KVCompressionConfig.parse(f"snapkv:allocation=profile:{path}")
 
-    def engine(layers, heads, window=None):
+    def engine(layers, heads, window=None, types=None):
         model = SimpleNamespace(
             get_num_layers=lambda _: layers,
             get_num_kv_heads=lambda _: heads,
             use_mla=False,
             get_sliding_window=lambda: window,
+            hf_text_config=SimpleNamespace(layer_types=types),
             is_hybrid=False,
             max_model_len=4096,
         )
@@ -326,6 +335,8 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
     check_method(compression, engine(2, 1, 4096))
     with pytest.raises(KVCompressionError, match="some of this one slide a window; use another allocation"):
         check_method(compression, engine(2, 1, 128))
+    with pytest.raises(KVCompressionError, match="some of this one attend within chunks; use another"):
+        check_method(compression, engine(2, 1, types=["chunked_attention", "full_attention"]))
 
 
 def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():

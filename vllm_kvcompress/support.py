@@ -103,8 +103,9 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
     allocation = config.build_allocation()
-    if isinstance(allocation, Profile) and (slides_windows(model) or model.is_hybrid):
-        what = "keep states" if model.is_hybrid else "slide a window"
+    chunks = "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+    if isinstance(allocation, Profile) and (slides_windows(model) or chunks or model.is_hybrid):
+        what = "keep states" if model.is_hybrid else "attend within chunks" if chunks else "slide a window"
         raise KVCompressionError(
             "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
             f"one {what}; use another allocation"
@@ -285,9 +286,12 @@ def _refusals(config: VllmConfig):
         f"sliding-window attention over fewer tokens ({window}) than --max-model-len in every layer",
         f"use --max-model-len {window} or less, or serve this model without --kv-compression",
     )
+    chunks = "chunked_attention" in layer_types
+    yield chunks and not _has_full_attention(text), "attention within chunks in every layer", other_model
     yield (
-        (slides or model.is_hybrid) and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
-        "windows or states in one cache group with full attention",
+        (slides or chunks or model.is_hybrid)
+        and bool(config.scheduler_config.disable_hybrid_kv_cache_manager),
+        "windows, chunks or states in one cache group with full attention",
         "remove --disable-hybrid-kv-cache-manager",
     )
     yield (
@@ -295,7 +299,7 @@ def _refusals(config: VllmConfig):
         "prefixes that end within a block",
         "remove --prefix-match-unit",
     )
-    other_types = layer_types - {"full_attention", "sliding_attention"}
+    other_types = layer_types - {"full_attention", "sliding_attention", "chunked_attention"}
     yield (
         bool(other_types) and not model.is_hybrid,
         f"hybrid attention ({', '.join(sorted(map(str, other_types)))})",

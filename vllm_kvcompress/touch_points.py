@@ -585,6 +585,7 @@ TABLE: dict[str, Touched] = {
             "register_backend": "(backend, class_path=..., is_mamba=...)",
         },
     ),
+    "vllm.model_executor.layers.attention.chunked_local_attention": Touched(reads="get_attn_backend"),
     "vllm.v1.attention.selector": Touched(
         calls={
             "_cached_get_attn_backend": (
@@ -796,6 +797,9 @@ TABLE: dict[str, Touched] = {
         serving=False,
     ),
     "vllm.v1.executor.uniproc_executor:UniProcExecutor": Touched(reads="driver_worker", serving=False),
+    "vllm.v1.kv_cache_interface:ChunkedLocalAttentionSpec": Touched(
+        reads="attention_chunk_size", serving=False
+    ),
     "vllm.v1.kv_cache_interface:MambaSpec": Touched(reads="mamba_type", serving=False),
     "vllm.v1.kv_cache_interface:SlidingWindowSpec": Touched(reads="sliding_window", serving=False),
     "vllm.entrypoints.openai": Touched(

@@ -45,6 +45,7 @@ CASES = {
         compression=SNAPKV | {"when": "streaming", "recompact_every": 128},
     ),
     "windows": Case("hybrids", "gemma3", pool=90),
+    "chunks": Case("hybrids", "llama4", pool=90),
     "states": Case("stateful", "lfm2", prompt=600, options=STATEFUL["lfm2"]),
     "latents": Case("deepseek", pool=80, options={"block_size": 16}),
 }
@@ -67,7 +68,7 @@ def arguments(model, compression, options) -> list[str]:
 def bytes_of(engine: Engine) -> int:
     """What the caches of all layers take, looked up where they are."""
     context = engine.worker.compilation_config.static_forward_context
-    caches = [layer.kv_cache for layer in context.values()]
+    caches = [layer.kv_cache for layer in context.values() if hasattr(layer, "kv_cache")]
     tensors = [
         tensor for cache in caches for tensor in (cache if isinstance(cache, list | tuple) else [cache])
     ]

@@ -227,6 +227,23 @@ SERVED = {
         activation_sparsity_pattern=[0.0] * 4,
         laurel_rank=16,
     ),
+    "llama 4: chunks, and full attention without position embedding": family(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        (NONE,),
+        num_hidden_layers=4,
+        head_dim=32,
+        intermediate_size_mlp=64,
+        attention_chunk_size=64,
+        no_rope_layers=[1, 1, 1, 0],
+        layer_types=["chunked_attention"] * 3 + ["full_attention"],
+        interleave_moe_layer_step=2,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+        use_qk_norm=True,
+        attn_temperature_tuning=True,
+        rope_scaling=None,
+    ),
     "granite: sinks": family("GraniteForCausalLM", "granite", FULL, layer_types=["full_attention"] * 2),
     "gpt-oss: windows, sinks": family(
         "GptOssForCausalLM",
@@ -475,7 +492,7 @@ REFUSED = {
             layer_types=["sliding_attention", "full_attention"],
             options=dict(disable_hybrid_kv_cache_manager=True),
         ),
-        "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
+        "chunks or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
     ),
     "states without vLLM's hybrid manager": (
         family(
@@ -485,7 +502,7 @@ REFUSED = {
             options=dict(disable_hybrid_kv_cache_manager=True),
             **MAMBA2,
         ),
-        "windows or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
+        "chunks or states in one cache group with full attention; remove --disable-hybrid-kv-cache-manager",
     ),
     "drafts for a model that keeps states": (
         family(

@@ -85,6 +85,8 @@ OF_HYBRIDS = [
     "kvzip",
 ]
 HYBRIDS = ["gemma3", "gpt-oss"]
+CHUNKED = "chunked_attention"  # layers that attend within chunks of the context
+OF_CHUNKED = ["snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global", "kvzip"]
 # With random models some of whose layers keep a state, in blocks of three pages.
 OF_STATEFUL = [
     ("lfm2", "snapkv"),
@@ -115,6 +117,7 @@ class Attention:
         scale: of the softmax.
         bias: per layer `[H, tokens]`, added to the logits of a KV head's tokens: -inf where it dropped one;
             None for full attention.
+        seen: tokens after this pass.
     """
 
     queries: dict[int, Tensor]
@@ -123,6 +126,7 @@ class Attention:
     sinks: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0
     bias: Tensor | None = None
+    seen: int = 0
 
 
 ATTENTION = Attention({}, {}, {})
@@ -149,6 +153,11 @@ def eager_attention(module, query, key, value, attention_mask, scaling, sliding_
     if sliding_window is not None:
         gone = torch.ones(num_queries, num_keys).tril(num_keys - num_queries - sliding_window)
         mask.masked_fill_(gone.bool(), -torch.inf)
+    elif (getattr(module.config, "layer_types", None) or {module.layer_idx: ""})[module.layer_idx] == CHUNKED:
+        # Of keys in a cache transformers may have dropped the first ones.
+        seen = num_keys if num_keys == num_queries else ATTENTION.seen
+        chunk = torch.arange(seen) // module.config.attention_chunk_size
+        mask.masked_fill_(chunk[-num_queries:, None] != chunk[-num_keys:], -torch.inf)
     else:
         full = full_layers(module.config)
         layer = full.index(module.layer_idx) if module.layer_idx in full else len(full) - 1
@@ -210,6 +219,7 @@ class Model:
             ATTENTION.bias = None
             for of_another_model in (ATTENTION.queries, ATTENTION.keys, ATTENTION.values, ATTENTION.sinks):
                 of_another_model.clear()
+            ATTENTION.seen = len(ids)
             out = self.reference(torch.tensor([ids]), use_cache=True, logits_to_keep=1)
             self.prompts[len(ids)] = Prompt(
                 ids,
@@ -245,6 +255,7 @@ def continue_with(reference, prompt: Prompt, answer: list[int], bias: Tensor) ->
         at_once = 1 if reference.config.model_type in ("lfm2", "granitemoehybrid") else len(answer)
         for begin in range(0, len(answer) - 1, at_once):
             some = torch.tensor([answer[begin : min(begin + at_once, len(answer) - 1)]])
+            ATTENTION.seen = len(prompt.ids) + begin + some.shape[1]
             logits.append(reference(some, past_key_values=cache, use_cache=True).logits[0])
     finally:
         ATTENTION.bias = None
@@ -636,6 +647,7 @@ class Case:
         *(("smollm2", name) for name in REAL),
         *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
         *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
+        *(("llama4", name) for name in OF_CHUNKED),
         *OF_STATEFUL,
     ],
     ids="-".join,

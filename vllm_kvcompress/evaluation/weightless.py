@@ -20,7 +20,14 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
@@ -255,6 +262,9 @@ def _described(spec: KVCacheSpec) -> tuple[str, str, str]:
     if isinstance(spec, SlidingWindowSpec):
         what = f"a window of {spec.sliding_window} tokens, {heads}"
         return what, "left", "vLLM frees what slides out of a window"
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        what = f"chunks of {spec.attention_chunk_size} tokens, {heads}"
+        return what, "left", "vLLM frees a chunk once it is past"
     if isinstance(spec, MambaSpec):
         return f"a state ({spec.mamba_type}), {size}", "left", "a state does not grow"
     return f"{type(spec).__name__}, {heads or size}", "left", "it is not full attention"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed import get_tp_group
-from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.attention import Attention, MLAAttention, chunked_local_attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -67,7 +67,7 @@ class CompressionWorker(Worker):
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         self._block_size = self.cache_config.block_size
-        with backend_overrides(self.backends):
+        with backend_overrides(self.backends), stock_within_chunks():
             super().load_model(load_dummy_weights=load_dummy_weights)
         for layer in self._attention_layers():
             if not slides(layer.sliding_window, self.model_config.max_model_len):
@@ -411,6 +411,22 @@ def backend_overrides(backends: Mapping[AttentionBackendEnum, str]) -> Iterator[
         for backend in backends:
             backend.clear_override()
         _cached_get_attn_backend.cache_clear()
+
+
+@contextmanager
+def stock_within_chunks() -> Iterator[None]:
+    """Let the layers built inside that attend within chunks of a context be vLLM's own, builder and all."""
+    choose = chunked_local_attention.get_attn_backend
+
+    def stock(*args, **kwargs) -> type[AttentionBackend]:
+        chosen = choose(*args, **kwargs)
+        return getattr(chosen, "stock", chosen)
+
+    chunked_local_attention.get_attn_backend = stock
+    try:
+        yield
+    finally:
+        chunked_local_attention.get_attn_backend = choose
 
 
 def lacks_of_shape(num_heads: int, head_size: int, vllm_config: VllmConfig) -> dict[str, str]:
