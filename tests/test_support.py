@@ -34,6 +34,7 @@ def engine_config(**changes):
         parallel_config=SimpleNamespace(
             decode_context_parallel_size=1,
             prefill_context_parallel_size=1,
+            pipeline_parallel_size=1,
             use_ubatching=False,
             distributed_executor_backend=None,
         ),
@@ -120,7 +121,17 @@ REFUSED = {
     },
     "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "--block-size 16": {"cache_config__block_size": 16},
-    "speculative decoding with a draft model": {"speculative_config": SimpleNamespace(method="eagle")},
+    "speculative decoding with the draft model of eagle3; use ngram": {
+        "speculative_config": SimpleNamespace(method="eagle3")
+    },
+    "a draft model beside windows, chunks or latents (MLA); use ngram": {
+        "speculative_config": SimpleNamespace(method="eagle"),
+        "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"],
+    },
+    "a draft model and pipeline parallelism; remove": {
+        "speculative_config": SimpleNamespace(method="draft_model"),
+        "parallel_config__pipeline_parallel_size": 2,
+    },
 }
 
 on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="these are the limits on CPU")
@@ -327,7 +338,9 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
             is_hybrid=False,
             max_model_len=4096,
         )
-        return SimpleNamespace(model_config=model, parallel_config=None, additional_config={})
+        return SimpleNamespace(
+            model_config=model, parallel_config=None, additional_config={}, speculative_config=None
+        )
 
     check_method(compression, engine(2, 1))
     with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 30 of 3; use"):
@@ -360,6 +373,7 @@ def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
             scheduler_config=SimpleNamespace(max_num_seqs=8, max_num_active_seqs=None),
             aux_output_config=SimpleNamespace(enabled=False),
             additional_config={},
+            speculative_config=None,
         )
 
     for options in ("attention_matching", "attention_matching:queries=prompt"):
@@ -386,6 +400,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
             scheduler_config=SimpleNamespace(max_num_seqs=most, max_num_active_seqs=active),
             aux_output_config=SimpleNamespace(enabled=enabled),
             additional_config={},
+            speculative_config=None,
         )
 
     check_method(KVCompressionConfig.parse("kvzip"), engine(False))

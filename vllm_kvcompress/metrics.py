@@ -27,6 +27,10 @@ GAUGES = {
     ),
 }
 STATES = "raw", "compacted"
+DRAFTS = {
+    "drafts": ("draft_tokens", "Drafts of speculative decoding that were tried."),
+    "accepted": ("accepted_draft_tokens", "Those of them that were right."),
+}
 
 
 class CompressionMetrics:
@@ -55,6 +59,12 @@ class CompressionMetrics:
             labelnames=[*labels, "state"],
             multiprocess_mode="mostrecent",
         )
+        self._drafts = {
+            what: PrometheusStatLogger._counter_cls(
+                f"vllm:kv_compression_{name}", shown, labelnames=[*labels, "state"]
+            )
+            for what, (name, shown) in DRAFTS.items()
+        }
         self._since_log = CompressionStats()
         self._latest: dict[int, CompressionStats] = {}
         for engine in engines:
@@ -79,6 +89,8 @@ class CompressionMetrics:
         self._gauges["pressure"].labels(*labels).set(stats.pressure)
         for state in STATES:
             self._requests.labels(*labels, state).set(getattr(stats, state))
+            for what, counter in self._drafts.items():
+                counter.labels(*labels, state).inc(getattr(stats, f"{state}_{what}"))
         self._latest[engine] = stats
         self._since_log.compactions += stats.compactions
         self._since_log.seconds += stats.seconds

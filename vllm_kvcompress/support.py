@@ -34,6 +34,8 @@ LATENTS_LACK = {  # as in `LACKS`, of every model with multi-head latent attenti
     "needs_output_projection": "its query heads share latents (MLA), which are not its projection's values",
     "needs_own_keys": "its keys are normalised latents (MLA)",
 }
+NO_DRAFT_MODEL = ("ngram", "suffix")  # ways to speculate
+DRAFT_MODELS = ("draft_model", "eagle")  # those that were tried
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -71,6 +73,12 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
     if (problem := _format_problem(config, vllm_config)) is not None:
         raise KVCompressionError(f"kv-compression: {problem}")
     _check_needs(config, (vllm_config.additional_config or {}).get(LACKS, {}))
+    speculative = vllm_config.speculative_config
+    drafts = speculative is not None and speculative.method not in NO_DRAFT_MODEL
+    if drafts and (what := _beside_drafts(config)) is not None:
+        raise KVCompressionError(
+            f"kv-compression does not support {what} with a draft model; use another method"
+        )
     if config.repeats and 1 in _most_at_once(vllm_config):
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
@@ -146,6 +154,17 @@ def _warn_of_queries(method: str, option: str) -> None:
         method,
         option,
     )
+
+
+def _beside_drafts(config: KVCompressionConfig) -> str | None:
+    """What of a method cannot be done for the layers of a draft model; None if all can."""
+    if config.observes_all or config.repeats:  # some of a draft model's queries come twice, others never
+        return f"{config.method} (it watches every query)"
+    if config.record_format is not None:
+        return f"format {config.record_format.name}"
+    if config.threshold is not None:
+        return "threshold"
+    return "head profiles" if isinstance(config.build_allocation(), Profile) else None
 
 
 def _check_needs(config: KVCompressionConfig, lacks: Mapping[str, str]) -> None:
@@ -363,10 +382,22 @@ def _refusals(config: VllmConfig):
         f"--block-size {cache.block_size} on CPU",
         f"use a multiple of {CPU_BLOCK_SIZE}",
     )
+    drafts = speculative is not None and speculative.method not in NO_DRAFT_MODEL
     yield (
-        speculative is not None and speculative.method not in ("ngram", "suffix"),
-        "speculative decoding with a draft model",
+        drafts and (not on_cpu or speculative.method not in DRAFT_MODELS),
+        f"speculative decoding with the draft model of {speculative.method if drafts else ''}"
+        + ("" if on_cpu else " on a GPU, where no kernel notes what it asks for"),
         "use ngram speculation or none",
+    )
+    yield (
+        drafts and (slides or chunks or model.use_mla),
+        "a draft model beside windows, chunks or latents (MLA)",
+        "use ngram speculation or none",
+    )
+    yield (
+        drafts and config.parallel_config.pipeline_parallel_size > 1,
+        "a draft model and pipeline parallelism",
+        "remove --pipeline-parallel-size or --speculative-config",
     )
     yield (
         speculative is not None and model.is_hybrid,

@@ -462,7 +462,18 @@ class _Compression:
             self.compacting_manager.shrink(job.request_id, kept)
             assert tracked.held is not None
             tracked.held, tracked.uncounted = replace(tracked.held, kept_blocks=kept), None
+        self._count_drafts(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _count_drafts(self, scheduled: SchedulerOutput, output: ModelRunnerOutput) -> None:
+        """Note how many drafts of raw and of compacted requests were right."""
+        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
+            if (index := output.req_id_to_index.get(name)) is None:
+                continue
+            sampled = output.sampled_token_ids[index]
+            if len(sampled):
+                compacted = name in self.compacting_manager.compacted
+                self._stats.count_drafts(len(drafts), len(sampled) - 1, compacted)
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus

@@ -32,6 +32,10 @@ class CompressionStats:
         prefix_blocks: blocks that hold them.
         prefix_hits: requests that went on from one, once more if preempted since.
         prefix_hit_tokens: that they did not compute.
+        raw_drafts: tokens of speculative decoding that were tried of requests that hold all they computed.
+        raw_accepted: those of them that were right.
+        compacted_drafts: likewise of requests that are compacted.
+        compacted_accepted: likewise.
     """
 
     compactions: int = 0
@@ -48,6 +52,19 @@ class CompressionStats:
     prefix_blocks: int = 0
     prefix_hits: int = 0
     prefix_hit_tokens: int = 0
+    raw_drafts: int = 0
+    raw_accepted: int = 0
+    compacted_drafts: int = 0
+    compacted_accepted: int = 0
+
+    def count_drafts(self, tried: int, accepted: int, compacted: bool) -> None:
+        """Add what became of a request's drafts in a step."""
+        if compacted:
+            self.compacted_drafts += tried
+            self.compacted_accepted += accepted
+        else:
+            self.raw_drafts += tried
+            self.raw_accepted += accepted
 
     def count(self, jobs: Iterable[Job]) -> None:
         """Add a step's compactions."""

@@ -106,6 +106,31 @@ def probe_layers(
     return ProbedLayers(found, lacks)
 
 
+def draft_layers(layers: Sequence[Attention], vllm_config: VllmConfig) -> ProbedLayers:
+    """A draft model's layers, of which the constants are known alone: it is not tried as the model is.
+
+    Args:
+        layers: in the order of the cache's.
+        vllm_config: the engine's.
+    """
+    model = vllm_config.model_config
+    first_head, behind = _first_head(model.get_total_num_kv_heads()), model.get_total_num_hidden_layers()
+    found = [
+        LayerAttention(
+            scale=layer.impl.scale,
+            logits_soft_cap=layer.impl.logits_soft_cap,
+            sinks=_sinks(layer),
+            index=behind + number,
+            first_head=first_head,
+        )
+        for number, layer in enumerate(layers)
+    ]
+    reason = "it has a draft model, whose layers are not tried for it"
+    return ProbedLayers(
+        found, dict.fromkeys(("needs_rotary", "needs_output_projection"), reason) if found else {}
+    )
+
+
 def _sinks(layer: Attention) -> Tensor | None:
     """A layer's sinks `[H, G]`, this rank's, if it has any."""
     sinks = layer.impl.sinks

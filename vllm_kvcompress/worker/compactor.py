@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.allocation import Global, Profile
+from vllm_kvcompress.allocation import Allocation, Global, Profile, Uniform
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, Mixed, MixedDim, RecordFormat
 from vllm_kvcompress.formats.mixed_dim import half
 from vllm_kvcompress.matching import padded
@@ -149,6 +149,7 @@ class Compactor:
         layers: list[LayerAttention],
         largest: Callable[[Tensor], Tensor] = lambda own: own,
         agree: Callable[[Tensor, Literal["mean", "max"]], Tensor] | None = None,
+        num_drafting: int = 0,
     ) -> None:
         """Bind to a cache.
 
@@ -159,9 +160,11 @@ class Compactor:
                 same blocks but other heads.
             agree: makes of scores what all these ranks say together, where they have the same latents but
                 other query heads (see `Policy.of_ranks`); None where no rank has what another one has.
+            num_drafting: how many of the layers, the last ones, are a draft model's.
         """
         self._largest = largest
         self._agree = agree
+        self._num_drafting = num_drafting
         self.cache = cache
         self.grid = cache.grid
         self.layers = layers
@@ -269,7 +272,8 @@ class Compactor:
             capacity = ((together.num_scored - together.padding) // self.grid.block_size).view(shape)
         allocation, sinks = jobs[0].config.build_allocation(), jobs[0].config.sink_tokens
         widths = [each.num_scored for each in own]
-        counts = self.cache.allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
+        allocate = self.cache.allocate if not self._num_drafting else self._allocate_beside_drafts
+        counts = allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
         if type(tasks[0].policy).refine is not Policy.refine:
             self._refine(tasks, together, scores, counts * self.grid.block_size)
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
@@ -282,6 +286,25 @@ class Compactor:
             if len(tasks) > 1:
                 kept, rows = kept - (together.num_scored - held.num_scored), rows - index * len(held.pages)
             yield self._finish(task, held, counts[index], kept, rows)
+
+    def _allocate_beside_drafts(
+        self,
+        allocation: Allocation,
+        scores: Tensor,
+        num_pages: list[int] | Tensor,
+        widths: list[int],
+        sinks: int,
+        capacity: Tensor | None,
+    ) -> Tensor:
+        """As `PagedCache.allocate`, for a model and its draft model apart, so that it keeps what it would."""
+        assert isinstance(num_pages, list)
+        edge, counts = self.grid.num_layers - self._num_drafting, []
+        for layers, own in ((slice(0, edge), allocation), (slice(edge, None), Uniform())):
+            seen = scores[:, layers]
+            share = [pages // self.grid.num_layers * seen.shape[1] for pages in num_pages]  # of whole blocks
+            most = None if capacity is None else capacity[:, layers]
+            counts.append(self.cache.allocate(own, seen, share, widths, sinks, most))
+        return torch.cat(counts, 1)
 
     def _finish(
         self, task: _Task, held: _Candidates, counts: Tensor, columns: Tensor, row: Tensor

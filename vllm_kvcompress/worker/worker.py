@@ -22,6 +22,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_kvcompress import attention
 from vllm_kvcompress.attention.unsupported import OwnLayer, slides
@@ -33,7 +34,7 @@ from vllm_kvcompress.paging.spec import CompactableSpec, compactable_group
 from vllm_kvcompress.requests import saved
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.latents import latent_layers
-from vllm_kvcompress.requests.layers import ProbedLayers, probe_layers
+from vllm_kvcompress.requests.layers import ProbedLayers, draft_layers, probe_layers
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
@@ -113,6 +114,7 @@ class CompressionWorker(Worker):
                 "kv-compression needs layers of full attention on every pipeline rank; "
                 "use fewer, or run this model without --kv-compression"
             )
+        num_drafting = self._num_drafting(layers)
         groups = self.model_runner.attn_groups[index]
         num_blocks, num_heads, block_size, _ = cache_of(layers[0]).shape
         if len(groups) != 1 or block_size != group.kv_cache_spec.tokens_of_page:
@@ -139,8 +141,14 @@ class CompressionWorker(Worker):
             probed = ProbedLayers(latent_layers(layers), {})
         else:
             probed = probe_layers(
-                model, layers, self._attention_layers(), self.vllm_config, self._without_adapters
+                model,
+                layers[: len(layers) - num_drafting],
+                self._attention_layers(),
+                self.vllm_config,
+                self._without_adapters,
             )
+            drafting = draft_layers(layers[len(layers) - num_drafting :], self.vllm_config)
+            probed = ProbedLayers(probed.layers + drafting.layers, probed.lacks | drafting.lacks)
         self.lacks = probed.lacks | lacks_of_shape(num_heads, cache.head_size, self.vllm_config)
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
@@ -148,8 +156,32 @@ class CompressionWorker(Worker):
         self.compression = self.builder.state = CompressionState(rows, observer)
         # Latents are on every rank, query heads on one each.
         agree = agreed_by_ranks if self.model_config.use_mla else None
-        self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree)
+        self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree, num_drafting)
+        for group in self._draft_groups():
+            builder = group.get_metadata_builder()
+            builder.state, builder.has_sinks = self.compression, self.builder.has_sinks
         self._stopwatch, self._compacting = Stopwatch.of(cache.device), Stopwatch.of(cache.device)
+
+    def _draft_groups(self) -> list[AttentionGroup]:
+        """vLLM's groups of a draft model's layers; none without one."""
+        return getattr(getattr(self.model_runner, "drafter", None), "draft_attn_groups", [])
+
+    def _num_drafting(self, layers: Sequence[Attention]) -> int:
+        """How many layers of a draft model there are: behind the model's, and alike.
+
+        Raises:
+            KVCompressionError: they are not alike.
+        """
+        names = {name for group in self._draft_groups() for name in group.layer_names}
+        drafting = [layer for layer in layers if layer.layer_name in names]
+        alike = all(layer.impl.num_heads == layers[0].impl.num_heads for layer in drafting)
+        if len(drafting) != len(names) or not alike:
+            raise KVCompressionError(
+                "kv-compression needs a draft model with as many heads as the model and caches of its own; "
+                "use another --speculative-config, or run this model without --kv-compression"
+            )
+        assert layers[len(layers) - len(drafting) :] == drafting
+        return len(drafting)
 
     def _attention_layers(self) -> list[Attention]:
         """All of this rank's, also those that are not compacted."""
@@ -261,7 +293,11 @@ class CompressionWorker(Worker):
             raise
 
     def sample_tokens(self, grammar_output):
-        return self._reported(super().sample_tokens(grammar_output))
+        self.compression.live = bool(self._draft_groups())  # drafts are computed now
+        try:
+            return self._reported(super().sample_tokens(grammar_output))
+        finally:
+            self.compression.live = False
 
     def _reported(self, output):
         """The step's output, with the word of what its thresholds keep and how long solves and Jobs took."""

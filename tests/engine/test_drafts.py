@@ -1,0 +1,201 @@
+"""Draft models, whose layers are compacted with the model's, change neither a token nor what the model keeps.
+
+A draft model that is the model itself is always right, before compaction and after it.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling
+from prometheus_client import REGISTRY
+from safetensors.torch import save_file
+from vllm.exceptions import VLLMValidationError
+
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.metrics import CompressionMetrics
+from vllm_kvcompress.paging.statistics import CompressionStats
+
+NUM_TOKENS, NUM_DRAFTS = 44, 3
+DUMMY = {"load_format": "dummy"}
+LAYERS = 4  # of the model
+METHODS = {
+    "snapkv": "snapkv:budget=0.25",
+    "streaming": "snapkv:budget=0.25,when=streaming,recompact_every=96",
+    "streaming_llm, again": "streaming_llm:budget=0.25,recompact_every=8",
+    "tova": "tova:budget=0.3",
+    "keydiff": "keydiff:budget=0.3",
+    "adakv": "adakv:budget=0.3",
+    "pyramidkv": "pyramidkv:budget=0.3",
+    "kv_compress, again": "kv_compress:budget=0.25,recompact_every=8",
+    "off": "off",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(random_model, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """A model that says little, its first half as a draft model, and one of EAGLE's kind."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+    model.model.embed_tokens.weight.data *= 7
+    model.lm_head.weight.data[6:] *= 0.1
+    folders = {name: tmp_path_factory.mktemp("models") / name for name in ("model", "half", "eagle")}
+    model.save_pretrained(folders["model"])
+    last = f"model.layers.{LAYERS - 1}."
+    eagle = {
+        name.replace(last, "layers.0."): weight.clone()
+        for name, weight in model.state_dict().items()
+        if name.startswith(last) and "input_layernorm" not in name
+    }
+    size = model.config.hidden_size
+    eagle["fc.weight"] = torch.cat([0.3 * torch.eye(size), torch.eye(size)], 1)
+    eagle["embed_tokens.weight"] = model.model.embed_tokens.weight.data.clone()
+    model.model.layers = model.model.layers[: LAYERS // 2]
+    model.config.num_hidden_layers = LAYERS // 2
+    model.save_pretrained(folders["half"])
+    folders["eagle"].mkdir()
+    save_file(eagle, folders["eagle"] / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
+    (folders["eagle"] / "config.json").write_text(json.dumps(config))
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def plain(engines, checkpoints) -> Engine:
+    return engines(checkpoints["model"], "snapkv:budget=0.25")
+
+
+SERVED = [
+    *(("model", name) for name in ("snapkv", "streaming_llm, again", "tova", "streaming")),
+    *(("half", name) for name in ("adakv", "pyramidkv", "kv_compress, again", "off")),
+    *(("eagle", name) for name in ("snapkv", "kv_compress, again", "keydiff")),
+]
+
+
+@pytest.fixture
+def drafting(engines, checkpoints, plain):
+    """`drafting(name)`: the engine with a draft model of that name."""
+
+    def get(name: str) -> Engine:
+        method = "eagle" if name == "eagle" else "draft_model"
+        speculative = dict(method=method, model=str(checkpoints[name]), num_speculative_tokens=NUM_DRAFTS)
+        engine = engines(checkpoints["model"], "snapkv:budget=0.25", speculative_config=speculative)
+        engine.scheduler._take_stats()
+        return engine
+
+    return get
+
+
+def serve(engine: Engine, method: str, long_ids):
+    """Two prompts in a batch, to their ends: outputs, compactions, and what became of their drafts.
+
+    Of these the counts are of `(compacted, accepted)`.
+    """
+    engine.forget_prefixes()
+    engine.compactions.clear()
+    seen, update = Counter(), engine.scheduler.update_from_output
+
+    def counted(scheduled, output):
+        for name, drafts in scheduled.scheduled_spec_decode_tokens.items():
+            right = len(output.sampled_token_ids[output.req_id_to_index[name]]) - 1
+            compacted = engine.compaction_of(external_id(name)) is not None
+            seen[compacted, True] += right
+            seen[compacted, False] += len(drafts) - right
+        return update(scheduled, output)
+
+    engine.scheduler.update_from_output = counted
+    try:
+        names = [
+            engine.add(long_ids(length, seed=length), sampling(NUM_TOKENS, method), f"{length}")
+            for length in (230, 333)
+        ]
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            engine.check_accounts()
+    finally:
+        engine.scheduler.update_from_output = update
+    kept = {name: [one for one in engine.compactions if one.request == name] for name in names}
+    return [engine.outputs.pop(name) for name in names], kept, seen
+
+
+@pytest.mark.parametrize(("name", "method"), SERVED)
+def test_tokens_and_what_the_model_keeps_are_those_without_drafts(plain, drafting, long_ids, name, method):
+    engine = drafting(name)
+    expected, its, _ = serve(plain, METHODS[method], long_ids)
+    answers, own, drafts = serve(engine, METHODS[method], long_ids)
+    for answer, other in zip(answers, expected, strict=True):
+        assert first_difference(answer, other) is None
+    for request, compactions in its.items():
+        assert bool(compactions) == (method != "off")
+        for one, other in zip(own[request], compactions, strict=True):
+            assert one.job.num_tokens == other.job.num_tokens
+            assert len(one.job.destination) == len(other.job.destination)
+            assert torch.equal(one.counts[:LAYERS], other.counts)
+            assert one.positions()[:LAYERS] == other.positions()
+            if name == "model":  # whose draft model keeps the same of its own
+                assert torch.equal(one.counts[LAYERS:], other.counts)
+                assert one.positions()[LAYERS:] == other.positions()
+    assert drafts[True, True] + drafts[False, True] > 0
+    if name == "model":  # all are right, but those that were made before a compaction and tried after it
+        wrong = drafts[False, False] + drafts[True, False]
+        assert wrong <= NUM_DRAFTS * sum(len(compactions) for compactions in own.values())
+        assert drafts[True, True] > 40
+    told = engine.scheduler._take_stats()
+    assert told.raw_accepted == drafts[False, True] and told.compacted_accepted == drafts[True, True]
+    assert told.raw_drafts - told.raw_accepted == drafts[False, False]
+    assert told.compacted_drafts - told.compacted_accepted == drafts[True, False]
+    assert bool(told.raw_drafts) == (method == "off")  # others are compacted before their second token
+    engine.check_nothing_left()
+    assert engine.free == NUM_BLOCKS - 1
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ("h2o", r"support h2o \(it watches every query\) with a draft model; use another"),
+        ("kvzip", r"support kvzip \(it watches every query\) with"),
+        ("kivi", "support format kivi4 with"),
+        ("snapkv+k4v3", "support format k4v3 with"),
+        ("expected_attention", "has a draft model, whose layers are not tried for it; use another method"),
+        ("criticalkv", "has a draft model, whose layers are not tried for it; use another method"),
+    ],
+)
+def test_what_a_draft_model_cannot_follow_is_refused_with_one_line(drafting, long_ids, method, reason):
+    with pytest.raises(VLLMValidationError, match=reason) as error:
+        drafting("half").add(long_ids(300), sampling(4, method))
+    assert "\n" not in str(error.value)
+
+
+def test_a_draft_model_with_other_heads_is_refused_at_start(engines, checkpoints, tmp_path):
+    config = json.loads((checkpoints["half"] / "config.json").read_text())
+    config |= {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}
+    for path in checkpoints["half"].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    speculative = dict(method="draft_model", model=str(tmp_path), num_speculative_tokens=NUM_DRAFTS)
+    with pytest.raises(KVCompressionError, match="needs a draft model with as many heads .*; use") as error:
+        engines(checkpoints["model"], "snapkv", speculative_config=speculative | {"draft_load_config": DUMMY})
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_tells_how_many_drafts_were_right_of_raw_and_of_compacted_requests():
+    config = SimpleNamespace(model_config=SimpleNamespace(served_model_name="drafted"))
+    metrics = CompressionMetrics(config, [0])
+    stats = CompressionStats()
+    for tried, accepted, compacted in ((3, 2, False), (3, 1, True), (2, 0, True)):
+        stats.count_drafts(tried, accepted, compacted)
+    metrics.record(stats, 0), metrics.record(stats, 0)
+    for state, drafts, accepted in (("raw", 6, 4), ("compacted", 10, 2)):
+        labels = {"model_name": "drafted", "engine": "0", "state": state}
+        told = [
+            REGISTRY.get_sample_value(f"vllm:kv_compression_{name}_total", labels)
+            for name in ("draft_tokens", "accepted_draft_tokens")
+        ]
+        assert told == [drafts, accepted]
