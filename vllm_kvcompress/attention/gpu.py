@@ -6,7 +6,7 @@ serves batches with and without compacted rows: which is which is read on the de
 in place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,9 +32,13 @@ from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choo
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.ring import write_rings
+from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.float8 import ON_GPU
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
+
+RAW = number_of(None)
 
 
 class RowArrays:
@@ -73,6 +77,31 @@ class RowArrays:
         return stock
 
 
+class ShareLists:
+    """The shares of a batch's compacted rows, in arrays that stay in place for captured graphs."""
+
+    def __init__(self, grid: PageGrid, max_rows: int, at_once: int, device: torch.device) -> None:
+        """Make room for so many rows, on a device that runs `at_once` programs at a time."""
+        self._size = max_rows, grid.num_layers, grid.num_heads, at_once, device
+        self._block_size = grid.block_size
+        self._shares: dict[int, Shares] = {}
+        self._cut: set[int] = set()  # of which there are any
+
+    def of(self, format_id: int) -> Shares:
+        """Those of rows of a format, see `Runs`."""
+        if format_id not in self._shares:
+            self._shares[format_id] = Shares.empty(*self._size)
+        return self._shares[format_id]
+
+    def update(self, runs: Runs, rows: Rows, held: set[int]) -> None:
+        """List the shares of a batch whose compacted rows are of these formats, and of no other any more."""
+        if rows.max_query_len > MAX_TILE:  # kernels have other programs for rows that long
+            return
+        for format_id in held | self._cut:
+            self.of(format_id).cut(runs, rows, self._block_size, format_id)
+        self._cut = held
+
+
 @dataclass(frozen=True)
 class CompressedBatch:
     """What the layers do to a batch beside vLLM's own attention.
@@ -85,6 +114,7 @@ class CompressedBatch:
         formats: those that rows may be compacted to.
         largest_ring: queries of the largest ring that a row may have; 0 if none has one.
         spans: what the policies that watch every query note.
+        shares: of the rows that are compacted, by what `Runs.format` says of them.
         max_keys: a bound on the keys of a head.
         processors: streaming multiprocessors of the device.
     """
@@ -96,6 +126,7 @@ class CompressedBatch:
     formats: tuple[Format, ...]
     largest_ring: int
     spans: list[Span]
+    shares: Mapping[int, Shares]
     max_keys: int
     processors: int
 
@@ -131,6 +162,7 @@ class CompressedBatch:
                 compacted_only=True,
                 scales=scales,
                 sinks=layer.sinks,
+                shares=self.shares[RAW],
             )
         for format in self.formats:
             read = format, number_of(format)
@@ -152,6 +184,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
 
     state: "CompressionState | None" = None  # both set by the worker once the cache exists
     arrays: RowArrays
+    share_lists: ShareLists
     processors: int = 1
     format: Format | None = None  # the engine's own, for which captured graphs have a place
     _capturing = False
@@ -204,13 +237,15 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         for query_len in (2**power for power in range(MAX_TILE.bit_length() + 1)):
             bounds = torch.tensor([0, query_len, 2 * query_len], dtype=torch.int32, device=device)
             rows = Rows(arrays.slot, block_table, bounds.diff(), bounds, query_len)
+            numbers = {number_of(format) for format in (None, self.format)}
+            self.share_lists.update(runs, rows, numbers)
             out = torch.zeros(2 * query_len, layer.num_heads, layer.head_size, dtype=dtype, device=device)
             query = out if module.query_quant is None else out.to(layer.keys.dtype)
             constants = 0, layer.scale, layer.logits_soft_cap
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 cache = layer.keys, layer.values
                 own = *constants, num_splits
-                alike = dict(scales=scales, sinks=layer.sinks)
+                alike = dict(scales=scales, sinks=layer.sinks, shares=self.share_lists.of(RAW))
                 attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, **alike)
                 if self.format is not None:
                     layer_and_format = 0, self.format, number_of(self.format)
@@ -240,20 +275,26 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         self.arrays.show(shown)
         captured = {self.format} if self._capturing else set()
         largest_ring = max((capacity for _, _, capacity in shown), default=0)
+        rows = Rows(
+            slot=self.arrays.slot,
+            block_table=common.block_table_tensor,
+            seq_lens=common.seq_lens,
+            query_start_loc=common.query_start_loc,
+            max_query_len=common.max_query_len,
+        )
+        self.share_lists.update(state.runs.arrays, rows, {number_of(format) for format in held})
+        attends = self._capturing or None in held
+        formats = tuple(format for format in EVERY_FORMAT if format in held | captured)
+        numbers = [*[RAW] * attends, *map(number_of, formats)]
         return CompressedBatch(
             runs=state.runs.arrays,
-            rows=Rows(
-                slot=self.arrays.slot,
-                block_table=common.block_table_tensor,
-                seq_lens=common.seq_lens,
-                query_start_loc=common.query_start_loc,
-                max_query_len=common.max_query_len,
-            ),
+            rows=rows,
             arrays=self.arrays,
-            attends=self._capturing or None in held,
-            formats=tuple(format for format in EVERY_FORMAT if format in held | captured),
+            attends=attends,
+            formats=formats,
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
+            shares={number: self.share_lists.of(number) for number in numbers},
             max_keys=common.max_seq_len,
             processors=self.processors,
         )

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vllm_kvcompress.kernels.arithmetic import DTYPES, dot, tanh
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
+from vllm_kvcompress.kernels.shares import MIN_SHARE, Shares
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program reads at once
 MIN_DOT = 16  # rows and columns of tl.dot
-MIN_SHARE = 256  # keys: a shorter share costs more to merge than it saves
 MAX_SPLITS = 64
 MAX_TILE = 64  # queries times group of a program
 
@@ -38,6 +38,7 @@ def attend(
     compacted_only: bool = False,
     scales: Scales | None = None,
     sinks: Tensor | None = None,
+    shares: Shares | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every row's newest tokens over what each KV head holds.
 
@@ -66,6 +67,8 @@ def attend(
             other kernels write it.
         scales: the layer's, if the cache is float8.
         sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
+        shares: what `Shares.cut` has listed of the same rows, with the same `compacted_only`, in place of
+            `num_splits` and `min_share`; of no use where a row may have more queries than one tile.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -81,30 +84,39 @@ def attend(
     assert out.stride(2) == 1 and out.dtype in DTYPES and query.dtype in (out.dtype, keys.dtype)
     assert (keys.dtype == out.dtype) if scales is None else (keys.element_size() == 1)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
-    if sinks is not None:  # which shares have in common
-        num_splits = max(num_splits, 2)
-    if num_splits > 1:
-        shape = (num_tokens, query_heads, num_splits)
-        share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
-        share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
-    else:
-        share_out, share_lse = out[:, :, None], lse[:, :, None]
-
     channels = triton.next_power_of_2(head_size)
     tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * out.element_size())))
-    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE))
+    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE, _most_rows(out)))
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
     num_rows = rows.seq_lens.shape[0]
-    # Of the rows together, T // queries + R tiles are always enough, however the tokens are spread over them.
-    num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
+    shares = shares if one_tile else None
+    if shares is not None:
+        programs = shares.num_programs(num_rows), 1, 1
+        parts = programs[0], queries * group
+        share_out = torch.empty(*parts, head_size, dtype=torch.float32, device=query.device)
+        share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
+        # No stride may hang on the number of programs: the kernel would be compiled for some of them anew.
+        strides = 0, *share_out.stride()[:2], 0, *share_lse.stride()
+    else:
+        if sinks is not None:  # which shares have in common
+            num_splits = max(num_splits, 2)
+        # Of the rows together, T // queries + R tiles are always enough, however the tokens are spread.
+        programs = num_rows if one_tile else num_tokens // queries + num_rows, heads, num_splits
+        share_out, share_lse = out[:, :, None], lse[:, :, None]
+        if num_splits > 1:
+            shape = (num_tokens, query_heads, num_splits)
+            share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
+            share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        strides = *share_out.stride()[:3], *share_lse.stride()
     inner, outer = logit_factors(scale, logits_soft_cap)
-    _attend_kernel[num_tiles, heads, num_splits](
+    _attend_kernel[programs](
         query,
         keys,
         values,
         share_out,
         share_lse,
+        *((None,) * 5 if shares is None else (shares.work, shares.arrived, out, lse, sinks)),
         *((None,) * 3 if scales is None else (scales.query, scales.key, scales.value)),
         runs.destination,
         runs.start,
@@ -121,11 +133,13 @@ def attend(
         outer,
         *query.stride()[:2],
         *keys.stride()[:4],
-        *share_out.stride()[:3],
-        *share_lse.stride(),
+        *strides,
+        *((0,) * 4 if shares is None else (*shares.work.stride()[:2], *out.stride()[:2])),
         runs.destination.stride(0),
         runs.start.stride(0),
         rows.block_table.stride(0),
+        SHARES=shares is not None,
+        SINKS=shares is not None and sinks is not None,
         SOFT_CAP=logits_soft_cap > 0,
         COMPACTED_ONLY=compacted_only,
         ONE_TILE=one_tile,
@@ -141,10 +155,9 @@ def attend(
         DTYPE=DTYPES[out.dtype],
         FLOAT8=scales is not None,
         FLOAT8_QUERY=query.dtype != out.dtype,
-        num_warps=4,
-        num_stages=3,
+        **_depth(out.element_size(), channels, tile_rows, scales is not None),
     )
-    if num_splits > 1:
+    if shares is None and num_splits > 1:
         merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only, sinks)
     return out, lse
 
@@ -194,6 +207,32 @@ def merge(
         ALL=triton.next_power_of_2(num_splits),
         AT_ONCE=min(16, triton.next_power_of_2(num_splits)),
     )
+
+
+def _depth(itemsize: int, channels: int, tile_rows: int, float8: bool) -> dict[str, int]:
+    """Warps and stages of a program, as compiled code is best: keys and values in two buffers each, and
+    nothing in memory for want of registers. Two of five stages are the page's number and what it leads to.
+    """
+    if torch.version.hip:  # stages are not NVIDIA's there; nobody has looked at compiled code
+        return {"num_warps": 4, "num_stages": 3}
+    if itemsize == 4:
+        if tile_rows > MIN_DOT:
+            return {"num_warps": 8, "num_stages": 3}
+        return {"num_warps": 4, "num_stages": 5 if channels <= 128 else 3}
+    if tile_rows > 32:
+        return {"num_warps": 8, "num_stages": 5}
+    narrow = tile_rows == MIN_DOT and channels <= 128 and not float8
+    return {"num_warps": 2 if narrow else 4, "num_stages": 5}
+
+
+def programs_at_once(shared_bytes: int) -> int:
+    """Programs with two buffers of keys and two of values that so much shared memory has room for."""
+    return max(1, shared_bytes // (4 * TILE_BYTES + 8 * 1024))
+
+
+def _most_rows(out: Tensor) -> int:
+    """Rows of the score matrix for which there are registers."""
+    return 32 if out.element_size() == 4 else MAX_TILE
 
 
 def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> int:
@@ -293,13 +332,62 @@ def _token_offsets(
     return offset + (key % BLOCK_SIZE) * token_stride
 
 
+@triton.jit
+def arrives_last(arrived, item, count):
+    """Whether all other shares of a head have been written, by programs that came before."""
+    tl.debug_barrier()  # every thread has written its part before one of them says so to other programs
+    last = tl.atomic_add(arrived + item, 1, sem="acq_rel", scope="gpu") == count - 1
+    if last:
+        tl.store(arrived + item, 0)
+    return last
+
+
+@triton.jit
+def merge_shares(lse_at, out_at, lse_share, out_share, count, real, mask):
+    """Log-sum-exp `[ROWS]` and result `[ROWS, CHANNELS]` of a head's shares, one behind the other.
+
+    In their order, whoever came last, so that the sum is the same to the last bit. Past the first cache:
+    other programs have written them.
+    """
+    peak = tl.full(lse_at.shape, -float("inf"), tl.float32)
+    total = tl.zeros(lse_at.shape, tl.float32)
+    result = tl.zeros(mask.shape, tl.float32)
+    for share in range(0, count):
+        own = tl.load(lse_at + share * lse_share, mask=real, other=-float("inf"), cache_modifier=".cg")
+        part = tl.load(out_at + share * out_share, mask=mask, other=0.0, cache_modifier=".cg")
+        new_peak = tl.maximum(peak, own)
+        level = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weight, shrink = tl.exp(own - level), tl.exp(peak - level)
+        total = total * shrink + weight
+        result = result * shrink[:, None] + part * weight[:, None]
+        peak = new_peak
+    divisor = tl.where(total > 0.0, total, 1.0)
+    return tl.where(total > 0.0, peak + tl.log(divisor), -float("inf")), result / divisor[:, None]
+
+
+@triton.jit
+def sink_in(lse, result, sink):
+    """Log-sum-exp and result with one more logit, to which no value belongs."""
+    peak = tl.maximum(lse, sink)
+    level = tl.where(peak == -float("inf"), 0.0, peak)
+    own = tl.exp(lse - level)
+    total = own + tl.exp(sink - level)
+    divisor = tl.where(total > 0.0, total, 1.0)
+    return tl.where(total > 0.0, level + tl.log(divisor), -float("inf")), result * (own / divisor)[:, None]
+
+
 @triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
 def _attend_kernel(
     query,
     keys,
     values,
-    share_out,  # [T, Hq, splits, D]
-    share_lse,  # [T, Hq, splits]
+    share_out,  # [T, Hq, splits, D], or if SHARES [P, rows of a tile, D]
+    share_lse,  # [T, Hq, splits], or if SHARES [P, rows of a tile]
+    work,
+    arrived,
+    out,
+    lse_out,
+    sinks,
     query_scale,
     key_scale,
     value_scale,
@@ -328,9 +416,15 @@ def _attend_kernel(
     lse_token,
     lse_head,
     lse_split,
+    work_field,
+    work_layer,
+    final_token,
+    final_head,
     destination_row,
     start_row,
     table_row,
+    SHARES: tl.constexpr,
+    SINKS: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     COMPACTED_ONLY: tl.constexpr,
     ONE_TILE: tl.constexpr,
@@ -347,17 +441,26 @@ def _attend_kernel(
     FLOAT8: tl.constexpr,
     FLOAT8_QUERY: tl.constexpr,
 ):
-    head, split = tl.program_id(1), tl.program_id(2)
-    row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
+    if SHARES:
+        program = tl.program_id(0)
+        share_at = work + layer * work_layer + program
+        item = tl.load(share_at)
+        if item < 0:
+            return
+        row, head, first_query = item // HEADS, item % HEADS, 0
+    else:
+        head = tl.program_id(1)
+        row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     slot = tl.load(row_slot + row)
     compacted = slot >= 0
-    idle = first_query >= num_queries
-    if COMPACTED_ONLY:
-        idle = idle | (not has_format(slot, formats, 0))
-    if idle:
-        return
+    if not SHARES:  # else all others are left out of the work
+        idle = first_query >= num_queries
+        if COMPACTED_ONLY:
+            idle = idle | (not has_format(slot, formats, 0))
+        if idle:
+            return
 
     state = tl.maximum(slot, 0).to(tl.int64)
     run = start + state * start_row + layer * HEADS + head
@@ -369,21 +472,26 @@ def _attend_kernel(
 
     # The row's first query is that many keys behind the head's first.
     own = run_pages * BLOCK_SIZE - raw_from + tl.load(seq_lens + row) - num_queries
-    visible = own + tl.minimum(first_query + QUERIES, num_queries)
-    share = tl.cdiv(tl.cdiv(visible, tl.num_programs(2)), KEYS) * KEYS
-    share = tl.maximum(share, min_share)
-    begin = split * share
-    end = tl.minimum(begin + share, visible)
+    if SHARES:
+        begin, end = tl.load(share_at + work_field), tl.load(share_at + 2 * work_field)
+    else:
+        split = tl.program_id(2)
+        visible = own + tl.minimum(first_query + QUERIES, num_queries)
+        share = tl.cdiv(tl.cdiv(visible, tl.num_programs(2)), KEYS) * KEYS
+        share = tl.maximum(share, min_share)
+        begin = split * share
+        end = tl.minimum(begin + share, visible)
 
     pair = tl.arange(0, ROWS)
     number = first_query + pair // GROUP
     token = (first_token + number).to(tl.int64)
     query_of = head * GROUP + pair % GROUP
     real = (pair < QUERIES * GROUP) & (number < num_queries)
-    lse_at = share_lse + token * lse_token + query_of * lse_head + split * lse_split
-    if begin >= end:
-        tl.store(lse_at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
-        return
+    if not SHARES:
+        lse_at = share_lse + token * lse_token + query_of * lse_head + split * lse_split
+        if begin >= end:
+            tl.store(lse_at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
+            return
 
     channel = tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
@@ -444,12 +552,36 @@ def _attend_kernel(
     some = total > 0.0
     divisor = tl.where(some, total, 1.0)
     lse = tl.where(some, (peak + tl.log2(divisor)) * 0.6931471805599453, -float("inf"))
-    tl.store(lse_at, lse, mask=real)
     result = result / divisor[:, None]
     if FLOAT8:
         result *= tl.load(value_scale)
-    out_at = share_out + token * out_token + query_of * out_head + split * out_split
-    tl.store(out_at[:, None] + channel[None, :], result.to(share_out.dtype.element_ty), mask=real_channels)
+    if SHARES:
+        first, count = tl.load(share_at + 3 * work_field), tl.load(share_at + 4 * work_field)
+        last = count == 1
+        if count > 1:
+            part_lse = share_lse + first.to(tl.int64) * lse_head + pair * lse_split
+            part_out = (
+                share_out + first.to(tl.int64) * out_head + (pair * out_split)[:, None] + channel[None, :]
+            )
+            mine = program - first
+            tl.store(part_lse + mine * lse_head, lse, mask=real)
+            tl.store(part_out + mine * out_head, result, mask=real_channels)
+            last = arrives_last(arrived, item, count)
+            if last:
+                lse, result = merge_shares(part_lse, part_out, lse_head, out_head, count, real, real_channels)
+        if last:
+            if SINKS:
+                sink = tl.load(sinks + query_of, mask=real, other=-float("inf")).to(tl.float32)
+                lse, result = sink_in(lse, result, sink)
+            tl.store(lse_out + token * (HEADS * GROUP) + query_of, lse, mask=real)
+            out_at = out + token * final_token + query_of * final_head
+            tl.store(out_at[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask=real_channels)
+    else:
+        tl.store(lse_at, lse, mask=real)
+        out_at = share_out + token * out_token + query_of * out_head + split * out_split
+        tl.store(
+            out_at[:, None] + channel[None, :], result.to(share_out.dtype.element_ty), mask=real_channels
+        )
 
 
 @triton.jit(do_not_specialize=["format_id", "num_rows"])

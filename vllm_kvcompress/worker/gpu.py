@@ -11,9 +11,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays
+from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays, ShareLists
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
+from vllm_kvcompress.kernels.attention import programs_at_once
 from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
@@ -55,8 +56,12 @@ class CompressionGPUWorker(CompressionWorker):
         self.compression.observer.kernel_writes_rings = True
         max_rows = max(max_requests, self.compilation_config.max_cudagraph_capture_size or 0)
         self.builder.arrays = RowArrays(max_rows, device)
+        at_once = 1
         if device.type == "cuda":
-            self.builder.processors = torch.cuda.get_device_properties(device).multi_processor_count
+            properties = torch.cuda.get_device_properties(device)
+            self.builder.processors = properties.multi_processor_count
+            at_once = self.builder.processors * programs_at_once(properties.shared_memory_per_multiprocessor)
+        self.builder.share_lists = ShareLists(grid, max_rows, at_once, device)
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         if not isinstance(builder, CompressedMetadataBuilder):

@@ -1,0 +1,299 @@
+"""Cuts the keys of each head into shares by the head's own length, for rows of few queries.
+
+Heads of one row may differ a hundredfold in length, and a captured graph's grid cannot follow. So a kernel is
+launched with as many programs as could be of use, and what each of them attends over is looked up: once a
+step, before all layers, one kernel lists the shares of every layer by the lengths of this step. The shares of
+a layer are nearly alike, and where there is little to read there are as many as the device runs at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vllm_kvcompress.kernels.batch import Rows, Runs
+
+MIN_SHARE = 256  # keys: a shorter share costs more to merge than it saves
+ENOUGH = 1024  # keys of a share: there are no shorter ones but to fill the device once
+WAVES = 4  # most times that shares fill the device, beside the heads that are not cut
+AT_ONCE = 1024  # heads or programs
+FIELDS = 5
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What each program of a kernel attends over, in arrays that stay in place for captured graphs.
+
+    Attributes:
+        work: `[5, L, P]` int32, of each layer's programs: the row times H plus the KV head, or -1 if there is
+            nothing to do; the first key and the one behind the last; the first program of that head, and how
+            many it has.
+        ends: `[L, R·H]` int32, one past the last program of each head.
+        arrived: `[R·H]` int32, programs of a head that are done; all 0 between launches.
+        heads: H.
+        at_once: programs that the device runs at a time.
+    """
+
+    work: Tensor
+    ends: Tensor
+    arrived: Tensor
+    heads: int
+    at_once: int
+
+    @classmethod
+    def empty(
+        cls, max_rows: int, layers: int, heads: int, at_once: int, device: torch.device | str
+    ) -> "Shares":
+        """Room for the shares of so many rows, with nothing to do."""
+        items = max_rows * heads
+        return cls(
+            work=torch.full((FIELDS, layers, WAVES * at_once + items), -1, dtype=torch.int32, device=device),
+            ends=torch.zeros(layers, items, dtype=torch.int32, device=device),
+            arrived=torch.zeros(items, dtype=torch.int32, device=device),
+            heads=heads,
+            at_once=at_once,
+        )
+
+    def num_programs(self, num_rows: int) -> int:
+        """How many programs a batch of so many rows may need."""
+        assert num_rows * self.heads <= len(self.arrived)
+        return WAVES * self.at_once + num_rows * self.heads
+
+    def cut(
+        self,
+        runs: Runs,
+        rows: Rows,
+        block_size: int,
+        format_id: int = 0,
+        compacted_only: bool = True,
+        align: int = 128,
+        min_share: int = MIN_SHARE,
+    ) -> None:
+        """List the shares of a batch, of all layers.
+
+        Args:
+            runs: where compacted rows have their pages.
+            rows: the batch.
+            block_size: tokens of a raw page.
+            format_id: of the rows that are served, see `Runs`; of records, those of the first part count.
+            compacted_only: serve no others; else every row of raw pages.
+            align: keys that shares begin at multiples of.
+            min_share: least keys of a share, but for a head's last.
+        """
+        layers, num_rows = self.ends.shape[0], rows.seq_lens.shape[0]
+        assert num_rows * self.heads <= len(self.arrived)
+        assert runs.start.shape[1] == layers * self.heads + 1
+        _cut_kernel[(layers,)](
+            self.work,
+            self.ends,
+            runs.start,
+            runs.boundary,
+            runs.format,
+            runs.encoded,
+            rows.slot,
+            rows.seq_lens,
+            rows.query_start_loc,
+            num_rows,
+            self.ends.shape[1],
+            self.work.shape[2],
+            self.at_once,
+            format_id,
+            min_share,
+            runs.start.stride(0),
+            runs.encoded.stride(0),
+            HEADS=self.heads,
+            BLOCK_SIZE=block_size,
+            RECORDS=format_id > 0,
+            COMPACTED_ONLY=compacted_only,
+            ALIGN=align,
+            WAVES=WAVES,
+            ENOUGH=ENOUGH,
+            AT_ONCE=AT_ONCE,
+        )
+
+
+@triton.jit
+def _lengths(
+    item,
+    present,
+    layer,
+    start,
+    boundary,
+    formats,
+    encoded,
+    row_slot,
+    seq_lens,
+    query_start_loc,
+    format_id,
+    start_row,
+    part_row,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    RECORDS: tl.constexpr,
+    COMPACTED_ONLY: tl.constexpr,
+):
+    """Keys of heads, run and raw tail; 0 where others serve the row or it has no query."""
+    row, head = item // HEADS, item % HEADS
+    slot = tl.load(row_slot + row, mask=present, other=-1)
+    compacted = present & (slot >= 0)
+    state = tl.maximum(slot, 0).to(tl.int64)
+    served = compacted & (tl.load(formats + state, mask=compacted, other=-1) == format_id)
+    if not COMPACTED_ONLY:
+        served = served | (present & (slot < 0))
+    queries = tl.load(query_start_loc + row + 1, mask=served, other=0)
+    queries -= tl.load(query_start_loc + row, mask=served, other=0)
+    if RECORDS:
+        held = tl.load(encoded + state * part_row + layer * HEADS + head, mask=served, other=0)
+    else:
+        run = start + state * start_row + layer * HEADS + head
+        pages = tl.load(run + 1, mask=served & compacted, other=0)
+        held = (pages - tl.load(run, mask=served & compacted, other=0)) * BLOCK_SIZE
+    raw_from = tl.load(boundary + state, mask=served & compacted, other=0)
+    length = held + tl.load(seq_lens + row, mask=served, other=0) - raw_from
+    return tl.where(served & (queries > 0), length, 0)
+
+
+@triton.jit
+def _count(length, most, ALIGN: tl.constexpr):
+    """How many shares heads are cut into, none longer than `most`, and keys of each but the last."""
+    count = tl.maximum(tl.cdiv(length, most), 1)
+    share = tl.cdiv(tl.cdiv(length, count), ALIGN) * ALIGN
+    return tl.cdiv(length, tl.maximum(share, 1)), share
+
+
+@triton.jit(do_not_specialize=["num_rows", "max_items", "max_programs", "at_once", "format_id", "min_share"])
+def _cut_kernel(
+    work,  # [FIELDS, L, max_programs]
+    item_ends,  # [L, max_items]
+    start,
+    boundary,
+    formats,
+    encoded,
+    row_slot,
+    seq_lens,
+    query_start_loc,
+    num_rows,
+    max_items,
+    max_programs,
+    at_once,
+    format_id,
+    min_share,
+    start_row,
+    part_row,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    RECORDS: tl.constexpr,
+    COMPACTED_ONLY: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WAVES: tl.constexpr,
+    ENOUGH: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    layer = tl.program_id(0)
+    num_layers = tl.num_programs(0)
+    items = num_rows * HEADS
+    total = tl.zeros([], tl.int64)
+    some = tl.zeros([AT_ONCE], tl.int32)
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
+        length = _lengths(
+            item,
+            item < items,
+            layer,
+            start,
+            boundary,
+            formats,
+            encoded,
+            row_slot,
+            seq_lens,
+            query_start_loc,
+            format_id,
+            start_row,
+            part_row,
+            HEADS,
+            BLOCK_SIZE,
+            RECORDS,
+            COMPACTED_ONLY,
+        )
+        total += tl.sum(length.to(tl.int64), 0)
+        some += (length > 0).to(tl.int32)
+    active = tl.sum(some, 0)
+    waves = tl.minimum(tl.maximum(total // (at_once.to(tl.int64) * ENOUGH), 1), WAVES).to(tl.int32)
+    # No more shares than `room` and one for each head: every head's last may be short.
+    room = tl.maximum(waves * at_once - active, waves * at_once // 2)
+    most = tl.maximum(tl.cdiv(total, tl.maximum(room, 1)), min_share).to(tl.int32)
+    most = tl.cdiv(most, ALIGN) * ALIGN
+
+    used = 0
+    for first in range(0, items, AT_ONCE):
+        item = first + tl.arange(0, AT_ONCE)
+        length = _lengths(
+            item,
+            item < items,
+            layer,
+            start,
+            boundary,
+            formats,
+            encoded,
+            row_slot,
+            seq_lens,
+            query_start_loc,
+            format_id,
+            start_row,
+            part_row,
+            HEADS,
+            BLOCK_SIZE,
+            RECORDS,
+            COMPACTED_ONLY,
+        )
+        count, _ = _count(length, most, ALIGN)
+        tl.store(item_ends + layer * max_items + item, used + tl.cumsum(count, 0), mask=item < items)
+        used += tl.sum(count, 0)
+    tl.debug_barrier()  # what one thread wrote, others read
+
+    highest = 1
+    while highest < items:
+        highest *= 2
+    for first in range(0, max_programs, AT_ONCE):
+        program = first + tl.arange(0, AT_ONCE)
+        busy = program < used
+        item = tl.zeros([AT_ONCE], tl.int32)  # heads that end before the program
+        step = highest
+        while step > 0:
+            more = item + step
+            before = busy & (more <= items)
+            end = tl.load(item_ends + layer * max_items + more - 1, mask=before, other=0)
+            item = tl.where(before & (end <= program), more, item)
+            step = step // 2
+        length = _lengths(
+            item,
+            busy,
+            layer,
+            start,
+            boundary,
+            formats,
+            encoded,
+            row_slot,
+            seq_lens,
+            query_start_loc,
+            format_id,
+            start_row,
+            part_row,
+            HEADS,
+            BLOCK_SIZE,
+            RECORDS,
+            COMPACTED_ONLY,
+        )
+        count, share = _count(length, most, ALIGN)
+        own = tl.load(item_ends + layer * max_items + item, mask=busy, other=0) - count
+        begin = (program - own) * share
+        at = work + layer * max_programs + program
+        field = num_layers * max_programs
+        inside = program < max_programs
+        tl.store(at, tl.where(busy, item, -1), mask=inside)
+        tl.store(at + field, begin, mask=inside & busy)
+        tl.store(at + 2 * field, tl.minimum(begin + share, length), mask=inside & busy)
+        tl.store(at + 3 * field, own, mask=inside & busy)
+        tl.store(at + 4 * field, count, mask=inside & busy)
