@@ -30,7 +30,7 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
 from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
-from vllm_kvcompress.kernels.records import attend_records
+from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.layout import PageGrid
@@ -84,21 +84,22 @@ class ShareLists:
         """Make room for so many rows, on a device that runs `at_once` programs at a time."""
         self._size = max_rows, grid.num_layers, grid.num_heads, at_once, device
         self._block_size = grid.block_size
-        self._shares: dict[int, Shares] = {}
-        self._cut: set[int] = set()  # of which there are any
+        self._shares: dict[Format | None, Shares] = {}
+        self._cut: set[Format | None] = set()  # of which there are any
 
-    def of(self, format_id: int) -> Shares:
-        """Those of rows of a format, see `Runs`."""
-        if format_id not in self._shares:
-            self._shares[format_id] = Shares.empty(*self._size)
-        return self._shares[format_id]
+    def of(self, format: Format | None) -> Shares:
+        """Those of rows of a format, or of raw pages."""
+        if format not in self._shares:
+            self._shares[format] = Shares.empty(*self._size)
+        return self._shares[format]
 
-    def update(self, runs: Runs, rows: Rows, held: set[int]) -> None:
+    def update(self, runs: Runs, rows: Rows, held: set[Format | None]) -> None:
         """List the shares of a batch whose compacted rows are of these formats, and of no other any more."""
         if rows.max_query_len > MAX_TILE:  # kernels have other programs for rows that long
             return
-        for format_id in held | self._cut:
-            self.of(format_id).cut(runs, rows, self._block_size, format_id)
+        held = {format for format in held if format is None or uses_shares(format)}
+        for format in held | self._cut:
+            self.of(format).cut(runs, rows, self._block_size, number_of(format))
         self._cut = held
 
 
@@ -176,6 +177,7 @@ class CompressedBatch:
                 num_splits=num_splits,
                 out=output,
                 sinks=layer.sinks,
+                shares=self.shares.get(number_of(format)),
             )
 
 
@@ -237,20 +239,20 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         for query_len in (2**power for power in range(MAX_TILE.bit_length() + 1)):
             bounds = torch.tensor([0, query_len, 2 * query_len], dtype=torch.int32, device=device)
             rows = Rows(arrays.slot, block_table, bounds.diff(), bounds, query_len)
-            numbers = {number_of(format) for format in (None, self.format)}
-            self.share_lists.update(runs, rows, numbers)
+            self.share_lists.update(runs, rows, {None, self.format})
             out = torch.zeros(2 * query_len, layer.num_heads, layer.head_size, dtype=dtype, device=device)
             query = out if module.query_quant is None else out.to(layer.keys.dtype)
             constants = 0, layer.scale, layer.logits_soft_cap
             for num_splits in (1, 2, 4, 8, 16, 32, MAX_SPLITS):
                 cache = layer.keys, layer.values
                 own = *constants, num_splits
-                alike = dict(scales=scales, sinks=layer.sinks, shares=self.share_lists.of(RAW))
+                alike = dict(scales=scales, sinks=layer.sinks, shares=self.share_lists.of(None))
                 attend(query, *cache, runs, rows, *own, out=out, compacted_only=True, **alike)
                 if self.format is not None:
                     layer_and_format = 0, self.format, number_of(self.format)
                     own = *layer_and_format, *constants[1:], num_splits
-                    attend_records(query, layer.content, *cache, runs, rows, *own, sinks=layer.sinks)
+                    alike = dict(sinks=layer.sinks, shares=self.share_lists.of(self.format))
+                    attend_records(query, layer.content, *cache, runs, rows, *own, **alike)
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
 
@@ -282,10 +284,10 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             query_start_loc=common.query_start_loc,
             max_query_len=common.max_query_len,
         )
-        self.share_lists.update(state.runs.arrays, rows, {number_of(format) for format in held})
+        self.share_lists.update(state.runs.arrays, rows, held)
         attends = self._capturing or None in held
         formats = tuple(format for format in EVERY_FORMAT if format in held | captured)
-        numbers = [*[RAW] * attends, *map(number_of, formats)]
+        listed = [*[None] * attends, *filter(uses_shares, formats)]
         return CompressedBatch(
             runs=state.runs.arrays,
             rows=rows,
@@ -294,7 +296,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             formats=formats,
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
-            shares={number: self.share_lists.of(number) for number in numbers},
+            shares={number_of(format): self.share_lists.of(format) for format in listed},
             max_keys=common.max_seq_len,
             processors=self.processors,
         )

@@ -343,37 +343,44 @@ def arrives_last(arrived, item, count):
 
 
 @triton.jit
-def merge_shares(lse_at, out_at, lse_share, out_share, count, real, mask):
-    """Log-sum-exp `[ROWS]` and result `[ROWS, CHANNELS]` of a head's shares, one behind the other.
+def merged_lse(lse_at, lse_share, count, real):
+    """Log-sum-exp `[ROWS]` of all shares of a head.
 
-    In their order, whoever came last, so that the sum is the same to the last bit. Past the first cache:
-    other programs have written them.
+    In their order, whoever came last, so that sums are the same to the last bit. Past the first cache: other
+    programs have written them.
     """
     peak = tl.full(lse_at.shape, -float("inf"), tl.float32)
     total = tl.zeros(lse_at.shape, tl.float32)
+    for share in range(0, count):
+        own = tl.load(lse_at + share * lse_share, mask=real, other=-float("inf"), cache_modifier=".cg")
+        new_peak = tl.maximum(peak, own)
+        level = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        total = total * tl.exp(peak - level) + tl.exp(own - level)
+        peak = new_peak
+    return tl.where(total > 0.0, peak + tl.log(tl.where(total > 0.0, total, 1.0)), -float("inf"))
+
+
+@triton.jit
+def merged(lse, lse_at, out_at, lse_share, out_share, count, real, mask):
+    """Result `[ROWS, ·]` of all shares of a head, whose log-sum-exp together is `lse`; see `merged_lse`."""
+    level = tl.where(lse == -float("inf"), 0.0, lse)
     result = tl.zeros(mask.shape, tl.float32)
     for share in range(0, count):
         own = tl.load(lse_at + share * lse_share, mask=real, other=-float("inf"), cache_modifier=".cg")
         part = tl.load(out_at + share * out_share, mask=mask, other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, own)
-        level = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        weight, shrink = tl.exp(own - level), tl.exp(peak - level)
-        total = total * shrink + weight
-        result = result * shrink[:, None] + part * weight[:, None]
-        peak = new_peak
-    divisor = tl.where(total > 0.0, total, 1.0)
-    return tl.where(total > 0.0, peak + tl.log(divisor), -float("inf")), result / divisor[:, None]
+        result += part * tl.exp(own - level)[:, None]
+    return result
 
 
 @triton.jit
-def sink_in(lse, result, sink):
-    """Log-sum-exp and result with one more logit, to which no value belongs."""
+def with_sink(lse, sink):
+    """Log-sum-exp with one more logit, to which no value belongs, and what is left to the others."""
     peak = tl.maximum(lse, sink)
     level = tl.where(peak == -float("inf"), 0.0, peak)
     own = tl.exp(lse - level)
     total = own + tl.exp(sink - level)
     divisor = tl.where(total > 0.0, total, 1.0)
-    return tl.where(total > 0.0, level + tl.log(divisor), -float("inf")), result * (own / divisor)[:, None]
+    return tl.where(total > 0.0, level + tl.log(divisor), -float("inf")), own / divisor
 
 
 @triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
@@ -568,11 +575,13 @@ def _attend_kernel(
             tl.store(part_out + mine * out_head, result, mask=real_channels)
             last = arrives_last(arrived, item, count)
             if last:
-                lse, result = merge_shares(part_lse, part_out, lse_head, out_head, count, real, real_channels)
+                lse = merged_lse(part_lse, lse_head, count, real)
+                result = merged(lse, part_lse, part_out, lse_head, out_head, count, real, real_channels)
         if last:
             if SINKS:
                 sink = tl.load(sinks + query_of, mask=real, other=-float("inf")).to(tl.float32)
-                lse, result = sink_in(lse, result, sink)
+                lse, left = with_sink(lse, sink)
+                result *= left[:, None]
             tl.store(lse_out + token * (HEADS * GROUP) + query_of, lse, mask=real)
             out_at = out + token * final_token + query_of * final_head
             tl.store(out_at[:, None] + channel[None, :], result.to(out.dtype.element_ty), mask=real_channels)

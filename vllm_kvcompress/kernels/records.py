@@ -30,17 +30,21 @@ from vllm_kvcompress.kernels.attention import (
     LOG2_E,
     MAX_TILE,
     MIN_DOT,
-    MIN_SHARE,
     TILE_BYTES,
+    arrives_last,
     find_queries,
     find_row,
     has_format,
     logit_factors,
     merge,
+    merged,
+    merged_lse,
     rows_per_tile,
+    with_sink,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs
 from vllm_kvcompress.kernels.latents import attend_latents
+from vllm_kvcompress.kernels.shares import MIN_SHARE, Shares
 
 MOST_RAW = 64  # tokens of the tail at once
 HEADS_AT_ONCE = 16  # of a program that rotates back
@@ -122,6 +126,23 @@ def _rotates(format: RecordFormat) -> bool:
     return isinstance(format.plain, TurboQuant | Hybrid)
 
 
+def uses_shares(format: Format) -> bool:
+    """Whether the rows of a format are served by lists of shares: one kernel sees all of a head's tokens."""
+    return len(format.parts) == 1 and not isinstance(format, MixedDim)
+
+
+def _tile_rows(query: Tensor, heads: int, rows: Rows) -> int:
+    """Rows of the score matrix in one program."""
+    most = min(_raw_tile(query), MAX_TILE)
+    return rows_per_tile(query.shape[1] // heads, rows.max_query_len, most=most)
+
+
+def _raw_tile(query: Tensor) -> int:
+    """Tokens of the tail at once."""
+    channels = triton.next_power_of_2(query.shape[2])
+    return max(MIN_DOT, min(MOST_RAW, TILE_BYTES // (channels * query.element_size())))
+
+
 def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Make what a format is read with, which cannot be made while a graph is captured; arguments as of
     `constants`."""
@@ -147,6 +168,7 @@ def attend_records(
     out: Tensor | None = None,
     bias: Tensor | None = None,
     sinks: Tensor | None = None,
+    shares: Shares | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of one format over what each KV head holds; all other rows are left alone.
 
@@ -174,6 +196,9 @@ def attend_records(
         out: `[T, Hq, D]` for the result; made if absent.
         bias: `[L, B, H, N]` float32, of raw tokens.
         sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
+        shares: what `Shares.cut` has listed of the same rows and format, in place of `num_splits` and
+            `min_share`; of no use to formats of several parts, nor where a row may have more queries than one
+            tile.
 
     Returns:
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
@@ -199,23 +224,32 @@ def attend_records(
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     rotated = _rotates(format.parts[0])
     assert all(_rotates(part) == rotated for part in format.parts)
+    sums = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
+    rows_of_tile = _tile_rows(query, heads, rows)
+    cache = pages, keys, values
+    if shares is not None and uses_shares(format) and rows.max_query_len <= rows_of_tile // group:
+        parts = shares.num_programs(rows.seq_lens.shape[0]), rows_of_tile // group * group
+        share_out = torch.empty(*parts, sums, head_size, dtype=torch.float32, device=query.device)
+        share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
+        where = layer, format.parts[0], format_id, 0, True
+        last = share_out, share_lse, bias, shares, out, lse, sinks
+        _attend_part(query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *last)
+        return out, lse
     if sinks is not None:  # which shares have in common
         num_splits = max(num_splits, 2)
     all_splits = num_splits * len(format.parts)
     if all_splits > 1:
         shape = (num_tokens, query_heads, all_splits)
-        sums = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
         share_out = torch.empty(*shape, sums, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
     else:
         share_out, share_lse = out[:, :, None, None], lse[:, :, None]
-    cache = pages, keys, values
     for number, part in enumerate(format.parts):
         own = slice(number * num_splits, (number + 1) * num_splits)
-        last = number == len(format.parts) - 1  # it reads the tail, too
-        shares = share_out[:, :, own], share_lse[:, :, own]
-        where = layer, part, format_id, number, last
-        _attend_part(query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *shares, bias)
+        tail = number == len(format.parts) - 1  # it reads the tail, too
+        of_part = share_out[:, :, own], share_lse[:, :, own]
+        where = layer, part, format_id, number, tail
+        _attend_part(query, *cache, runs, rows, *where, scale, logits_soft_cap, min_share, *of_part, bias)
     if rotated and all_splits > 1:
         back = constants(format.parts[0].plain, head_size, query.device, query.dtype)[2]
         _merge_rotated_kernel[num_tokens, triton.cdiv(query_heads, HEADS_AT_ONCE)](
@@ -264,6 +298,10 @@ def _attend_part(
     share_out: Tensor,
     share_lse: Tensor,
     bias: Tensor | None,
+    shares: Shares | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attention over one part of a format, and over the raw tail or not; arguments as of `attend_records`.
 
@@ -282,13 +320,18 @@ def _attend_part(
         scale: softmax scale.
         logits_soft_cap: 0 for none.
         min_share: least tokens of a share.
-        share_out: `[T, Hq, splits, 1, D]` for the result of each share; 2 of a format that rotates.
-        share_lse: `[T, Hq, splits]` likewise.
+        share_out: `[T, Hq, splits, 1, D]` for the result of each share; 2 of a format that rotates. With
+            shares `[P, rows of a tile, 1, D]`.
+        share_lse: `[T, Hq, splits]` likewise, or `[P, rows of a tile]`.
         bias: of raw tokens.
+        shares: what each program attends over; the rest is for what is put together of them.
+        out: for the result.
+        lse: likewise.
+        sinks: of the layer.
     """
     num_tokens, query_heads, head_size = query.shape
     num_layers, num_blocks, heads, block_size, _ = keys.shape
-    group, num_splits = query_heads // heads, share_lse.shape[2]
+    group = query_heads // heads
     page_bytes, record_bytes = pages.shape[1], format.record_bytes(head_size)
     bias_at, format = format.bias_at(head_size), format.plain
     layout, rotated = Layout.of(format, head_size), _rotates(format)
@@ -304,15 +347,24 @@ def _attend_part(
     channels = triton.next_power_of_2(head_size)
     width = RECORD * min(layout.key_bits, 2 if layout.key_bits == 3 else 8) // 8  # tokens of a plane of keys
     records = 1 if width == RECORD else max(2, MIN_DOT // width)
-    raw = max(MIN_DOT, min(MOST_RAW, TILE_BYTES // (channels * query.element_size())))
-    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(raw, MAX_TILE))
+    raw, tile_rows = _raw_tile(query), _tile_rows(query, heads, rows)
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
     num_rows = rows.seq_lens.shape[0]
-    num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
+    if shares is None:
+        num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
+        programs = num_tiles, heads, share_lse.shape[2]
+        strides = *share_out.stride()[:4], *share_lse.stride()
+        final = (None,) * 5, (0,) * 4
+    else:
+        assert out is not None and lse is not None
+        programs = shares.num_programs(num_rows), 1, 1
+        # No stride may hang on the number of programs: the kernel would be compiled for some of them anew.
+        strides = 0, *share_out.stride()[:3], 0, *share_lse.stride()
+        final = (shares.work, shares.arrived, out, lse, sinks), (*shares.work.stride()[:2], *out.stride()[:2])
     inner, outer = logit_factors(scale, logits_soft_cap)
     from_first_place = pages.flatten()[page_bytes % record_bytes :]
-    _records_kernel[num_tiles, heads, num_splits](
+    _records_kernel[programs](
         query,
         turned,
         projected,
@@ -325,6 +377,7 @@ def _attend_part(
         share_lse if bias is None else bias,
         share_out,
         share_lse,
+        *final[0],
         runs.destination,
         runs.start,
         runs.boundary,
@@ -346,8 +399,8 @@ def _attend_part(
         *turned.stride()[:2],
         *keys.stride()[:4],
         *((0, 0, 0, 0) if bias is None else bias.stride()),
-        *share_out.stride()[:4],
-        *share_lse.stride(),
+        *strides,
+        *final[1],
         runs.destination.stride(0),
         runs.start.stride(0),
         runs.encoded.stride(0),
@@ -370,7 +423,9 @@ def _attend_part(
         ROTATED=rotated,
         KEYS_ROTATED=keys_rotated,
         SIGNED=layout.signed,
-        SPLIT=share_out.shape[3] > 1,
+        SHARES=shares is not None,
+        SINKS=shares is not None and sinks is not None,
+        SPLIT=share_out.shape[-2] > 1,
         TAIL=tail,
         MIXED=not (number == 0 and tail),
         CENTRED=layout.centred,
@@ -382,7 +437,16 @@ def _attend_part(
         CHUNKS=max(1, channels * width // 1024) if records > 1 else 1,
         num_warps=4,
         num_stages=1,
+        **_registers(layout, rotated, channels * query.element_size(), shares is not None),
     )
+
+
+def _registers(layout: Layout, rotated: bool, row_bytes: int, shares: bool) -> dict[str, int]:
+    """A bound on registers where they suffice for two programs at a time without it, for three with it."""
+    plain_4_bits = layout.key_bits == layout.bits == 4 and not rotated
+    if torch.version.hip or not (shares and plain_4_bits and row_bytes <= 256):
+        return {}
+    return {"maxnreg": 168}
 
 
 @triton.jit
@@ -761,8 +825,13 @@ def _records_kernel(
     key_codebook,
     codebook,
     bias,
-    share_out,  # [T, Hq, splits, 1, D], or if ROTATED and SPLIT 2: encoded and raw
-    share_lse,  # [T, Hq, splits]
+    share_out,  # [T, Hq, splits, 1, D] or [P, rows of a tile, 1, D]; if ROTATED and SPLIT 2: encoded and raw
+    share_lse,  # [T, Hq, splits] or [P, rows of a tile]
+    work,
+    arrived,
+    out,
+    lse_out,
+    sinks,
     destination,
     start,
     boundary,
@@ -799,6 +868,10 @@ def _records_kernel(
     lse_token,
     lse_head,
     lse_split,
+    work_field,
+    work_layer,
+    final_token,
+    final_head,
     destination_row,
     start_row,
     part_row,
@@ -821,6 +894,8 @@ def _records_kernel(
     ROTATED: tl.constexpr,
     KEYS_ROTATED: tl.constexpr,
     SIGNED: tl.constexpr,
+    SHARES: tl.constexpr,
+    SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
     TAIL: tl.constexpr,
     MIXED: tl.constexpr,
@@ -838,13 +913,22 @@ def _records_kernel(
     CHANNELS_OF_GROUP: tl.constexpr = VALUE_GROUP // CHANNEL_PLANES  # that are in a plane
     GROUPS: tl.constexpr = CHANNELS // VALUE_GROUP
     TILE: tl.constexpr = RECORDS * TOKENS
-    head, split = tl.program_id(1), tl.program_id(2)
-    row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
+    if SHARES:
+        program = tl.program_id(0)
+        share_at = work + layer * work_layer + program
+        item = tl.load(share_at)
+        if item < 0:
+            return
+        row, head, first_query = item // HEADS, item % HEADS, 0
+    else:
+        head = tl.program_id(1)
+        row, first_query = find_queries(query_start_loc, num_rows, QUERIES, ONE_TILE)
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     slot = tl.load(row_slot + row)
-    if (first_query >= num_queries) | (not has_format(slot, formats, format_id)):
-        return
+    if not SHARES:  # else all others are left out of the work
+        if (first_query >= num_queries) | (not has_format(slot, formats, format_id)):
+            return
 
     state = slot.to(tl.int64)
     first_page = tl.load(start + state * start_row + layer * HEADS + head)
@@ -859,21 +943,26 @@ def _records_kernel(
 
     # The row's first query is that many tokens behind the head's first.
     own = num_encoded - raw_from + tl.load(seq_lens + row) - num_queries
-    visible = own + tl.minimum(first_query + QUERIES, num_queries) if TAIL else num_encoded
-    share = tl.maximum(tl.cdiv(visible, tl.num_programs(2)), min_share)
-    share = tl.cdiv(share, TILE) * TILE
-    begin = split * share
-    end = tl.minimum(begin + share, visible)
+    if SHARES:
+        begin, end = tl.load(share_at + work_field), tl.load(share_at + 2 * work_field)
+    else:
+        split = tl.program_id(2)
+        visible = own + tl.minimum(first_query + QUERIES, num_queries) if TAIL else num_encoded
+        share = tl.maximum(tl.cdiv(visible, tl.num_programs(2)), min_share)
+        share = tl.cdiv(share, TILE) * TILE
+        begin = split * share
+        end = tl.minimum(begin + share, visible)
 
     pair = tl.arange(0, ROWS)
     number = first_query + pair // GROUP
     token = (first_token + number).to(tl.int64)
     query_of = head * GROUP + pair % GROUP
     real = (pair < QUERIES * GROUP) & (number < num_queries)
-    lse_at = share_lse + token * lse_token + query_of * lse_head + split * lse_split
-    if begin >= end:
-        tl.store(lse_at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
-        return
+    if not SHARES:
+        lse_at = share_lse + token * lse_token + query_of * lse_head + split * lse_split
+        if begin >= end:
+            tl.store(lse_at, tl.full([ROWS], -float("inf"), tl.float32), mask=real)
+            return
 
     channel = tl.arange(0, CHANNELS)
     in_head = channel < HEAD_SIZE
@@ -1086,27 +1175,138 @@ def _records_kernel(
     some_seen = total > 0.0
     divisor = tl.where(some_seen, total, 1.0)
     lse = tl.where(some_seen, (peak + tl.log2(divisor)) * 0.6931471805599453, -float("inf"))
-    tl.store(lse_at, lse, mask=real)
-    out_at = share_out + token * out_token + query_of * out_head + split * out_split
+    for_encoded, of_encoded = (faded / divisor)[:, None], ()
+    of_raw = ()
+    for plane in tl.static_range(CHANNEL_PLANES):
+        of_encoded = of_encoded + (encoded_result[plane] * for_encoded,)
+        of_raw = of_raw + (result[plane] / divisor[:, None],)
+    if SHARES:
+        at_share, count = tl.load(share_at + 3 * work_field), tl.load(share_at + 4 * work_field)
+        out_at = out + token * final_token + query_of * final_head
+        lse_at = lse_out + token * (HEADS * GROUP) + query_of
+        if count == 1:
+            left = tl.full([ROWS], 1.0, tl.float32)
+            if SINKS:
+                sink = tl.load(sinks + query_of, mask=real, other=0.0).to(tl.float32)
+                lse, left = with_sink(lse, sink)
+            tl.store(lse_at, lse, mask=real)
+            _write(
+                out_at,
+                of_encoded,
+                of_raw,
+                turn,
+                left,
+                real,
+                first_channel,
+                q.dtype,
+                ROTATED,
+                HEAD_SIZE,
+                CHANNEL_PLANES,
+                CHANNELS_OF_GROUP,
+            )
+        else:
+            part_lse = share_lse + at_share.to(tl.int64) * lse_head + pair * lse_split
+            part_out = share_out + at_share.to(tl.int64) * out_head + pair * out_split
+            mine = program - at_share
+            tl.store(part_lse + mine * lse_head, lse, mask=real)
+            for plane in tl.static_range(CHANNEL_PLANES):
+                channels = first_channel + plane * CHANNELS_OF_GROUP
+                at = part_out[:, None] + mine * out_head + channels[None, :]
+                mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+                tl.store(at, of_encoded[plane] if ROTATED else of_raw[plane], mask=mask)
+                if ROTATED:
+                    tl.store(at + out_part, of_raw[plane], mask=mask)
+            if arrives_last(arrived, item, count):
+                lse_all = merged_lse(part_lse, lse_head, count, real)
+                encoded_all = ()
+                raw_all = ()
+                for plane in tl.static_range(CHANNEL_PLANES):
+                    channels = first_channel + plane * CHANNELS_OF_GROUP
+                    at = part_out[:, None] + channels[None, :]
+                    mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+                    some = merged(lse_all, part_lse, at, lse_head, out_head, count, real, mask)
+                    encoded_all = encoded_all + (some,)
+                    if ROTATED:
+                        some = merged(lse_all, part_lse, at + out_part, lse_head, out_head, count, real, mask)
+                    raw_all = raw_all + (some,)
+                left = tl.full([ROWS], 1.0, tl.float32)
+                if SINKS:
+                    sink = tl.load(sinks + query_of, mask=real, other=0.0).to(tl.float32)
+                    lse_all, left = with_sink(lse_all, sink)
+                tl.store(lse_at, lse_all, mask=real)
+                _write(
+                    out_at,
+                    encoded_all,
+                    raw_all,
+                    turn,
+                    left,
+                    real,
+                    first_channel,
+                    q.dtype,
+                    ROTATED,
+                    HEAD_SIZE,
+                    CHANNEL_PLANES,
+                    CHANNELS_OF_GROUP,
+                )
+    else:
+        tl.store(lse_at, lse, mask=real)
+        out_at = share_out + token * out_token + query_of * out_head + split * out_split
+        if ROTATED and SPLIT:
+            for plane in tl.static_range(CHANNEL_PLANES):
+                channels = first_channel + plane * CHANNELS_OF_GROUP
+                at = out_at[:, None] + channels[None, :]
+                mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+                tl.store(at, of_encoded[plane], mask=mask)
+                tl.store(at + out_part, of_raw[plane], mask=mask)
+        else:
+            left = tl.full([ROWS], 1.0, tl.float32)
+            _write(
+                out_at,
+                of_encoded,
+                of_raw,
+                turn,
+                left,
+                real,
+                first_channel,
+                q.dtype,
+                ROTATED,
+                HEAD_SIZE,
+                CHANNEL_PLANES,
+                CHANNELS_OF_GROUP,
+            )
+
+
+@triton.jit
+def _write(
+    out_at,
+    of_encoded,
+    of_raw,
+    turn,
+    left,
+    real,
+    first_channel,
+    dtype: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNEL_PLANES: tl.constexpr,
+    CHANNELS_OF_GROUP: tl.constexpr,
+):
+    """Store a result that is in planes of channels, rotated back if it is rotated, times `left`."""
     for plane in tl.static_range(CHANNEL_PLANES):
         channels = first_channel + plane * CHANNELS_OF_GROUP
-        at = out_at[:, None] + channels[None, :]
-        mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
-        part = result[plane] / divisor[:, None]
+        part = of_raw[plane]
         if ROTATED:
-            if SPLIT:
-                tl.store(at, encoded_result[plane] * (faded / divisor)[:, None], mask=mask)
-                at += out_part
-            else:
-                for other in tl.static_range(CHANNEL_PLANES):
-                    turned_channels = first_channel + other * CHANNELS_OF_GROUP
-                    back = tl.load(
-                        turn + channels[None, :] * HEAD_SIZE + turned_channels[:, None],
-                        mask=(channels < HEAD_SIZE)[None, :] & (turned_channels < HEAD_SIZE)[:, None],
-                        other=0.0,
-                    )
-                    part += dot((encoded_result[other] * (faded / divisor)[:, None]).to(q.dtype), back)
-        tl.store(at, part.to(share_out.dtype.element_ty), mask=mask)
+            for other in tl.static_range(CHANNEL_PLANES):
+                turned_channels = first_channel + other * CHANNELS_OF_GROUP
+                back = tl.load(
+                    turn + channels[None, :] * HEAD_SIZE + turned_channels[:, None],
+                    mask=(channels < HEAD_SIZE)[None, :] & (turned_channels < HEAD_SIZE)[:, None],
+                    other=0.0,
+                )
+                part += dot(of_encoded[other].to(dtype), back)
+        mask = real[:, None] & (channels < HEAD_SIZE)[None, :]
+        part = (part * left[:, None]).to(out_at.dtype.element_ty)
+        tl.store(out_at[:, None] + channels[None, :], part, mask=mask)
 
 
 @triton.jit(do_not_specialize=["format_id", "num_rows", "query_heads"])

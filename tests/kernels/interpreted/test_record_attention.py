@@ -14,6 +14,7 @@ from vllm_kvcompress.formats.matched import Matched
 from vllm_kvcompress.kernels.attention import attend
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.reference import attend_records_paged
+from vllm_kvcompress.kernels.shares import Shares
 
 # Keys, values and rotated queries are rounded to the dtype after they are decoded or turned.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -98,7 +99,26 @@ class RecordBatch(Batch):
         bounds = self.rows.query_start_loc.tolist()
         return [(row, slice(*bounds[row : row + 2])) for row, own in enumerate(self.formats) if own == name]
 
-    def launch(self, name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias=None, sinks=None):
+    def cut(self, name, at_once, align=64, min_share=64):
+        """Shares of the rows of a format."""
+        layers, _, heads, block_size, _ = self.keys.shape
+        shares = Shares.empty(len(self.rows.seq_lens), layers, heads, at_once, "cpu")
+        shares.cut(self.runs, self.rows, block_size, IDS[name], True, align, min_share)
+        return shares
+
+    def launch(
+        self,
+        name,
+        layer,
+        scale,
+        logits_soft_cap,
+        num_splits,
+        min_share,
+        out,
+        bias=None,
+        sinks=None,
+        shares=None,
+    ):
         """Serve the rows of a format into `out`; the log-sum-exp."""
         arguments = layer, scale, logits_soft_cap, num_splits, min_share, out
         if name == RAW:
@@ -107,7 +127,8 @@ class RecordBatch(Batch):
         caches = self.pages, self.keys, self.values
         format = layer, NAMED[name], IDS[name], *arguments[1:]
         caches = *caches, self.runs, self.rows
-        found, lse = attend_records(self.query, *caches, *format, bias=bias, sinks=sinks)
+        last = dict(bias=bias, sinks=sinks, shares=shares)
+        found, lse = attend_records(self.query, *caches, *format, **last)
         assert found is out
         return lse
 
@@ -139,14 +160,24 @@ class RecordBatch(Batch):
 
 
 def assert_equals_reference(
-    batch, name, layer=1, scale=0.2, logits_soft_cap=0.0, num_splits=1, min_share=64, bias=None
+    batch,
+    name,
+    layer=1,
+    scale=0.2,
+    logits_soft_cap=0.0,
+    num_splits=1,
+    min_share=64,
+    bias=None,
+    sinks=None,
+    shares=None,
 ):
     dtype = batch.query.dtype
     out = torch.randn_like(batch.query)
     before = out.clone()
-    lse = batch.launch(name, layer, scale, logits_soft_cap, num_splits, min_share, out, bias)
+    own = num_splits, min_share, out, bias, sinks, shares
+    lse = batch.launch(name, layer, scale, logits_soft_cap, *own)
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
-    for tokens, wanted, wanted_lse in batch.expected_of(name, layer, scale, logits_soft_cap, bias):
+    for tokens, wanted, wanted_lse in batch.expected_of(name, layer, scale, logits_soft_cap, bias, sinks):
         torch.testing.assert_close(out[tokens].float(), wanted, **tolerance)
         torch.testing.assert_close(lse[tokens], wanted_lse, **tolerance)
         out[tokens] = before[tokens]
@@ -197,7 +228,7 @@ GRID = {
     "group": [1, 3, 8],
     "block_size": [16, 32],
     "rows": list(ROWS),
-    "num_splits": [1, 3],
+    "num_splits": [1, 3, "shares of 1", "shares of 9"],
     "logits_soft_cap": [0.0, 2.0],
     "scale": [0.125, 0.31],
 }
@@ -208,8 +239,27 @@ def test_equals_the_reference_for_every_pair_of_options(case):
     torch.manual_seed(0)
     geometry = (case[name] for name in ("group", "block_size", "head_size", "dtype"))
     batch = make_batch(case["rows"], case["name"], *geometry)
-    numbers = case["scale"], case["logits_soft_cap"], case["num_splits"]
-    assert_equals_reference(batch, case["name"], 1, *numbers)
+    numbers, num_splits = (case["scale"], case["logits_soft_cap"]), case["num_splits"]
+    if isinstance(num_splits, int):
+        assert_equals_reference(batch, case["name"], 1, *numbers, num_splits)
+        return
+    shares = batch.cut(case["name"], int(num_splits.split()[-1]))
+    assert_equals_reference(batch, case["name"], 1, *numbers, shares=shares)
+    assert not shares.arrived.any(), "ready for the next layer"
+
+
+@pytest.mark.parametrize(
+    ("name", "has_sinks"), [("kivi2", False), ("kivi8", True), ("turbo4_prod", True), ("k4v3", False)]
+)
+def test_long_heads_are_put_together_of_many_shares(name, has_sinks):
+    torch.manual_seed(6)
+    sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf]) if has_sinks else None
+    rows = [Row(1, 300, blocks=5, boundary=6), Row(2, 2, blocks=1, boundary=3), Row(1, 5)]
+    formats = [name, name, None]
+    batch = RecordBatch(rows, formats, 3, torch.randn(2, 60, 2, 32, 128))
+    shares = batch.cut(name, at_once=16)
+    assert shares.work[4, 1].max() > 3
+    assert_equals_reference(batch, name, logits_soft_cap=2.0, sinks=sinks, shares=shares)
 
 
 @settings(max_examples=8)
