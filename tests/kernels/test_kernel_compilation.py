@@ -11,7 +11,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from vllm_kvcompress.kernels.attention import attend  # noqa: E402
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
+from vllm_kvcompress.kernels.compiled import compile_decode  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
+from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
 
 
 def int32(*shape):
@@ -37,7 +39,47 @@ def test_attention(compiled, dtype, head_size, group, query_len, splits):
     compiled.assert_fit("_attend_kernel", *["_merge_kernel"][: splits - 1])
 
 
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_decode_rows_are_read_16_bytes_at_once_into_two_buffers_in_one_launch(compiled, query_len):
+    compile_decode("raw", query_len=query_len)
+    assert compiled.launches == ["_attend_kernel"]
+    compiled.assert_fit("_attend_kernel")
+    compiled.assert_in_registers()
+    code = compiled.code("_attend_kernel")
+    widths = dict(code.tail_loop.loads)
+    assert code.buffers == 2, "a tile is read while another is worked on"
+    assert widths[16] >= 16 and sum(widths.values()) - widths[16] <= 4, "but for the pages' numbers"
+    assert code.tail_loop.spills == 0
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "buffers"),
+    [(torch.bfloat16, 64, 2), (torch.bfloat16, 256, 2), (torch.float16, 80, 2), (torch.float32, 128, 2)],
+)
+def test_other_heads_are_read_into_two_buffers_too(compiled, dtype, head_size, buffers):
+    cache = torch.zeros(2, 4, 2, 16, 2 * head_size, dtype=dtype)
+    runs, rows = Runs(int32(3, 4), int32(3, 5), int32(3)), Rows(int32(2), int32(2, 4), int32(2), int32(3), 1)
+    query, shares = torch.zeros(2, 8, head_size, dtype=dtype), Shares.empty(2, 2, 2, 16, "cpu")
+    attend(query, *cache.split(head_size, -1), runs, rows, 0, 0.1, 30.0, shares=shares)
+    compiled.assert_fit("_attend_kernel")
+    compiled.assert_in_registers()
+    assert compiled.code("_attend_kernel").buffers == buffers
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize("format_id", [0, 1])
+def test_shares_are_listed_in_registers(compiled, format_id):
+    runs, rows = Runs(int32(3, 4), int32(3, 5), int32(3)), Rows(int32(2), int32(2, 4), int32(2), int32(3), 1)
+    Shares.empty(2, 2, 2, 16, "cpu").cut(runs, rows, 16, format_id)
+    compiled.assert_fit("_cut_kernel")
+    compiled.assert_in_registers()
+
+
 def test_rings(compiled):
     queries = torch.zeros(32, 8, 128, dtype=torch.bfloat16)
     write_rings(torch.zeros(1).long(), torch.zeros(1).long(), 1, queries, int32(1), int32(2), 32, 64)
     compiled.assert_fit("_write_kernel")
+    assert "st.global.v4.b32" in compiled["_write_kernel"].asm["ptx"]
+    assert "st.global.b16" not in compiled["_write_kernel"].asm["ptx"]

@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from vllm_kvcompress.formats import FORMATS  # noqa: E402
 from vllm_kvcompress.formats.mixed_dim import Latent, MixedDim, Vectors  # noqa: E402
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
+from vllm_kvcompress.kernels.compiled import compile_decode  # noqa: E402
 from vllm_kvcompress.kernels.records import attend_records  # noqa: E402
 
 
@@ -81,6 +82,17 @@ def test_every_kind_of_rows_fits_shared_memory(compiled, name, dtype, head_size,
     merge = "_merge_kernel" if name.startswith("kivi") else "_merge_rotated_kernel"
     merged = splits > 1 or len(FORMATS[name].parts) > 1
     compiled.assert_fit("_records_kernel", *[merge] * merged)
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize("name", ["kivi8", "kivi4", "kivi2", "turbo4", "k4v3"])
+def test_decode_rows_are_served_in_one_launch_that_fits_registers(compiled, name):
+    compile_decode(name)
+    assert compiled.launches == ["_records_kernel"]
+    compiled.assert_in_registers()
+    code = compiled.code("_records_kernel")
+    assert code.record_loop.products > 0 and code.record_loop.spills == 0
+    assert code.registers <= 168 or name not in ("kivi4", "k4v3"), "three programs at a time"
 
 
 @pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)

@@ -28,7 +28,7 @@ from vllm_kvcompress.attention.blocks import CompactableBlocks
 from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
-from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, attend, choose_splits
+from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, MOST_MERGED, attend, choose_splits
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
@@ -95,7 +95,7 @@ class ShareLists:
 
     def update(self, runs: Runs, rows: Rows, held: set[Format | None]) -> None:
         """List the shares of a batch whose compacted rows are of these formats, and of no other any more."""
-        if rows.max_query_len > MAX_TILE:  # kernels have other programs for rows that long
+        if rows.max_query_len > MOST_MERGED:  # kernels have other programs for rows that long
             return
         held = {format for format in held if format is None or uses_shares(format)}
         for format in held | self._cut:

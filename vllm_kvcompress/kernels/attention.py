@@ -14,13 +14,14 @@ from torch import Tensor
 
 from vllm_kvcompress.kernels.arithmetic import DTYPES, dot, tanh
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
-from vllm_kvcompress.kernels.shares import MIN_SHARE, Shares
+from vllm_kvcompress.kernels.shares import MIN_SHARE, WAVES, Shares
 
 LOG2_E = 1.4426950408889634
 TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program reads at once
 MIN_DOT = 16  # rows and columns of tl.dot
 MAX_SPLITS = 64
 MAX_TILE = 64  # queries times group of a program
+MOST_MERGED = 32  # of one whose head may be cut by its length
 
 
 def attend(
@@ -90,13 +91,12 @@ def attend(
     queries = tile_rows // group
     one_tile = rows.max_query_len <= queries
     num_rows = rows.seq_lens.shape[0]
-    shares = shares if one_tile else None
+    shares = shares if one_tile and tile_rows <= MOST_MERGED else None
     if shares is not None:
         programs = shares.num_programs(num_rows), 1, 1
-        parts = programs[0], queries * group
+        parts = shares.num_parts, queries * group
         share_out = torch.empty(*parts, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
-        # No stride may hang on the number of programs: the kernel would be compiled for some of them anew.
         strides = 0, *share_out.stride()[:2], 0, *share_lse.stride()
     else:
         if sinks is not None:  # which shares have in common
@@ -228,6 +228,26 @@ def _depth(itemsize: int, channels: int, tile_rows: int, float8: bool) -> dict[s
 def programs_at_once(shared_bytes: int) -> int:
     """Programs with two buffers of keys and two of values that so much shared memory has room for."""
     return max(1, shared_bytes // (4 * TILE_BYTES + 8 * 1024))
+
+
+def merge_bytes(
+    max_tokens: int, query_heads: int, group: int, head_size: int, processors: int, at_once: int, sinks: bool
+) -> int:
+    """A bound on the bytes of a layer's results that are still to be merged, in formats of one part.
+
+    Args:
+        max_tokens: of a batch.
+        query_heads: Hq.
+        group: query heads of each KV head.
+        head_size: D.
+        processors: streaming multiprocessors of the device.
+        at_once: see `Shares`.
+        sinks: whether the layer has any.
+    """
+    of_shares = 2 * WAVES * at_once * MOST_MERGED
+    # `choose_splits` fills the device four times with tiles of 16 queries, and rounds up to a power of two.
+    of_splits = max(2 * 4 * processors * 16 * group, 2 * max_tokens * query_heads * sinks)
+    return 4 * max(of_shares, of_splits) * (2 * head_size + 1)
 
 
 def _most_rows(out: Tensor) -> int:
@@ -388,8 +408,8 @@ def _attend_kernel(
     query,
     keys,
     values,
-    share_out,  # [T, Hq, splits, D], or if SHARES [P, rows of a tile, D]
-    share_lse,  # [T, Hq, splits], or if SHARES [P, rows of a tile]
+    share_out,  # [T, Hq, splits, D], or if SHARES [places, rows of a tile, D]
+    share_lse,  # [T, Hq, splits], or if SHARES [places, rows of a tile]
     work,
     arrived,
     out,
@@ -563,14 +583,12 @@ def _attend_kernel(
     if FLOAT8:
         result *= tl.load(value_scale)
     if SHARES:
-        first, count = tl.load(share_at + 3 * work_field), tl.load(share_at + 4 * work_field)
+        count = tl.load(share_at + 3 * work_field)
         last = count == 1
         if count > 1:
-            part_lse = share_lse + first.to(tl.int64) * lse_head + pair * lse_split
-            part_out = (
-                share_out + first.to(tl.int64) * out_head + (pair * out_split)[:, None] + channel[None, :]
-            )
-            mine = program - first
+            mine, place = tl.load(share_at + 4 * work_field), tl.load(share_at + 5 * work_field).to(tl.int64)
+            part_lse = share_lse + place * lse_head + pair * lse_split
+            part_out = share_out + place * out_head + (pair * out_split)[:, None] + channel[None, :]
             tl.store(part_lse + mine * lse_head, lse, mask=real)
             tl.store(part_out + mine * out_head, result, mask=real_channels)
             last = arrives_last(arrived, item, count)

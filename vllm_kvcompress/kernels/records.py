@@ -30,6 +30,7 @@ from vllm_kvcompress.kernels.attention import (
     LOG2_E,
     MAX_TILE,
     MIN_DOT,
+    MOST_MERGED,
     TILE_BYTES,
     arrives_last,
     find_queries,
@@ -227,8 +228,9 @@ def attend_records(
     sums = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
     rows_of_tile = _tile_rows(query, heads, rows)
     cache = pages, keys, values
-    if shares is not None and uses_shares(format) and rows.max_query_len <= rows_of_tile // group:
-        parts = shares.num_programs(rows.seq_lens.shape[0]), rows_of_tile // group * group
+    one_tile = rows.max_query_len <= rows_of_tile // group and rows_of_tile <= MOST_MERGED
+    if shares is not None and uses_shares(format) and one_tile:
+        parts = shares.num_parts, rows_of_tile // group * group
         share_out = torch.empty(*parts, sums, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
         where = layer, format.parts[0], format_id, 0, True
@@ -321,8 +323,8 @@ def _attend_part(
         logits_soft_cap: 0 for none.
         min_share: least tokens of a share.
         share_out: `[T, Hq, splits, 1, D]` for the result of each share; 2 of a format that rotates. With
-            shares `[P, rows of a tile, 1, D]`.
-        share_lse: `[T, Hq, splits]` likewise, or `[P, rows of a tile]`.
+            shares `[places, rows of a tile, 1, D]`.
+        share_lse: `[T, Hq, splits]` likewise, or `[places, rows of a tile]`.
         bias: of raw tokens.
         shares: what each program attends over; the rest is for what is put together of them.
         out: for the result.
@@ -359,7 +361,6 @@ def _attend_part(
     else:
         assert out is not None and lse is not None
         programs = shares.num_programs(num_rows), 1, 1
-        # No stride may hang on the number of programs: the kernel would be compiled for some of them anew.
         strides = 0, *share_out.stride()[:3], 0, *share_lse.stride()
         final = (shares.work, shares.arrived, out, lse, sinks), (*shares.work.stride()[:2], *out.stride()[:2])
     inner, outer = logit_factors(scale, logits_soft_cap)
@@ -825,8 +826,8 @@ def _records_kernel(
     key_codebook,
     codebook,
     bias,
-    share_out,  # [T, Hq, splits, 1, D] or [P, rows of a tile, 1, D]; if ROTATED and SPLIT 2: encoded and raw
-    share_lse,  # [T, Hq, splits] or [P, rows of a tile]
+    share_out,  # [T, Hq, splits, 1, D] or [places, rows, 1, D]; if ROTATED and SPLIT 2: encoded, raw
+    share_lse,  # [T, Hq, splits] or [places, rows]
     work,
     arrived,
     out,
@@ -1181,7 +1182,7 @@ def _records_kernel(
         of_encoded = of_encoded + (encoded_result[plane] * for_encoded,)
         of_raw = of_raw + (result[plane] / divisor[:, None],)
     if SHARES:
-        at_share, count = tl.load(share_at + 3 * work_field), tl.load(share_at + 4 * work_field)
+        count = tl.load(share_at + 3 * work_field)
         out_at = out + token * final_token + query_of * final_head
         lse_at = lse_out + token * (HEADS * GROUP) + query_of
         if count == 1:
@@ -1205,9 +1206,9 @@ def _records_kernel(
                 CHANNELS_OF_GROUP,
             )
         else:
-            part_lse = share_lse + at_share.to(tl.int64) * lse_head + pair * lse_split
-            part_out = share_out + at_share.to(tl.int64) * out_head + pair * out_split
-            mine = program - at_share
+            mine, place = tl.load(share_at + 4 * work_field), tl.load(share_at + 5 * work_field).to(tl.int64)
+            part_lse = share_lse + place * lse_head + pair * lse_split
+            part_out = share_out + place * out_head + pair * out_split
             tl.store(part_lse + mine * lse_head, lse, mask=real)
             for plane in tl.static_range(CHANNEL_PLANES):
                 channels = first_channel + plane * CHANNELS_OF_GROUP

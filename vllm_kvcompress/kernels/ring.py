@@ -9,6 +9,7 @@ from vllm_kvcompress.kernels.arithmetic import DTYPES
 from vllm_kvcompress.kernels.batch import Scales
 
 AT_ONCE = 1024  # elements
+MOST_PROGRAMS = 16  # for the queries of a row; each writes every 16th
 
 
 def write_rings(
@@ -38,7 +39,7 @@ def write_rings(
         query: `[T, Hq, D]`; rows follow each other as `query_start_loc` says.
         seq_lens: `[R]` int32, tokens of each row by position, this step's included.
         query_start_loc: `[R + 1]` int32; a row without queries is padding.
-        max_query_len: queries of the longest row, or a bound on it; it fixes the grid.
+        max_query_len: queries of the longest row, or a bound on it, which bounds the grid.
         max_capacity: the largest C, or a bound on it; likewise.
         dtype: of the rings; query's if it is not given.
         scales: the layer's, if queries are float8.
@@ -48,7 +49,8 @@ def write_rings(
     _, query_heads, head_size = query.shape
     size = query_heads * head_size
     assert query.stride()[1:] == (head_size, 1)
-    _write_kernel[seq_lens.shape[0], min(max_capacity, max_query_len), triton.cdiv(size, AT_ONCE)](
+    programs = min(max_capacity, max_query_len, MOST_PROGRAMS)
+    _write_kernel[seq_lens.shape[0], programs, triton.cdiv(size, AT_ONCE)](
         address,
         capacity,
         layer,
@@ -81,16 +83,20 @@ def _write_kernel(
 ):
     row = tl.program_id(0)
     ring = tl.load(address + row)
-    length = tl.load(capacity + row)
-    end = tl.load(query_start_loc + row + 1)
-    back = tl.program_id(1) + 1  # 1 for the row's newest token
-    token = end - back
-    if (ring == 0) | (back > length) | (token < tl.load(query_start_loc + row)):
+    if ring == 0:
         return
-    index = (tl.load(seq_lens + row) - back) % length
+    length = tl.load(capacity + row)
+    begin, end = tl.load(query_start_loc + row), tl.load(query_start_loc + row + 1)
+    seq_len = tl.load(seq_lens + row)
     element = tl.program_id(2) * AT_ONCE + tl.arange(0, AT_ONCE)
-    content = tl.load(query + token.to(tl.int64) * query_token + element, mask=element < SIZE)
-    if FLOAT8:
-        content = (content.to(tl.float32) * tl.load(scale)).to(DTYPE)
-    place = ring.to(tl.pointer_type(DTYPE)) + (layer * length + index) * SIZE
-    tl.store(place + element, content, mask=element < SIZE)
+    last = tl.minimum(length, end - begin).to(tl.int32)
+    for back in range(tl.program_id(1) + 1, last + 1, tl.num_programs(1)):  # 1 for the row's newest token
+        index = (seq_len - back) % length
+        token = (end - back).to(tl.int64)
+        content = tl.load(query + token * query_token + element, mask=element < SIZE)
+        if FLOAT8:
+            content = (content.to(tl.float32) * tl.load(scale)).to(DTYPE)
+        place = ring.to(tl.pointer_type(DTYPE)) + (layer * length + index) * SIZE
+        if SIZE % 8 == 0:  # PyTorch's memory begins at such an address, and so does every query of it
+            place = tl.multiple_of(place, 16)
+        tl.store(place + element, content, mask=element < SIZE)

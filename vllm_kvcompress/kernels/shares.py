@@ -19,7 +19,7 @@ MIN_SHARE = 256  # keys: a shorter share costs more to merge than it saves
 ENOUGH = 1024  # keys of a share: there are no shorter ones but to fill the device once
 WAVES = 4  # most times that shares fill the device, beside the heads that are not cut
 AT_ONCE = 1024  # heads or programs
-FIELDS = 5
+FIELDS = 6
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Shares:
     """What each program of a kernel attends over, in arrays that stay in place for captured graphs.
 
     Attributes:
-        work: `[5, L, P]` int32, of each layer's programs: the row times H plus the KV head, or -1 if there is
-            nothing to do; the first key and the one behind the last; the first program of that head, and how
-            many it has.
-        ends: `[L, R·H]` int32, one past the last program of each head.
+        work: `[6, L, P]` int32, of each layer's programs: the row times H plus the KV head, or -1 if there is
+            nothing to do; the first key and the one behind the last; how many shares the head is cut into,
+            and which of them this is; and the place of the first one among `num_parts`, if there are several.
+        ends: `[2, L, R·H]` int32, one past the last program of each head, and past its last place.
         arrived: `[R·H]` int32, programs of a head that are done; all 0 between launches.
         heads: H.
         at_once: programs that the device runs at a time.
@@ -50,16 +50,27 @@ class Shares:
         items = max_rows * heads
         return cls(
             work=torch.full((FIELDS, layers, WAVES * at_once + items), -1, dtype=torch.int32, device=device),
-            ends=torch.zeros(layers, items, dtype=torch.int32, device=device),
+            ends=torch.zeros(2, layers, items, dtype=torch.int32, device=device),
             arrived=torch.zeros(items, dtype=torch.int32, device=device),
             heads=heads,
             at_once=at_once,
         )
 
+    @staticmethod
+    def num_bytes(max_rows: int, layers: int, heads: int, at_once: int) -> int:
+        """Bytes of an `empty` of the same arguments."""
+        items = max_rows * heads
+        return 4 * (FIELDS * layers * (WAVES * at_once + items) + 2 * layers * items + items)
+
     def num_programs(self, num_rows: int) -> int:
         """How many programs a batch of so many rows may need."""
         assert num_rows * self.heads <= len(self.arrived)
         return WAVES * self.at_once + num_rows * self.heads
+
+    @property
+    def num_parts(self) -> int:
+        """Places for what shares of heads that are cut leave to be merged: every other program is alone."""
+        return 2 * WAVES * self.at_once
 
     def cut(
         self,
@@ -82,7 +93,7 @@ class Shares:
             align: keys that shares begin at multiples of.
             min_share: least keys of a share, but for a head's last.
         """
-        layers, num_rows = self.ends.shape[0], rows.seq_lens.shape[0]
+        layers, num_rows = self.ends.shape[1], rows.seq_lens.shape[0]
         assert num_rows * self.heads <= len(self.arrived)
         assert runs.start.shape[1] == layers * self.heads + 1
         _cut_kernel[(layers,)](
@@ -96,7 +107,7 @@ class Shares:
             rows.seq_lens,
             rows.query_start_loc,
             num_rows,
-            self.ends.shape[1],
+            self.ends.shape[2],
             self.work.shape[2],
             self.at_once,
             format_id,
@@ -166,7 +177,7 @@ def _count(length, most, ALIGN: tl.constexpr):
 @triton.jit(do_not_specialize=["num_rows", "max_items", "max_programs", "at_once", "format_id", "min_share"])
 def _cut_kernel(
     work,  # [FIELDS, L, max_programs]
-    item_ends,  # [L, max_items]
+    item_ends,  # [2, L, max_items]
     start,
     boundary,
     formats,
@@ -226,7 +237,8 @@ def _cut_kernel(
     most = tl.maximum(tl.cdiv(total, tl.maximum(room, 1)), min_share).to(tl.int32)
     most = tl.cdiv(most, ALIGN) * ALIGN
 
-    used = 0
+    used, places = 0, 0
+    cut_ends = item_ends + num_layers * max_items
     for first in range(0, items, AT_ONCE):
         item = first + tl.arange(0, AT_ONCE)
         length = _lengths(
@@ -251,6 +263,9 @@ def _cut_kernel(
         count, _ = _count(length, most, ALIGN)
         tl.store(item_ends + layer * max_items + item, used + tl.cumsum(count, 0), mask=item < items)
         used += tl.sum(count, 0)
+        if_cut = tl.where(count > 1, count, 0)
+        tl.store(cut_ends + layer * max_items + item, places + tl.cumsum(if_cut, 0), mask=item < items)
+        places += tl.sum(if_cut, 0)
     tl.debug_barrier()  # what one thread wrote, others read
 
     highest = 1
@@ -288,6 +303,7 @@ def _cut_kernel(
         )
         count, share = _count(length, most, ALIGN)
         own = tl.load(item_ends + layer * max_items + item, mask=busy, other=0) - count
+        place = tl.load(cut_ends + layer * max_items + item, mask=busy, other=0) - count
         begin = (program - own) * share
         at = work + layer * max_programs + program
         field = num_layers * max_programs
@@ -295,5 +311,6 @@ def _cut_kernel(
         tl.store(at, tl.where(busy, item, -1), mask=inside)
         tl.store(at + field, begin, mask=inside & busy)
         tl.store(at + 2 * field, tl.minimum(begin + share, length), mask=inside & busy)
-        tl.store(at + 3 * field, own, mask=inside & busy)
-        tl.store(at + 4 * field, count, mask=inside & busy)
+        tl.store(at + 3 * field, count, mask=inside & busy)
+        tl.store(at + 4 * field, program - own, mask=inside & busy)
+        tl.store(at + 5 * field, place, mask=inside & busy)

@@ -14,8 +14,9 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays, ShareLists
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
-from vllm_kvcompress.kernels.attention import programs_at_once
+from vllm_kvcompress.kernels.attention import merge_bytes, programs_at_once
 from vllm_kvcompress.kernels.records import prepare
+from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
@@ -54,14 +55,9 @@ class CompressionGPUWorker(CompressionWorker):
         max_blocks = -(-self.model_config.max_model_len // grid.block_size)
         self.compression.runs = RunArrays(grid, max_requests, max_blocks, device)
         self.compression.observer.kernel_writes_rings = True
-        max_rows = max(max_requests, self.compilation_config.max_cudagraph_capture_size or 0)
-        self.builder.arrays = RowArrays(max_rows, device)
-        at_once = 1
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self.builder.processors = properties.multi_processor_count
-            at_once = self.builder.processors * programs_at_once(properties.shared_memory_per_multiprocessor)
-        self.builder.share_lists = ShareLists(grid, max_rows, at_once, device)
+        self.builder.arrays = RowArrays(self._max_rows, device)
+        self.builder.processors, at_once = self._device_size(device)
+        self.builder.share_lists = ShareLists(grid, self._max_rows, at_once, device)
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         if not isinstance(builder, CompressedMetadataBuilder):
@@ -71,6 +67,8 @@ class CompressionGPUWorker(CompressionWorker):
             )
         size = layers[0].impl.head_size
         pages = every_page(layers)
+        # Else Triton would have our kernels read fewer than 16 bytes of a thread at once, and say nothing.
+        assert pages.data_ptr() % 16 == 0 and pages[0].nbytes % 16 == 0
         by_token = pages.view(-1, grid.block_size, 2 * size).split(size, -1)
         shape = grid.num_layers, grid.num_blocks, grid.num_heads
         float8 = None
@@ -112,17 +110,41 @@ class CompressionGPUWorker(CompressionWorker):
         elif self._config.build_policy().gives_losses:
             available -= 2 * 4 * query_heads * self._config.observed_window * longest  # likewise
         available -= 4 * max_num_seqs * (longest // self.cache_config.block_size + layers * heads)  # runs
+        sinks = any(layer.impl.sinks is not None for layer in own)
+        available -= self._share_bytes(layers, heads, group, size, sinks)
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
         return available - per_query * ring_budget(self._config, max_num_seqs, num_cache_tokens, group)
+
+    def _share_bytes(self, layers: int, heads: int, group: int, head_size: int, sinks: bool) -> int:
+        """Bytes of the lists of shares, of raw rows and of records, and of what shares leave to be merged."""
+        processors, at_once = self._device_size(self.device)
+        lists = 2 * Shares.num_bytes(self._max_rows, layers, heads, at_once)
+        tokens = self.scheduler_config.max_num_batched_tokens
+        return lists + merge_bytes(tokens, heads * group, group, head_size, processors, at_once, sinks)
+
+    @property
+    def _max_rows(self) -> int:
+        captured = self.compilation_config.max_cudagraph_capture_size or 0
+        return max(self.scheduler_config.max_num_seqs, captured)
+
+    @staticmethod
+    def _device_size(device: torch.device) -> tuple[int, int]:
+        """Streaming multiprocessors, and programs of the attention kernels that run at a time."""
+        if device.type != "cuda":
+            return 1, 1
+        properties = torch.cuda.get_device_properties(device)
+        processors = properties.multi_processor_count
+        return processors, processors * programs_at_once(properties.shared_memory_per_multiprocessor)
 
     @property
     def _config(self) -> KVCompressionConfig:
         return KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        if self.vllm_config.kernel_config.enable_jit_warmup:
-            self.warm_up_kernels()
+        captures = self.compilation_config.cudagraph_mode.has_full_cudagraphs()
+        if captures or self.vllm_config.kernel_config.enable_jit_warmup:
+            self.warm_up_kernels()  # nothing may be compiled while a graph is captured
         return super().compile_or_warm_up_model()
 
     @torch.inference_mode()

@@ -86,7 +86,7 @@ def test_every_key_is_in_one_share_and_none_is_long(rows, heads, at_once, compac
     assert shares.num_programs(len(batch.rows.seq_lens)) <= shares.work.shape[2]
     for layer in range(2):
         wanted = lengths(batch, layer, compacted_only)
-        item, begin, end, first, count = shares.work[:, layer].tolist()
+        item, begin, end, count, number, place = shares.work[:, layer].tolist()
         busy = sum(one >= 0 for one in item)
         assert all(one < 0 for one in item[busy:]), "idle programs are the last"
         assert busy <= WAVES * at_once + len(wanted) <= shares.num_programs(len(batch.rows.seq_lens))
@@ -95,9 +95,12 @@ def test_every_key_is_in_one_share_and_none_is_long(rows, heads, at_once, compac
             own = item[program]
             assert begin[program] == next_key[own] < end[program] <= wanted[own]
             assert begin[program] % 16 == 0
-            assert first[program] == item.index(own) and count[program] == item.count(own)
+            assert number[program] == program - item.index(own) and count[program] == item.count(own)
             next_key[own] = end[program]
         assert next_key == wanted
+        cut_heads = [program for program in range(busy) if count[program] > 1]
+        assert [place[program] + number[program] for program in cut_heads] == list(range(len(cut_heads)))
+        assert len(cut_heads) <= shares.num_parts
         sizes = [stop - start for start, stop in zip(begin[:busy], end[:busy], strict=True)]
         fair = sum(wanted) / max(1, at_once // 2)
         assert max(sizes, default=0) <= max(48, fair) + 16
@@ -138,7 +141,7 @@ def test_equals_the_reference_for_every_pair_of_options(case):
     cache = make_cache(2, 30, 2, case["block_size"], case["head_size"], case["dtype"])
     batch = Batch(ROWS[case["rows"]], *cache, case["group"])
     shares = assert_equals_reference(batch, 1, case["at_once"], logits_soft_cap=case["logits_soft_cap"])
-    most = int(shares.work[4, 1][shares.work[0, 1] >= 0].max())
+    most = int(shares.work[3, 1][shares.work[0, 1] >= 0].max())
     assert case["at_once"] < 4 or case["head_size"] < 128 or most > 1, "something is merged"
 
 
