@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.plugins.endpoint_plugins.interface import EndpointPlugin
 
-from vllm_kvcompress import page
+from vllm_kvcompress import endpoints
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.page import Page
 from vllm_kvcompress.paging.statistics import ID_LENGTH, shown_id
@@ -39,6 +39,8 @@ class Engines:
             raise self.error
         if call == ("kv_compression_state",):
             return [{"running": 0}, {"running": 1}]
+        if call[0] == "kv_compression_prefixes":
+            return [[], []]
         return [None, HEADS if call == ("kv_compression_heads", "two") else None]
 
 
@@ -99,18 +101,18 @@ def test_an_error_of_an_engine_is_one_line_and_the_next_question_is_asked_anew(e
 def test_a_busy_engine_is_asked_once_by_all_who_look_and_waited_for_no_longer_than_a_while(
     engines, monkeypatch
 ):
-    monkeypatch.setattr(page, "ANSWER_S", 0.1)
+    monkeypatch.setattr(endpoints, "ANSWER_S", 0.1)
     engines.answer_at.clear()
     with served(engines) as client:
         answers = [client.get("/kv_compression/state") for _ in range(3)]
         assert [answer.status_code for answer in answers] == [503] * 3
         assert "within" in answers[0].json()["error"] and engines.asked == [("kv_compression_state",)]
-        for name in map(str, range(page.MOST_CALLS)):  # one more than may be open
+        for name in map(str, range(endpoints.MOST_CALLS)):  # one more than may be open
             last = client.get("/kv_compression/heads", params={"request": name})
         assert last.status_code == 503 and "too many" in last.json()["error"]
-        assert len(engines.asked) == page.MOST_CALLS
+        assert len(engines.asked) == endpoints.MOST_CALLS
         engines.answer_at.set()
-        monkeypatch.setattr(page, "ANSWER_S", 10)
+        monkeypatch.setattr(endpoints, "ANSWER_S", 10)
         assert client.get("/kv_compression/state").status_code == 200
 
 
@@ -156,13 +158,14 @@ def test_a_server_has_it_where_it_compresses_with_the_key_of_its_other_paths(
         engine_core=engines, vllm_config=SimpleNamespace(additional_config=additional, model_config=config)
     )
     args = Namespace(api_key=[key] if key == "given" else None)
+    app.state.serving_tokenization = None
     plugins[0].attach_router(app)
     asyncio.run(plugins[0].init_state(client, app.state, args))
     with TestClient(app) as asking:
         assert asking.get("/kv_compression").status_code == status
-        paths = "/kv_compression/state"
-        assert asking.get(paths).status_code == (401 if status == 200 else 404)
-        assert asking.get(paths, headers={"Authorization": f"Bearer {key}"}).status_code == status
+        for path in ("/kv_compression/state", "/v1/kv_compression/prefixes"):
+            assert asking.get(path).status_code == (401 if status == 200 else 404)
+            assert asking.get(path, headers={"Authorization": f"Bearer {key}"}).status_code == status
 
 
 def test_a_front_end_without_engines_shows_nothing():

@@ -35,9 +35,11 @@ INHERITED_BY_CALL = {  # class FlashBuilder(Ours, FlashAttentionBackend.get_buil
 }
 OWN = {  # set by this package, and read where a more general class is named
     "vllm.engine.arg_utils:EngineArgs._kv_compression",
+    "vllm.v1.engine.core:EngineCore.kv_compression_delete_prefix",
     "vllm.v1.engine.core:EngineCore.kv_compression_heads",
     "vllm.v1.engine.core:EngineCore.kv_compression_load_prefix",
     "vllm.v1.engine.core:EngineCore.kv_compression_save_prefix",
+    "vllm.v1.engine.core:EngineCore.kv_compression_prefixes",
     "vllm.v1.engine.core:EngineCore.kv_compression_state",
     "vllm.v1.core.sched.output:SchedulerOutput.kv_compression",
     "vllm.v1.outputs:ModelRunnerOutput.kv_compression",

@@ -235,8 +235,8 @@ class KVCompressionConfig:
             raise KVCompressionError(
                 f"prefix_share must be a part of the pool, 0 <= prefix_share < 1, got {self.prefix_share}"
             )
-        if self.prefix is not None and not (0 < len(self.prefix) <= MOST_NAME and self.prefix.isprintable()):
-            raise KVCompressionError(f"prefix must be a name of 1 to {MOST_NAME} printable characters")
+        if self.prefix is not None:
+            check_name(self.prefix)
         if self.prefix is not None and self.when == "pressure":
             raise KVCompressionError(
                 "a prefix is compacted once its prompt is computed; remove when=pressure"
@@ -325,6 +325,18 @@ class KVCompressionConfig:
             KVCompressionError: the form, a name or a value is wrong.
         """
         return value if isinstance(value, cls) else cls._of(_as_dict(value))
+
+    @staticmethod
+    def with_prefix(value: "str | Mapping | None", name: str) -> dict[str, Any]:
+        """The options of any form, and a name for what they compact a prompt to.
+
+        Raises:
+            KVCompressionError: the form is wrong, or it names a prefix itself.
+        """
+        flat = {} if value is None else _as_dict(value)
+        if "prefix" in flat:
+            raise KVCompressionError("give the prefix its name by itself, not among the options")
+        return flat | {"prefix": name}
 
     @staticmethod
     def named_files(value: "str | Mapping") -> tuple[str, str]:
@@ -536,6 +548,16 @@ class KVCompressionConfig:
 
     def _options_of(self, cls: type) -> dict[str, Any]:
         return {name: value for name, value in self.options.items() if name in _field_types(cls)}
+
+
+def check_name(name: object) -> None:
+    """Refuse what cannot be a prefix's name.
+
+    Raises:
+        KVCompressionError: it is not a string, or not one of 1 to `MOST_NAME` printable characters.
+    """
+    if not (isinstance(name, str) and 0 < len(name) <= MOST_NAME and name.isprintable()):
+        raise KVCompressionError(f"prefix must be a name of 1 to {MOST_NAME} printable characters")
 
 
 _OWN_TYPES: dict[str, Any] = {

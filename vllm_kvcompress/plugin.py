@@ -72,6 +72,8 @@ def register() -> None:
     EngineCore.__init__ = _with_saved_prefixes(EngineCore.__init__)
     for core in (EngineCoreProc, DPEngineCoreProc):
         core.run_busy_loop = _with_saved_prefixes(core.run_busy_loop)
+    EngineCore.kv_compression_prefixes = _prefixes
+    EngineCore.kv_compression_delete_prefix = _delete_prefix
     vllm.plugins.load_endpoint_plugins = _with_page(vllm.plugins.load_endpoint_plugins)
 
 
@@ -538,6 +540,16 @@ def _with_saved_prefixes(begin):
     return wrapped
 
 
+def _prefixes(self, salt: str | None) -> list[dict[str, Any]]:
+    """A method of `EngineCore`: the compacted prefixes under a salt."""
+    return [prefix.to_dict() for prefix in self.scheduler.prefixes(salt)]
+
+
+def _delete_prefix(self, name: str, salt: str | None) -> bool:
+    """A method of `EngineCore`: keep a compacted prefix no longer; False if there is none of this name."""
+    return self.scheduler.delete_prefix(name, salt)
+
+
 def _with_page(load_endpoint_plugins):
     @functools.wraps(load_endpoint_plugins)
     def wrapped(*args, **kwargs):
@@ -559,11 +571,14 @@ class _PagePlugin:
         if engine_client is None or not _compresses(engine_client.vllm_config):
             return
         from vllm_kvcompress.page import Page
+        from vllm_kvcompress.prefix_endpoints import PrefixEndpoints
 
         config = KVCompressionConfig.parse(_requested(engine_client.vllm_config))
         keys = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
         model = engine_client.vllm_config.model_config.served_model_name
         self._app.include_router(Page(engine_client.engine_core, config, model, keys).router)
+        tokenization = state.serving_tokenization
+        self._app.include_router(PrefixEndpoints(engine_client, tokenization, keys).router)
 
 
 def _with_watched_endpoints(init):

@@ -55,6 +55,7 @@ TABLE: dict[str, Touched] = {
         reads="mm_features prompt_embeds prompt_token_ids resumable sampling_params",
     ),
     "vllm.utils": Touched(
+        reads="random_uuid",
         calls={
             "length_from_prompt_token_ids_or_embeds": "(prompt_token_ids, prompt_embeds)",
         },
@@ -64,7 +65,12 @@ TABLE: dict[str, Touched] = {
             "init_logger": "(name)",
         },
     ),
-    "vllm.entrypoints.serve.engine.serving:BaseServing": Touched(),
+    "vllm.entrypoints.serve.engine.serving:BaseServing": Touched(
+        calls={
+            "_check_model": "(self, request)",
+            "_maybe_get_adapters": "(self, request, supports_default_mm_loras=...)",
+        },
+    ),
     "vllm.entrypoints.pooling.base.serving:PoolingBaseServing": Touched(),
     "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest": Touched(
         reads="to_chat_completion_request",
@@ -118,7 +124,34 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.engine.async_llm:AsyncLLM": Touched(
-        reads="engine_core vllm_config",
+        reads="engine_core generate model_config vllm_config",
+    ),
+    "vllm.entrypoints.serve": Touched(reads="create_error_response"),
+    "vllm.entrypoints.serve.engine.protocol:ErrorResponse": Touched(reads="error"),
+    "vllm.entrypoints.serve.tokenize.protocol:TokenizeChatRequest": Touched(
+        reads="add_generation_prompt messages model"
+    ),
+    "vllm.entrypoints.serve.tokenize.protocol:TokenizeCompletionRequest": Touched(reads="model prompt"),
+    "vllm.entrypoints.serve.tokenize.serving:ServingTokenization": Touched(
+        calls={
+            "create_tokenize": "(self, request, raw_request)",
+        },
+    ),
+    "vllm.inputs": Touched(
+        calls={
+            "tokens_input": "(prompt_token_ids, *, prompt=..., cache_salt=...)",
+        },
+    ),
+    "vllm.lora.request:LoRARequest": Touched(),
+    "vllm.outputs:RequestOutput": Touched(reads="kv_transfer_params"),
+    "vllm.exceptions": Touched(reads="GracefulHTTPError VLLMClientError"),
+    # what a program asks of its own engine
+    "vllm.v1.engine.llm_engine:LLMEngine": Touched(reads="engine_core vllm_config"),
+    "vllm.v1.engine.core_client:InprocClient": Touched(reads="engine_core"),
+    "vllm.v1.engine.core_client:SyncMPClient": Touched(
+        calls={
+            "call_utility": "(self, method, *args)",
+        },
     ),
     "vllm.v1.engine.core_client:AsyncMPClient": Touched(
         reads="core_engines",
@@ -742,7 +775,7 @@ TABLE: dict[str, Touched] = {
         reads="PIN_MEMORY",
     ),
     # the measuring commands
-    "vllm:LLM": Touched(serving=False),
+    "vllm:LLM": Touched(reads="generate llm_engine", serving=False),
     "vllm.sampling_params:RequestOutputKind": Touched(
         reads="CUMULATIVE",
         serving=False,

@@ -38,6 +38,7 @@ from vllm_kvcompress.paging.spec import compactable_group
 from vllm_kvcompress.paging.statistics import (
     CARRIER,
     MOST_REQUESTS,
+    TAKEN,
     CompressionStats,
     EngineState,
     PrefixState,
@@ -1207,7 +1208,7 @@ class _Compression:
         """Why a prefix may not be kept until it is deleted; None if it may."""
         assert prefix.name is not None
         if self._prefixes.named(prefix.name, prefix.salt) is not None:
-            return "the name is taken; delete the prefix that has it, or use another one"
+            return TAKEN
         pool, block_size = self.kv_cache_manager.block_pool, self.compacting_manager.block_size
         usable, longest = pool.num_gpu_blocks - 1, -(-self.max_model_len // block_size)
         own, others = len(prefix.blocks), self._prefixes.named_blocks

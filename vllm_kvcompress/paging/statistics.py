@@ -9,6 +9,7 @@ from vllm_kvcompress.plan import Plan
 
 CARRIER = "kv_compression"  # under which they travel beside vLLM's own
 ID_LENGTH = 64  # of a request's name, as it is shown
+TAKEN = "the name is taken; delete the prefix that has it, or use another one"
 MOST_REQUESTS = 256  # of one engine that are described one by one; as many prefixes without a name
 
 
