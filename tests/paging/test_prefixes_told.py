@@ -122,8 +122,8 @@ def test_or_why_it_is_not(monkeypatch):
         return told["reason"]
 
     assert "name is taken" in why(prompt_of(40 * BLOCK, 1), "document")
-    assert "too short" in why(prompt_of(20 * BLOCK, 2))  # 18 blocks to 5: 208 tokens
-    assert "too short" in why(prompt_of(9, 2))
+    assert "fewer than min_freed_tokens=256" in why(prompt_of(20 * BLOCK, 2))  # 18 blocks to 5: 208 tokens
+    assert "fewer than min_freed_tokens=256" in why(prompt_of(9, 2))
     # 57 blocks to 15, and two behind them; with the 12 of two others fewer than 60 of 100 remain.
     large = prompt_of(59 * BLOCK, 3)
     assert asks(sim, prompt_of(40 * BLOCK, 4), "second")["kept"]

@@ -1199,7 +1199,7 @@ class _Compression:
         """Why a request that ends was not compacted."""
         if tracked is None or (tracked.held is None and tracked.point is None):
             least = config.min_freed_tokens
-            return f"compacting the prompt would free fewer than min_freed_tokens={least}: it is too short"
+            return f"the prompt is short: compacting it would free fewer than min_freed_tokens={least} tokens"
         if tracked.late:
             return "the pool had no room to compact the prompt; try again when fewer requests run"
         return "the request ended before its prompt was compacted"
