@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import uvicorn
@@ -11,7 +12,8 @@ from fastapi import FastAPI
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.page import Page
-from vllm_kvcompress.paging.statistics import EngineState, RequestState
+from vllm_kvcompress.paging.statistics import EngineState, PrefixState, RequestState
+from vllm_kvcompress.prefix_endpoints import PrefixEndpoints
 
 CHROMIUM = shutil.which("chromium")
 HOSTILE = 'cmpl-<img src=x onerror="document.title=1">-0'  # a client may name its requests
@@ -19,6 +21,10 @@ COMPACTED = RequestState("cmpl-a", 1_500, 1_600, "compacted", 100, 31, "snapkv",
 RAW = RequestState(HOSTILE, 600, 610, "raw", 39, 39, None, None, None)
 STATE = EngineState(16, 200, 70, 25, 2, 1, 1, 1, 139, 70, 0.0, [COMPACTED, RAW])
 HEADS = {"request": "cmpl-a", "layers": [0, 3], "pages": [[1, 2, 3], [4, 5, 6]], "raw_pages": 94}
+NOVEL = PrefixState("prefix-1", 'a/b <img src=x> "c"', 40_000, 39_968, 314, 1, 2, 31, "kvzip", 0.25, None)
+LAWS = PrefixState("prefix-2", "laws", 1_000, 960, 9, 1, 0, 0, "knorm", 0.25, "an adapter")
+UNNAMED = replace(LAWS, id="prefix-3", name=None)
+WITH_PREFIXES = replace(STATE, prefixes=2, named_prefixes=2, prefix_blocks=323)
 LIGHT, DARK = "rgb(245, 246, 248)", "rgb(17, 21, 26)"
 
 
@@ -28,6 +34,7 @@ class Engines:
     def __init__(self, *states: EngineState) -> None:
         self.show(*states)
         self.asked_heads = 0
+        self.prefixes: list[PrefixState] = []  # of the first one
 
     def show(self, *states: EngineState) -> None:
         self.states = states
@@ -36,6 +43,13 @@ class Engines:
     async def call_utility_all_async(self, method: str, *arguments: str):
         if method == "kv_compression_state":
             return [state.to_dict() for state in self.states]
+        if method == "kv_compression_prefixes":
+            assert arguments == (None,)
+            return [[each.to_dict() for each in self.prefixes]] + [[]] * (len(self.states) - 1)
+        if method == "kv_compression_delete_prefix":
+            kept = [each for each in self.prefixes if each.name != arguments[0]]
+            found, self.prefixes = len(kept) < len(self.prefixes), kept
+            return [found] + [False] * (len(self.states) - 1)
         self.asked_heads += 1
         return [HEADS if arguments == ("cmpl-a",) else None] + [None] * (len(self.states) - 1)
 
@@ -60,6 +74,8 @@ def look(browser):
         app = FastAPI()
         config = KVCompressionConfig.parse("snapkv:budget=0.25")
         app.include_router(Page(engines, config, "a model", list(api_keys)).router)
+        client = SimpleNamespace(engine_core=engines)
+        app.include_router(PrefixEndpoints(client, None, list(api_keys)).router)
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -144,6 +160,58 @@ def test_a_ladder_and_several_engines_have_columns_of_their_own(look):
     assert page.inner_text("#more") == "and 3 more" and not page.errors
 
 
+def named(page) -> list[str]:
+    return [" ".join(row.inner_text().split()) for row in page.query_selector_all("#named tr")]
+
+
+def test_prefixes_with_a_name_are_shown_and_deleted_by_who_confirms_it(look):
+    engines = Engines(replace(STATE, prefixes=6, named_prefixes=3, prefix_blocks=360))
+    engines.prefixes = [NOVEL, LAWS, UNNAMED]
+    page = look(engines, "secret")
+    page.fill("#key", "secret")
+    page.click("#login button")
+    page.wait_for_selector("#named tr")
+    assert named(page) == [
+        f"{NOVEL.name} kvzip 40,000 39,968 314 2 31 Delete",
+        "laws knorm, an adapter 1,000 960 9 0 0 Delete",
+    ]
+    assert page.inner_text("#others") == "360 blocks in all, also of 1 under a salt and 3 without a name"
+    assert not page.query_selector_all("#prefixes img")
+    said = []
+
+    def answer(accept):
+        def handle(dialog):
+            said.append(dialog.message)
+            dialog.accept() if accept else dialog.dismiss()
+
+        page.once("dialog", handle)
+
+    answer(False)
+    page.click("#named tr:first-child button")
+    assert len(engines.prefixes) == 3
+    answer(True)
+    page.click("#named tr:first-child button")
+    page.wait_for_selector("#named tr:only-child")
+    assert engines.prefixes == [LAWS, UNNAMED] and len(said) == 2 and NOVEL.name in said[0]
+    engines.show(STATE)
+    page.wait_for_selector("#prefixes", state="hidden")
+    assert page.errors == [error for error in page.errors if "401" in error]
+
+
+def test_where_no_prefix_is_kept_none_is_shown_or_asked_for(look):
+    page = look(Engines(STATE, STATE))
+    assert rows(page) and page.is_hidden("#prefixes") and not page.errors
+    engines = Engines(replace(STATE, prefixes=2, prefix_blocks=20), STATE)
+    page = look(engines)
+    page.wait_for_selector("#prefixes:not([hidden])")
+    assert page.inner_text("#others") == "20 blocks in all, also of 2 without a name"
+    engines.prefixes = [LAWS]
+    engines.show(replace(STATE, prefixes=1, named_prefixes=1, prefix_blocks=9), STATE)
+    page.wait_for_selector("#named tr")
+    assert named(page) == ["laws knorm, an adapter 1,000 960 9 0 0 0 Delete"]
+    assert page.inner_text("#others") == "9 blocks in all"
+
+
 def test_the_page_asks_for_the_servers_key(look):
     page = look(Engines(STATE), "secret")
     page.wait_for_selector("#login:not([hidden])")
@@ -160,13 +228,15 @@ def test_the_page_asks_for_the_servers_key(look):
 @pytest.mark.parametrize(("scheme", "ground"), [("light", LIGHT), ("dark", DARK)])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_it_fits_its_window_in_both_schemes(look, scheme, ground, width):
-    engines, viewport = Engines(STATE), {"width": width, "height": 800}
+    engines, viewport = Engines(WITH_PREFIXES), {"width": width, "height": 800}
+    engines.prefixes = [NOVEL, LAWS]
     page = look(engines, path="#request=cmpl-a", viewport=viewport, color_scheme=scheme)
     page.wait_for_selector("#heads:not([hidden])")
+    page.wait_for_selector("#named tr")
     assert len(rows(page)) == 2
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    for inner in page.query_selector_all("main > *, #requests td, #map"):
+    for inner in page.query_selector_all("main > *, #requests td, #named td, #map"):
         if (box := inner.bounding_box()) is not None:
             assert 0 <= box["x"] and box["x"] + box["width"] <= width
 

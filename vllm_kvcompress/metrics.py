@@ -18,6 +18,8 @@ COUNTERS = {
     "freed_blocks": "KV cache blocks that compactions freed, as if no request shared them.",
     "freed_bytes": "Bytes of these blocks, on each worker.",
     "seconds": "Time that compactions took.",
+    "prefix_hits": "Requests that went on from a compacted prefix; once more if preempted since.",
+    "prefix_hit_tokens": "Prompt tokens that they did not compute.",
 }
 GAUGES = {
     "kept_fraction": "Blocks that the running requests hold, of those that they would hold uncompressed.",
@@ -25,6 +27,8 @@ GAUGES = {
         "How far running requests have come down the ladder of when=pressure: 0 for raw, 1 for its end, "
         "on average."
     ),
+    "prefixes": "Compacted prefixes that are kept, with a name or without.",
+    "prefix_blocks": "KV cache blocks that hold them.",
 }
 STATES = "raw", "compacted"
 DRAFTS = {
@@ -85,8 +89,8 @@ class CompressionMetrics:
         labels = self._model, str(engine)
         for name, counter in self._counters.items():
             counter.labels(*labels).inc(getattr(stats, name))
-        self._gauges["kept_fraction"].labels(*labels).set(_kept([stats]))
-        self._gauges["pressure"].labels(*labels).set(stats.pressure)
+        for name, gauge in self._gauges.items():
+            gauge.labels(*labels).set(_kept([stats]) if name == "kept_fraction" else getattr(stats, name))
         for state in STATES:
             self._requests.labels(*labels, state).set(getattr(stats, state))
             for what, counter in self._drafts.items():
@@ -95,24 +99,31 @@ class CompressionMetrics:
         self._since_log.compactions += stats.compactions
         self._since_log.seconds += stats.seconds
         self._since_log.freed_blocks += stats.freed_blocks
+        self._since_log.prefix_hits += stats.prefix_hits
 
     def log(self) -> None:
-        """One line, if there is anything to tell."""
+        """A line of compactions and one of prefixes, if there is anything to tell."""
         since, self._since_log = self._since_log, CompressionStats()
         latest = list(self._latest.values())
         compacted = sum(stats.compacted for stats in latest)
-        if not compacted and not since.compactions:
-            return
-        logger.info(
-            "KV compression: %d compactions in %.2f s, %d blocks freed; %d of %d running requests compacted, "
-            "all hold %.1f%% of their raw blocks",
-            since.compactions,
-            since.seconds,
-            since.freed_blocks,
-            compacted,
-            compacted + sum(stats.raw for stats in latest),
-            100 * _kept(latest),
-        )
+        if compacted or since.compactions:
+            logger.info(
+                "KV compression: %d compactions in %.2f s, %d blocks freed; %d of %d running requests "
+                "compacted, all hold %.1f%% of their raw blocks",
+                since.compactions,
+                since.seconds,
+                since.freed_blocks,
+                compacted,
+                compacted + sum(stats.raw for stats in latest),
+                100 * _kept(latest),
+            )
+        if since.prefix_hits:
+            logger.info(
+                "KV compression: %d requests went on from %d compacted prefixes of %d blocks",
+                since.prefix_hits,
+                sum(stats.prefixes for stats in latest),
+                sum(stats.prefix_blocks for stats in latest),
+            )
 
 
 def _kept(engines: list[CompressionStats]) -> float:

@@ -1,5 +1,9 @@
 """What a program does with the compacted prefixes of its own engine, by the functions of the package."""
 
+import subprocess
+import sys
+from types import SimpleNamespace
+
 import pytest
 from harness import BLOCK_SIZE, NUM_BLOCKS, start
 from vllm import SamplingParams
@@ -117,3 +121,35 @@ def test_what_is_not_kept_is_one_line(llm, long_ids, length, name, options, mess
     assert len(str(refused.value).splitlines()) == 1
     names = [each["name"] for each in vllm_kvcompress.list_prefixes(llm) if each["name"]]
     assert names == ["taken"]
+
+
+def test_an_engine_in_a_process_of_its_own_is_asked_by_utility_calls(llm):
+    calls = []
+
+    def call(*args):
+        calls.append(args)
+        return [{"name": "there"}] if len(args) == 2 else True
+
+    engine = SimpleNamespace(
+        vllm_config=llm.llm_engine.vllm_config, engine_core=SimpleNamespace(call_utility=call)
+    )
+    elsewhere = SimpleNamespace(llm_engine=engine)
+    assert vllm_kvcompress.list_prefixes(elsewhere, "mine") == [{"name": "there"}]
+    assert vllm_kvcompress.delete_prefix(elsewhere, "there", "mine") is True
+    expected = [("kv_compression_prefixes", "mine"), ("kv_compression_delete_prefix", "there", "mine")]
+    assert calls == expected
+    for name, *args in expected:  # which is what the core takes
+        getattr(llm.llm_engine.engine_core.engine_core, name)(*args)
+    engine.vllm_config = SimpleNamespace(additional_config={"kv_compression": "off"})
+    for ask in (vllm_kvcompress.list_prefixes, lambda llm: vllm_kvcompress.delete_prefix(llm, "there")):
+        with pytest.raises(KVCompressionError, match="runs without kv_compression"):
+            ask(elsewhere)
+
+
+def test_importing_the_package_imports_nothing_of_vllm():
+    code = (
+        "import sys, vllm_kvcompress as k; assert 'vllm' not in sys.modules; "
+        "assert k.compact_prefix and 'vllm' in sys.modules; print(k.nothing)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'vllm_kvcompress' has no attribu")

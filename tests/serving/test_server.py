@@ -9,6 +9,7 @@ import re
 import time
 import urllib.error
 import urllib.parse
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -253,6 +254,118 @@ def test_the_dashboard_asks_for_all_that_is_told_and_nothing_else(server):
     own = {name for name in exported if "kv_compression" in name and not name.endswith("_created")}
     assert {name for name, _ in selectors if "kv_compression" in name} == own
     assert len(re.findall("vllm:", "".join(asked))) == len(selectors)
+
+
+# ---------------------------------------------------------------------- compacted prefixes
+
+PREFIXES = "/v1/kv_compression/prefixes"
+
+
+@pytest.fixture
+def asked(server, complete):
+    """`asked(method, path, body)`: status and JSON of a path; what is kept is deleted after the test."""
+
+    def ask(method: str, path: str = "", body: object = None, api_key: str | None = API_KEY):
+        headers = {"Content-Type": "application/json"}
+        headers |= {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(server.url + PREFIXES + path, data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=300) as answer:
+                return answer.status, json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    yield ask
+    for salt in ("", "?cache_salt=mine"):
+        for prefix in ask("GET", salt)[1]["prefixes"]:
+            assert ask("DELETE", f"/{urllib.parse.quote(prefix['name'])}{salt}")[0] == 200
+    complete("Netherfield Park is let", max_tokens=2)  # with which the server tells what it holds
+
+
+def test_a_text_is_compacted_once_and_many_ask(server, client, asked, prompt):
+    """30 blocks of its 1,000 tokens are kept as 8, and one is raw behind them."""
+    options = {"kv_compression": "knorm:budget=0.25", "cache_salt": "mine"}
+    status, made = asked("POST", body={"name": "the novel", "prompt": prompt} | options)
+    assert status == 201, made
+    expected = {"engine": 0, "name": "the novel", "blocks": 9, "users": 0, "hits": 0, "method": "knorm"}
+    assert made.items() >= (expected | {"tokens": 992, "compacted_tokens": 960}).items()
+    before = server.metrics()
+    assert before["vllm:kv_compression_prefixes"] == 1 and before["vllm:kv_compression_prefix_blocks"] == 9
+    assert before["vllm:kv_cache_usage_perc"] * (NUM_BLOCKS - 1) == pytest.approx(9)
+    status, said = asked("POST", body={"name": "the novel", "prompt": prompt} | options)
+    assert status == 409 and "name is taken" in said["error"]
+
+    def answer(salt: str, question: str):
+        return client.completions.create(
+            model=server.model,
+            prompt=prompt + question,
+            max_tokens=16,
+            temperature=0,
+            extra_body={"vllm_xargs": {"kv_compression": "knorm:budget=0.25"}, "cache_salt": salt},
+        )
+
+    questions = ["\n\nWho is Bingley?", "\n\nWhat is let?", "\n\nWho is Bingley?"]
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(lambda question: answer("mine", question), questions))
+    for each in answers:
+        assert each.model_extra["kv_transfer_params"]["kv_compression"]["prefix_tokens"] == 992
+    assert text_of(answers[0]) == text_of(answers[2])
+    after = server.metrics()
+    hits = [after[f"vllm:kv_compression_prefix_{name}_total"] for name in ("hits", "hit_tokens")]
+    assert hits == [before["vllm:kv_compression_prefix_hits_total"] + 3, hits[1]] and hits[1] >= 3 * 992
+    other = answer("yours", questions[0]).model_extra["kv_transfer_params"]["kv_compression"]
+    assert "prefix_tokens" not in other
+
+    assert asked("GET") == (200, {"prefixes": []})
+    (listed,) = asked("GET", "?cache_salt=mine")[1]["prefixes"]
+    assert listed == made | {"hits": 3} and "mine" not in json.dumps(listed)
+    assert asked("DELETE", "/the%20novel")[0] == 404
+    assert asked("DELETE", "/the%20novel?cache_salt=mine") == (200, {"deleted": "the novel"})
+    assert asked("DELETE", "/the%20novel?cache_salt=mine")[0] == 404
+
+
+def test_a_system_message_is_compacted_as_its_chats_begin(server, client, asked, long_texts):
+    system, option = {"role": "system", "content": long_texts(900, seed=5)}, {"kv_compression": "knorm"}
+    status, made = asked("POST", body={"name": "system", "messages": [system]} | option)
+    assert status == 201, made
+    chat = client.chat.completions.create(
+        model=server.model,
+        messages=[system, {"role": "user", "content": "Who is at Netherfield?"}],
+        max_completion_tokens=4,
+        extra_body={"vllm_xargs": option},
+    )
+    told = chat.model_extra["kv_transfer_params"]["kv_compression"]
+    assert told["prefix_tokens"] == made["tokens"] >= 896
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({"name": "short", "prompt": "Netherfield Park is let"}, 422, "the prompt is short"),
+        ({"name": "long", "prompt_token_ids": [5] * 4095}, 400, "no more than 4094 tokens"),
+        ({"name": "long", "prompt_token_ids": [5] * 5000}, 400, "4096"),
+        ({"name": "strange", "prompt_token_ids": [10**9] * 900}, 400, "vocabulary"),
+        ({"name": "wrong", "prompt_token_ids": [5] * 900, "kv_compression": "snapvk"}, 400, "'snapkv'"),
+        ({"name": "x" * 129, "prompt_token_ids": [5] * 900}, 400, "printable characters"),
+        ({"name": "wrong", "prompt": "text", "model": "another"}, 404, "does not exist"),
+        ({"name": "wrong", "messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "of text"),
+        ({"name": "wrong", "prompt_token_ids": [5] * 900, "data_parallel_rank": 1}, 400, "must be one of 0"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_prefix_that_cannot_be_is_one_line_and_the_server_goes_on(asked, complete, body, status, said):
+    answer = asked("POST", body=body)
+    assert answer[0] == status and said in answer[1]["error"], answer
+    assert len(answer[1]["error"].splitlines()) == 1
+    assert asked("GET") == (200, {"prefixes": []})
+    assert text_of(complete("Netherfield Park is let", max_tokens=2))
+
+
+def test_prefixes_need_the_key(asked):
+    body = {"name": "document", "prompt": "text"}
+    for method, path, data in (("GET", "", None), ("POST", "", body), ("DELETE", "/document", None)):
+        assert asked(method, path, data, api_key=None) == (401, {"error": "Unauthorized"})
 
 
 # ---------------------------------------------------------------------- what is shown
