@@ -110,7 +110,15 @@ REFUSED = {
     },
     "decode context parallelism": {"parallel_config__decode_context_parallel_size": 2},
     "prefill context parallelism": {"parallel_config__prefill_context_parallel_size": 2},
-    "KV and encoder-cache connectors": {"kv_transfer_config": SimpleNamespace()},
+    "OffloadingConnector, which copies blocks by the hash of their tokens after compaction has given": {
+        "kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")
+    },
+    "ExampleConnector, with which the queries that methods look at are computed elsewhere; remove": {
+        "kv_transfer_config": SimpleNamespace(kv_connector="ExampleConnector")
+    },
+    "SomeConnector, which was not tried on blocks that compaction moves; remove --kv-transfer-config": {
+        "kv_transfer_config": SimpleNamespace(kv_connector="SomeConnector")
+    },
     "encoder-cache connectors": {"ec_transfer_config": SimpleNamespace()},
     "nvfp4, which --kv-cache-dtype or the checkpoint asks for; use --kv-cache-dtype float16": {
         "cache_config__cache_dtype": "nvfp4"

@@ -34,6 +34,15 @@ LATENTS_LACK = {  # as in `LACKS`, of every model with multi-head latent attenti
     "needs_output_projection": "its query heads share latents (MLA), which are not its projection's values",
     "needs_own_keys": "its keys are normalised latents (MLA)",
 }
+OFFLOADS = "which copies blocks by the hash of their tokens after compaction has given them to others"
+CONNECTORS = {  # of vLLM's own: what keeps each from it
+    "OffloadingConnector": OFFLOADS,
+    "SimpleCPUOffloadConnector": OFFLOADS,
+    "ExampleConnector": "with which the queries that methods look at are computed elsewhere",
+    "NixlConnector": "which reads and writes blocks by position, and compacted ones have none",
+    "MultiConnector": "which is made of others that are refused",
+}
+UNTRIED_CONNECTOR = "which was not tried on blocks that compaction moves"
 NO_DRAFT_MODEL = ("ngram", "suffix")  # ways to speculate
 DRAFT_MODELS = ("draft_model", "eagle")  # those that were tried
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
@@ -76,9 +85,7 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     drafts = speculative is not None and speculative.method not in NO_DRAFT_MODEL
     if drafts and (what := _beside_drafts(config)) is not None:
-        raise KVCompressionError(
-            f"kv-compression does not support {what} with a draft model; use another method"
-        )
+        raise KVCompressionError(f"kv-compression does not support {what}")
     if config.repeats and 1 in _most_at_once(vllm_config):
         raise KVCompressionError(
             f"kv-compression method {config.method} repeats the prompt in a request of its own; "
@@ -157,14 +164,19 @@ def _warn_of_queries(method: str, option: str) -> None:
 
 
 def _beside_drafts(config: KVCompressionConfig) -> str | None:
-    """What of a method cannot be done for the layers of a draft model; None if all can."""
+    """What of a method cannot be done for the layers of a draft model, and what to do; None if all can."""
+    if config.prefix is not None or config.prefix_share:
+        return "compacted prefixes with a draft model; leave prefix and prefix_share out"
+    what = None
     if config.observes_all or config.repeats:  # some of a draft model's queries come twice, others never
-        return f"{config.method} (it watches every query)"
-    if config.record_format is not None:
-        return f"format {config.record_format.name}"
-    if config.threshold is not None:
-        return "threshold"
-    return "head profiles" if isinstance(config.build_allocation(), Profile) else None
+        what = f"{config.method} (it watches every query)"
+    elif config.record_format is not None:
+        what = f"format {config.record_format.name}"
+    elif config.threshold is not None:
+        what = "threshold"
+    elif isinstance(config.build_allocation(), Profile):
+        what = "head profiles"
+    return what and f"{what} with a draft model; use another method"
 
 
 def _check_needs(config: KVCompressionConfig, lacks: Mapping[str, str]) -> None:
@@ -327,10 +339,17 @@ def _refusals(config: VllmConfig):
     yield model.uses_alibi or "Step1ForCausalLM" in model.architectures, "ALiBi", other_model
     yield parallel.decode_context_parallel_size > 1, "decode context parallelism", "remove -dcp"
     yield parallel.prefill_context_parallel_size > 1, "prefill context parallelism", "remove -pcp"
+    transfer = config.kv_transfer_config
+    connector = getattr(transfer, "kv_connector", None)
     yield (
-        config.kv_transfer_config is not None or config.ec_transfer_config is not None,
-        "KV and encoder-cache connectors",
-        "remove --kv-transfer-config and --ec-transfer-config",
+        transfer is not None,
+        f"the KV connector {connector}, {CONNECTORS.get(connector, UNTRIED_CONNECTOR)}",
+        "remove --kv-transfer-config",
+    )
+    yield (
+        config.ec_transfer_config is not None,
+        "encoder-cache connectors, which were not tried",
+        "remove --ec-transfer-config",
     )
     yield (
         cache.cache_dtype not in ("auto", "float16", "bfloat16", "float32", *FLOAT8),

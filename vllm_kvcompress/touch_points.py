@@ -474,7 +474,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.outputs:AsyncModelRunnerOutput": Touched(overrides={"get_output": "(self)"}),
-    "vllm.v1.outputs:ModelRunnerOutput": Touched(),
+    "vllm.v1.outputs:ModelRunnerOutput": Touched(reads="req_id_to_index sampled_token_ids"),
     "vllm.v1.engine:EngineCoreOutputs": Touched(),
     "vllm.v1.worker.cpu_worker:CPUWorker": Touched(
         reads="model_runner",

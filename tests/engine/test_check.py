@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from dataclasses import dataclass, field
 
 import pytest
@@ -142,7 +143,7 @@ def looked_at(model, *vllm: str, as_json: bool = True, **changes) -> None:
         prompt_tokens=600,
         output_tokens=40,
         json=as_json,
-        vllm=["--max-model-len", "1024", *vllm],
+        vllm=shlex.join(["--max-model-len", "1024", *vllm]),
     )
     check.run(argparse.Namespace(**given | changes))
 

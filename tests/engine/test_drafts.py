@@ -162,6 +162,7 @@ def test_tokens_and_what_the_model_keeps_are_those_without_drafts(plain, draftin
         ("kvzip", r"support kvzip \(it watches every query\) with"),
         ("kivi", "support format kivi4 with"),
         ("snapkv+k4v3", "support format k4v3 with"),
+        ("snapkv:prefix=p", "support compacted prefixes with a draft model; leave prefix and"),
         ("expected_attention", "has a draft model, whose layers are not tried for it; use another method"),
         ("criticalkv", "has a draft model, whose layers are not tried for it; use another method"),
     ],

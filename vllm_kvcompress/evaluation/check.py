@@ -5,6 +5,7 @@ Nothing is computed, and no weights are read.
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -23,13 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive, default=1536, help="of each request")
     parser.add_argument("--output-tokens", type=positive, default=256, help="of each request")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument("vllm", nargs="*", help="behind --, further options of vllm serve")
+    parser.add_argument("--vllm", default="", help="further options of vllm serve, --vllm='--block-size 64'")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Look at a model and say what was found."""
     arguments.model = checkpoint(arguments.model)
-    given = ["--model", arguments.model, "--kv-compression", arguments.kv_compression, *arguments.vllm]
+    given = [
+        "--model",
+        arguments.model,
+        "--kv-compression",
+        arguments.kv_compression,
+        *shlex.split(arguments.vllm),
+    ]
     from vllm_kvcompress.evaluation.weightless import EngineWithoutWeights
 
     engine = EngineWithoutWeights(given, round(arguments.memory * 2**30))

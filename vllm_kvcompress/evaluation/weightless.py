@@ -3,7 +3,7 @@
 It tells what is compacted and what a pool holds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,8 +34,9 @@ from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionEr
 from vllm_kvcompress.evaluation.findings import Finding, Held, LayerGroup
 from vllm_kvcompress.paging.spec import CompactableLatentSpec, CompactableSpec, compactable_group
 from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point
+from vllm_kvcompress.requests.layers import DRAFTS_LACK
 from vllm_kvcompress.support import check_method
-from vllm_kvcompress.worker.worker import lacks_of_shape, owner_of
+from vllm_kvcompress.worker.worker import CompressionWorker, lacks_of_shape, owner_of
 
 WITHOUT_WEIGHTS = "kv_compression_without_weights"
 OF_WEIGHTS = {  # what policies may need and only the loaded model tells
@@ -78,7 +79,10 @@ class _Executor(UniProcExecutor):
         config = kv_cache_configs[0]
         spec = config.kv_cache_groups[compactable_group(config)].kv_cache_spec
         found = lacks_of_shape(spec.num_kv_heads, spec.head_size, self.vllm_config)
-        self.driver_worker.worker.lacks = found  # what hangs on weights is not known
+        worker = self.driver_worker.worker
+        worker.lacks = found | (
+            DRAFTS_LACK if _drafting(worker) else {}
+        )  # what hangs on weights is not known
 
     def compile_or_warm_up_model(self) -> None:
         pass
@@ -148,8 +152,11 @@ class EngineWithoutWeights:
     def _groups(self) -> Iterator[LayerGroup]:
         # Several groups of vLLM's may be alike, and layers of one differ in what they are a page of.
         found: dict[tuple[str, str, str], list[int]] = {}
+        drafting = _drafting(self.worker)
         for name, spec in self.worker.get_kv_cache_spec().items():
-            found.setdefault(_described(spec), []).append(extract_layer_index(name))
+            what, *becomes = _described(spec)
+            kind = f"of the draft model, {what}" if name in drafting else what, *becomes
+            found.setdefault(kind, []).append(extract_layer_index(name))
         for (what, becomes, reason), layers in found.items():
             yield LayerGroup(sorted(layers), what, becomes, reason)
         sharing = [layer.layer_name for layer in self.worker._attention_layers() if owner_of(layer)]
@@ -241,6 +248,11 @@ class EngineWithoutWeights:
             self.scheduler._in_place(plan),
         )
         return held if swapped is None else plan
+
+
+def _drafting(worker: CompressionWorker) -> Collection[str]:
+    """Names of a draft model's layers."""
+    return getattr(getattr(worker.model_runner, "drafter", None), "_draft_attn_layer_names", ())
 
 
 def _reason(error: Exception) -> str:

@@ -30,6 +30,9 @@ logger = init_logger(__name__)
 PROBED_TOKENS = 3
 PROBED_POSITIONS = 16
 LAYER_TYPES = ("full_attention", "sliding_attention")  # whose rotary embeddings may differ
+DRAFTS_LACK = dict.fromkeys(  # as `ProbedLayers.lacks` has it
+    ("needs_rotary", "needs_output_projection"), "it has a draft model, whose layers are not tried for it"
+)
 TOLERANCE = 0.05  # of bfloat16 rounding less than a tenth; a wrong pairing of channels is off by more than 1
 
 
