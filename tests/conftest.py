@@ -59,6 +59,7 @@ LONGEST = [
     "engine/test_check.py",
     "engine/test_features.py",
     "engine/test_images.py",
+    "engine/test_drafts.py",
     "engine/test_blocks.py",
     "engine/test_invariants.py",
     "engine/test_speculation.py",

@@ -185,7 +185,7 @@ def test_it_is_said_in_words(deepseek, capsys):
         (
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             {},
-            "does not support KV",
+            "does not support the KV connector ExampleConnector, with which .*; remove --kv-tr",
         ),
         ([], {"kv_compression": "snapkw"}, "snapkw"),
         (["--blocksize", "40"], {}, r"unrecognized arguments: .*\(of `vllm serve`\)"),
