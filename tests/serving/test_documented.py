@@ -33,6 +33,8 @@ ELSEWHERE = {
     ".venv/bin/python -m pytest": "is what runs this test",
     "pip install 'vllm>=0.32,<0.34'": "needs a GPU, and would replace the build that is here",
     "python vllm_kvcompress/kernels/benchmark.py": "needs a GPU",
+    "python tools/measure_gpu.py --output measured": "needs a GPU, for an hour",
+    "python -m vllm_kvcompress.kernels.compiled --capability 90": "takes minutes of compiling",
     ".venv/bin/python tools/try_vllm.py 0.33.0": "downloads another vLLM and runs part of the suite over it",
     "vllm-kvcompress bench": "takes two minutes, and does what `bench MODEL` with its defaults does",
 }

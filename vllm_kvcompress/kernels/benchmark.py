@@ -3,19 +3,22 @@
     python vllm_kvcompress/kernels/benchmark.py [--json FILE] [--quick]
 
 First compares the kernels with the plain PyTorch reference on this device. Then decodes one token per row of
-a layer, for every batch size, context and budget, and prints two ratios: bytes of K and V that had to be read
-per second, over the bandwidth of a large device-to-device copy (reads plus writes per second). The first is
-this kernel's, over compacted pages whose heads differ in length; the second that of PyTorch's
-scaled_dot_product_attention over the very same bytes, seen as contiguous heads of equal length, for it can do
-no other. Every call is a replayed CUDA graph, and the L2 cache is flushed before each.
+32 layers, for every batch size, context and budget, and prints two ratios: bytes of K and V that had to be
+read per second, over the bandwidth of a large device-to-device copy (reads plus writes per second). The first
+is this kernel's, over compacted pages whose heads differ in length, and with it the listing of their shares,
+once; the second that of PyTorch's scaled_dot_product_attention over the very same bytes, seen as contiguous
+heads of equal length, for it can do no other. Every step is a replayed CUDA graph; the layers are so many
+copies that none is in the L2 cache when it is read again, which is flushed before each step. Without a GPU it
+prints what a model says of some.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,13 +28,17 @@ from torch import Tensor
 if not __package__:  # run as a file: the package itself need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from vllm_kvcompress.kernels.attention import attend, choose_splits
+from vllm_kvcompress.formats import FORMATS, RECORD, Format, number_of
+from vllm_kvcompress.kernels.attention import attend, programs_at_once
 from vllm_kvcompress.kernels.batch import Rows, Runs
 from vllm_kvcompress.kernels.pages import gather_pages, scatter_pages
-from vllm_kvcompress.kernels.reference import attend_paged, causal_logits
+from vllm_kvcompress.kernels.prediction import DEVICES, predicted_seconds
+from vllm_kvcompress.kernels.records import attend_records, prepare, uses_shares
+from vllm_kvcompress.kernels.reference import attend_paged, attend_records_paged, causal_logits
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.scores import pool_columns, window_columns
 from vllm_kvcompress.kernels.selection import global_counts, select_columns, whole_pages
+from vllm_kvcompress.kernels.shares import Shares
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 8, 4, 128, 16  # a layer of Llama 3 8B, vLLM's block size
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -39,6 +46,7 @@ CONTEXTS = (4096, 8192, 16384, 32768, 65536, 131072)
 BUDGETS = (1.0, 0.25, 0.0625)
 TAIL = 2 * BLOCK_SIZE  # raw tokens behind the boundary
 FLUSH_BYTES = 256 * 2**20
+LAYERS = 32  # of a step
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,18 @@ class Layer:
     query: Tensor
     num_bytes: int
 
-    def attend(self, num_splits: int) -> tuple[Tensor, Tensor]:
+    def attend(self, num_splits: int = 1, shares: Shares | None = None) -> tuple[Tensor, Tensor]:
         keys, values = self.cache[None].split(HEAD_SIZE, -1)
-        scale = HEAD_SIZE**-0.5
-        return attend(self.query, keys, values, self.runs, self.rows, 0, scale, num_splits=num_splits)
+        batch = self.runs, self.rows, 0, HEAD_SIZE**-0.5
+        return attend(self.query, keys, values, *batch, num_splits=num_splits, shares=shares)
+
+    def cut(self, shares: Shares) -> None:
+        shares.cut(self.runs, self.rows, BLOCK_SIZE, compacted_only=False)
+
+    def copies(self) -> list["Layer"]:
+        """So many layers like this one, this one first, that reading all of them flushes the L2 cache."""
+        number = min(LAYERS, 1 + FLUSH_BYTES // self.num_bytes)
+        return [self, *(replace(self, cache=self.cache.clone()) for _ in range(1, number))]
 
 
 def compacted_blocks(context: int, budget: float) -> int:
@@ -84,10 +100,7 @@ def make_layer(batch: int, context: int, budget: float, device: str, dtype: torc
     num_blocks = batch * (blocks + tail) + 1
     cache = torch.randn(num_blocks, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype, device=device)
     ids = (torch.randperm(num_blocks - 1) + 1).to(torch.int32).view(batch, blocks + tail)
-    start = torch.zeros(batch, HEADS + 1, dtype=torch.int32)
-    # Exponential shares: the longest of eight heads is about 2.7 times the mean.
-    shares = torch.distributions.Exponential(1.0).sample((batch, HEADS)).cumsum(1)
-    start[:, 1:] = (shares / shares[:, -1:] * blocks * HEADS).to(torch.int32)
+    start = _run_ends(batch, context, budget).to(torch.int32)
     block_table = torch.zeros(batch, raw + tail, dtype=torch.int32)
     slot = torch.arange(batch, dtype=torch.int32)
     if budget == 1:  # not compacted: every block by position
@@ -121,16 +134,18 @@ def dense_call(layer: Layer) -> Callable[[], Tensor]:
     return lambda: torch.nn.functional.scaled_dot_product_attention(query, held[0], held[1])
 
 
-def seconds(call: Callable[[], object], repeats: int = 20) -> float:
-    """Median time of a call that is captured once and replayed with a cold L2 cache."""
+def seconds(calls: Sequence[Callable[[], object]], repeats: int = 20) -> float:
+    """Median time of calls that are captured once, together, and replayed with a cold L2 cache."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        call()  # compiles, and lets libraries choose
+        for call in calls:
+            call()  # compiles, and lets libraries choose
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        for call in calls:
+            call()
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     times = []
     for _ in range(repeats + 3):
@@ -148,7 +163,7 @@ def copy_bandwidth() -> float:
     """Bytes read plus bytes written per second by a device-to-device copy of 2 GiB."""
     source = torch.zeros(2**31, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source))
+    return 2 * source.numel() / seconds([lambda: target.copy_(source)])
 
 
 def check(device: str) -> dict[str, float]:
@@ -163,12 +178,17 @@ def check(device: str) -> dict[str, float]:
         torch.manual_seed(0)
         for budget in (1.0, 0.25):
             layer = make_layer(2, 1024, budget, device, dtype)
-            for num_splits in (1, 4):
-                found = layer.attend(num_splits)
+            shares = Shares.empty(2, 1, HEADS, 24, device)
+            layer.cut(shares)
+            for how in ({"num_splits": 1}, {"num_splits": 4}, {"shares": shares}, {"shares": shares}):
+                found = layer.attend(**how)
                 for row in range(2):
                     wanted = _expected_row(layer, row)
                     for part, ours, theirs in zip(("out", "lse"), found, wanted, strict=True):
                         _note(errors, f"attend.{part}.{name}", ours[row : row + 1], theirs, tolerance)
+        for format in FORMATS.values():
+            if uses_shares(format) and dtype != torch.float32:
+                _check_records(device, format, dtype, 2 * tolerance, errors)
         _check_compaction(layer, name, errors)
     _check_selection(device, errors)
     return errors
@@ -183,6 +203,55 @@ def _expected_row(layer: Layer, row: int) -> tuple[Tensor, Tensor]:
     tail = layer.rows.block_table[row, boundary // BLOCK_SIZE :].cpu().long()
     query = layer.query[row : row + 1]
     return attend_paged(query, keys, values, destination, start, tail, seq_len - boundary, 0, HEAD_SIZE**-0.5)
+
+
+def _check_records(
+    device: str, format: Format, dtype: torch.dtype, tolerance: float, errors: dict[str, float]
+) -> None:
+    """Attention over a format's records and a raw tail, of one row."""
+    heads, block_size, blocks, tail = 2, 64, 6, 70
+    cache = torch.randn(1, blocks + 3, heads, block_size, 2 * HEAD_SIZE).to(dtype)
+    pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
+    size = format.record_bytes(HEAD_SIZE)
+    per_page = pages.shape[1] // size
+    target = pages[heads : heads * (1 + blocks), pages.shape[1] % size :]  # blocks from the second on
+    tokens = torch.randn(2, heads * blocks * per_page, RECORD, HEAD_SIZE)
+    target.copy_(format.encode(*tokens).reshape(heads * blocks, -1))
+    num_pages, kept = torch.tensor([5, 2 * blocks - 5]), torch.tensor([4 * per_page + 1, 6 * per_page])
+    start = torch.cat([torch.zeros(1, dtype=torch.int64), num_pages.cumsum(0)])
+    destination, tails = torch.arange(1, 1 + blocks), torch.arange(1 + blocks, 3 + blocks)
+    query = torch.randn(1, heads * GROUP, HEAD_SIZE).to(dtype)
+    first = torch.zeros(1, heads, dtype=torch.int64)
+    parts = cache.split(HEAD_SIZE, -1)
+    of_row = destination, start, kept[None], first, tails, tail, 0, HEAD_SIZE**-0.5
+    wanted = attend_records_paged(query, pages, *parts, format, *of_row)
+
+    cache = cache.to(device)
+    pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
+
+    def int32(numbers: list | Tensor) -> Tensor:
+        return torch.as_tensor(numbers, dtype=torch.int32, device=device)
+
+    number = number_of(format)
+    runs = Runs(
+        destination=int32(destination[None]),
+        start=int32(start[None]),
+        boundary=int32([1024]),
+        format=int32([number]),
+        encoded=int32(RECORD * kept[None, None]),
+        first=int32(first[None]),
+    )
+    table = torch.cat([torch.zeros(1024 // block_size, dtype=torch.int64), tails])
+    rows = Rows(int32([0]), int32(table[None]), int32([1024 + tail]), int32([0, 1]), 1)
+    shares = Shares.empty(1, 1, heads, 8, device)
+    shares.cut(runs, rows, block_size, number)
+    prepare(format, HEAD_SIZE, torch.device(device), dtype)
+    where = 0, format, number, HEAD_SIZE**-0.5
+    caches = query.to(device), pages, *cache.split(HEAD_SIZE, -1), runs, rows
+    for how in ({"num_splits": 1}, {"num_splits": 4}, {"shares": shares}, {"shares": shares}):
+        found = attend_records(*caches, *where, **how)
+        for part, ours, theirs in zip(("out", "lse"), found, wanted, strict=True):
+            _note(errors, f"records.{format.name}.{part}", ours.cpu(), theirs, tolerance)
 
 
 def _check_compaction(layer: Layer, name: str, errors: dict[str, float]) -> None:
@@ -248,18 +317,23 @@ def _note(errors: dict[str, float], name: str, found: Tensor, wanted: Tensor, to
 def measure(batch: int, context: int, budget: float, copy: float) -> dict[str, float] | None:
     """One cell of the table; None if the device has too little memory for it."""
     free, _ = torch.cuda.mem_get_info()
-    if step_bytes(batch, context, budget) > 0.9 * (free - 2 * FLUSH_BYTES):
+    if step_bytes(batch, context, budget) > 0.9 * (free - 4 * FLUSH_BYTES):
         return None
     layer = make_layer(batch, context, budget, "cuda", torch.bfloat16)
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
-    num_splits = choose_splits(batch, HEADS, int(context * min(1.0, 3 * budget)), processors)
-    ours, sdpa = seconds(lambda: layer.attend(num_splits)), seconds(dense_call(layer))
+    properties = torch.cuda.get_device_properties(0)
+    of_one = programs_at_once(properties.shared_memory_per_multiprocessor)
+    shares = Shares.empty(batch, 1, HEADS, properties.multi_processor_count * of_one, "cuda")
+    layers = layer.copies()
+    step = [layers[number % len(layers)] for number in range(LAYERS)]
+    cut = functools.partial(layer.cut, shares)
+    ours = seconds([cut, *(functools.partial(each.attend, shares=shares) for each in step)]) / LAYERS
+    sdpa = seconds([dense_call(each) for each in step]) / LAYERS
     return {
         "batch": batch,
         "context": context,
         "budget": budget,
         "bytes": layer.num_bytes,
-        "splits": num_splits,
+        "shares": int((shares.work[0] >= 0).sum()),
         "seconds": ours,
         "sdpa_seconds": sdpa,
         "of_copy": layer.num_bytes / ours / copy,
@@ -271,6 +345,38 @@ def _heading(step: int) -> str:
     return "batch".rjust(6) + "".join(f"{context // 1024}k".rjust(14) for context in CONTEXTS[::step])
 
 
+def predict(step: int) -> None:
+    """Print what the model says of GPUs that are not there, for the cells that would be measured."""
+    for device in DEVICES:
+        for budget in BUDGETS:
+            print(f"\n{device.name}, budget {budget}: predicted\n" + _heading(step))
+            for batch in BATCHES[::step]:
+                line = f"{batch}".rjust(6)
+                for context in CONTEXTS[::step]:
+                    torch.manual_seed(0)
+                    lengths = _head_lengths(batch, context, budget).flatten().tolist()
+                    taken = predicted_seconds(lengths, 4 * HEAD_SIZE, device)
+                    fraction = 4 * HEAD_SIZE * sum(lengths) / taken / device.bandwidth
+                    line += f"{fraction:.2f}".rjust(14)
+                print(line, flush=True)
+
+
+def _head_lengths(batch: int, context: int, budget: float) -> Tensor:
+    """Tokens `[batch, H]` of each head, as `make_layer` shares them out."""
+    return _run_ends(batch, context, budget).diff(dim=1) * BLOCK_SIZE + TAIL
+
+
+def _run_ends(batch: int, context: int, budget: float) -> Tensor:
+    """Where runs start, `[batch, H + 1]`; without a budget all heads keep the same."""
+    blocks = compacted_blocks(context, budget)
+    if budget == 1:
+        return torch.arange(HEADS + 1).repeat(batch, 1) * blocks
+    # Exponential shares: the longest of eight heads is about 2.7 times the mean.
+    shares = torch.distributions.Exponential(1.0).sample((batch, HEADS)).cumsum(1)
+    ends = (shares / shares[:, -1:] * blocks * HEADS).to(torch.int32)
+    return torch.nn.functional.pad(ends, (1, 0))
+
+
 def main() -> None:
     """Check, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -279,12 +385,8 @@ def main() -> None:
     arguments = parser.parse_args()
     step = 2 if arguments.quick else 1
     if not torch.cuda.is_available():
-        print("torch sees no GPU: nothing is measured. MB that a decode step must read of one layer:")
-        for budget in BUDGETS:
-            print(f"\nbudget {budget}\n" + _heading(step))
-            for batch in BATCHES[::step]:
-                megabytes = [step_bytes(batch, context, budget) / 1e6 for context in CONTEXTS[::step]]
-                print(f"{batch}".rjust(6) + "".join(f"{each:.1f}".rjust(14) for each in megabytes))
+        print("torch sees no GPU: nothing is measured. What a model says of the bandwidth over the copy's:")
+        predict(step)
         return
     errors = check("cuda")
     print("largest errors against plain PyTorch:", json.dumps(errors))

@@ -198,13 +198,13 @@ def compile_decode(name: str, dtype: torch.dtype = torch.bfloat16, query_len: in
     return "_records_kernel"
 
 
-def table(capability: int) -> str:
-    """A Markdown table of every format that one kernel reads."""
-    lines = [
+def table(capability: int) -> Iterator[str]:
+    """The lines of a Markdown table of every format that one kernel reads."""
+    yield (
         "| kept as | bytes of a token | warp instructions per token | registers | spilled bytes "
-        "| programs per SM | loads of a thread per tile |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+        "| programs per SM | loads of a thread per tile |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     one_part = [name for name, format in FORMATS.items() if uses_shares(format)]
     for name in ("raw", *["fp8"] * (capability >= 89), *one_part):
         with compiling(capability) as found:
@@ -221,11 +221,10 @@ def table(capability: int) -> str:
         programs = min(by_registers, (228 * 1024) // (code.shared + 1024))
         loads = ", ".join(f"{count} × {width}" for width, count in loop.loads)
         instructions = loop.instructions * warps / tokens
-        lines.append(
+        yield (
             f"| {name} | {size:g} | {instructions:.0f} | {code.registers} | {code.stack} "
             f"| {programs} of {warps} warps | {loads} B |"
         )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -237,7 +236,8 @@ def main() -> None:
     print(
         f"sm_{capability}, triton {triton.__version__}: {HEAD_SIZE} channels, groups of {GROUP}, bfloat16\n"
     )
-    print(table(capability))
+    for line in table(capability):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
