@@ -19,7 +19,12 @@ from vllm_kvcompress.attention.gpu import (
     CompressedMetadataBuilder,
     CompressedTritonAttentionBackend,
     RowArrays,
+    ShareLists,
 )
+from vllm_kvcompress.formats import FORMATS, number_of
+from vllm_kvcompress.kernels.batch import Rows
+from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.worker.gpu import CompressionGPUWorker
 from vllm_kvcompress.worker.worker import backend_overrides
@@ -111,3 +116,26 @@ def test_rows_are_sent_only_when_they_change_and_always_to_the_same_place():
     arrays.show([(3, 10, 5)])
     assert arrays.slot.tolist() == [3, -1, -1, -1] and arrays.ring.tolist() == [10, 0, 0, 0]
     assert arrays.slot.data_ptr() == place
+
+
+def test_shares_are_listed_of_what_is_there_and_once_more_when_it_is_gone(monkeypatch):
+    """A captured graph reads the lists in every step, and must find nothing there of a step before."""
+    listed = []
+    monkeypatch.setattr(Shares, "cut", lambda self, runs, rows, size, number: listed.append(number))
+    lists = ShareLists(PageGrid(2, 10, 2, 16), 4, 8, torch.device("cpu"))
+    kivi = FORMATS["kivi4"]
+
+    def step(held, max_query_len=1):
+        del listed[:]
+        rows = Rows(*[torch.zeros(1, dtype=torch.int32)] * 4, max_query_len)
+        lists.update(None, rows, held)
+        return sorted(listed)
+
+    raw = lists.of(None)
+    assert step(set()) == []
+    assert step({None, kivi}) == [0, number_of(kivi)]
+    assert step({None}, max_query_len=500) == [], "other programs serve rows that long"
+    assert step({None}) == [0, number_of(kivi)], "the second list is emptied"
+    assert step({FORMATS["auto"]}) == [0], "of several parts there is no list"
+    assert step(set()) == []
+    assert lists.of(None) is raw, "in place"

@@ -205,8 +205,7 @@ def _cut_kernel(
     layer = tl.program_id(0)
     num_layers = tl.num_programs(0)
     items = num_rows * HEADS
-    total = tl.zeros([], tl.int64)
-    some = tl.zeros([AT_ONCE], tl.int32)
+    keys, some = tl.zeros([AT_ONCE], tl.int64), tl.zeros([AT_ONCE], tl.int32)
     for first in range(0, items, AT_ONCE):
         item = first + tl.arange(0, AT_ONCE)
         length = _lengths(
@@ -228,9 +227,9 @@ def _cut_kernel(
             RECORDS,
             COMPACTED_ONLY,
         )
-        total += tl.sum(length.to(tl.int64), 0)
+        keys += length
         some += (length > 0).to(tl.int32)
-    active = tl.sum(some, 0)
+    total, active = tl.sum(keys, 0), tl.sum(some, 0)
     waves = tl.minimum(tl.maximum(total // (at_once.to(tl.int64) * ENOUGH), 1), WAVES).to(tl.int32)
     # No more shares than `room` and one for each head: every head's last may be short.
     room = tl.maximum(waves * at_once - active, waves * at_once // 2)

@@ -15,6 +15,7 @@ ROWS = {
     "decode": [Row(1, 9, blocks=2, boundary=5), Row(1, 70), Row(1, 1, blocks=1, boundary=2)],
     "drafts": [Row(2, 18, blocks=3, boundary=4), Row(2, 2), Row(2, 2, blocks=1, boundary=3)],
 }
+LONG = [Row(2, 300, blocks=4, boundary=5), Row(1, 260), Row(1, 3, blocks=1, boundary=3)]
 
 
 def lengths(batch, layer, compacted_only):
@@ -148,8 +149,9 @@ def test_equals_the_reference_for_every_pair_of_options(case):
 def test_a_captured_graph_of_more_rows_reads_the_shares_of_fewer():
     """Its grid, its rows and its bound on queries are larger, and the arrays have changed since."""
     torch.manual_seed(5)
-    batch = Batch(ROWS["decode"], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3)
-    shares = cut(batch, at_once=4, align=64)
+    batch = Batch(LONG, *make_cache(2, 60, 2, 16, 64, torch.float32), group=3)
+    shares = cut(batch, at_once=24, align=64)
+    assert shares.work[3, 1].max() > 2
     rows = batch.rows
     padded = replace(
         rows,
@@ -194,12 +196,13 @@ def test_rows_of_another_kernel_are_left_alone():
     assert out[bounds[-1] :].isnan().all()
 
 
-@pytest.mark.parametrize("at_once", [1, 6])
+@pytest.mark.parametrize("at_once", [1, 24])
 def test_sinks_are_in_the_softmax_of_every_query(at_once):
     torch.manual_seed(8)
-    batch = Batch(ROWS["drafts"], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3)
+    batch = Batch(LONG, *make_cache(2, 60, 2, 16, 64, torch.float32), group=3)
     batch.sinks = torch.tensor([-3.0, 0.0, 1.0, 4.0, 200.0, -torch.inf])
     shares = cut(batch, at_once, align=64)
+    assert (shares.work[3, 1].max() > 2) == (at_once > 1)
     found, lse = attend(
         batch.query,
         batch.keys,
@@ -215,3 +218,4 @@ def test_sinks_are_in_the_softmax_of_every_query(at_once):
     wanted, wanted_lse = batch.expected(1, 0.2, 2.0)
     torch.testing.assert_close(found[: len(wanted)], wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(lse[: len(wanted)], wanted_lse, atol=2e-5, rtol=2e-5)
+    assert not shares.arrived.any(), "ready for the next layer"
