@@ -17,7 +17,7 @@ from vllm_kvcompress.evaluation.quality import calibrate, evaluate, retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, first_number, opening, starts_with
 from vllm_kvcompress.evaluation.quality.texts import KINDS
 from vllm_kvcompress.evaluation.store import Store
-from vllm_kvcompress.evaluation.variants import Variant
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, Variant
 
 BOS, EOS = 1, 2
 
@@ -182,7 +182,8 @@ def test_a_document_that_just_fits_is_asked(monkeypatch):
 def test_the_engine_is_made_for_what_is_asked_and_everything_is(monkeypatch, store):
     made = []
 
-    def fake(model, length, block_size):
+    def fake(model, length, block_size, config):
+        assert config == EVERY_PROMPT
         made.append((length, FakeEngine(Letters())))
         return made[-1][1]
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.host import engine_environment
@@ -15,7 +16,7 @@ from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.speed import bench, rates, stepped
 from vllm_kvcompress.evaluation.speed.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
-from vllm_kvcompress.evaluation.variants import Variant, split_methods, variants
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, Variant, served_by, split_methods, variants
 
 
 def test_methods_are_split_where_a_method_begins():
@@ -38,6 +39,27 @@ def test_variants_start_with_the_full_cache():
         "kvzip:budget=0.9,threshold=0.1",
     ]
     assert [row.budget for row in rows] == [None, 0.5, 0.125, 0.5, 0.125, 0.9]
+
+
+def test_an_engine_serves_the_head_profile_that_rows_name(tmp_path):
+    named = f"profile:{tmp_path / 'own.json'}"
+    (tmp_path / "own.json").write_bytes(next(profiles.FOLDER.glob("*.json")).read_bytes())
+    specs = ["off", "snapkv:budget=0.5", f"snapkv:allocation={named}", f"mixed_dim_kv_h:allocation={named}"]
+    config = served_by(specs)
+    assert config.allocation == named
+    assert [config.for_request(spec).allocation for spec in specs[1:]] == [None, named, named]
+    assert config.for_request(specs[1]) == EVERY_PROMPT.for_request(specs[1])
+
+
+def test_packaged_head_profiles_are_served_by_every_engine():
+    assert served_by(["off", "snapkv:allocation=profile:smollm2-135m-instruct"]) == EVERY_PROMPT
+
+
+def test_several_own_head_profiles_are_refused():
+    with pytest.raises(
+        KVCompressionError, match=r"^one engine serves one head profile; choose of /a, /b$"
+    ):
+        served_by(["snapkv:allocation=profile:/b", "off", "adakv:allocation=profile:/a"])
 
 
 @pytest.mark.parametrize("method", ["snapkw", "snapkv:windwo=3", "snapkv:budget=5"])

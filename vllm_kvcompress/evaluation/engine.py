@@ -81,6 +81,7 @@ class Engine:
         max_model_len: int,
         block_size: int = 32,
         kv_cache_dtype: str = "auto",
+        config: KVCompressionConfig = EVERY_PROMPT,
         **options: Any,
     ) -> None:
         """Start vLLM; with a quantized cache it is stock, and serves the full cache only."""
@@ -98,7 +99,7 @@ class Engine:
             seed=0,
             logits_processors=[ScriptedTokens],
             kv_cache_dtype=kv_cache_dtype,
-            **({} if self.stock else EVERY_PROMPT.engine_kwargs()),
+            **({} if self.stock else config.engine_kwargs()),
             **options,
         )
         self.tokenizer = self.llm.get_tokenizer()

@@ -1,10 +1,11 @@
 """Rows of the table: the full cache, methods at budgets, stock vLLM's own quantized caches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
-from vllm_kvcompress.config import MOST_VALUE, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress import profiles
+from vllm_kvcompress.config import METHODS, MOST_VALUE, KVCompressionConfig, KVCompressionError
 
 FULL = "off"  # the full cache, as a request asks for it
 # What a method does to a prompt is measured however short the prompt is, and however many are compacted in a
@@ -38,6 +39,25 @@ def variants(methods: Sequence[str], budgets: Sequence[float]) -> list[Variant]:
             KVCompressionConfig.parse(spec)
             rows.append(Variant(spec, method, budget))
     return rows
+
+
+def served_by(specs: Sequence[str]) -> KVCompressionConfig:
+    """What an engine is started with so that it serves all of these.
+
+    A request may name no file with a head profile but the server's own, so that one is the engine's; and the
+    method that it is of is none of theirs, from which they would inherit it.
+
+    Raises:
+        KVCompressionError: they name several files.
+    """
+    named = {KVCompressionConfig.named_files(spec)[0] for spec in specs} - {"", *profiles.included()}
+    if not named:
+        return EVERY_PROMPT
+    if len(named) > 1:
+        raise KVCompressionError(f"one engine serves one head profile; choose of {', '.join(sorted(named))}")
+    theirs = {KVCompressionConfig.parse(spec).method for spec in specs}
+    method = next(name for name in METHODS if name not in theirs)
+    return replace(EVERY_PROMPT, method=method, allocation=f"profile:{named.pop()}")
 
 
 def split_methods(given: str) -> list[str]:

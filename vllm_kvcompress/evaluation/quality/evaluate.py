@@ -27,6 +27,7 @@ from vllm_kvcompress.evaluation.variants import (
     STOCK,
     Variant,
     baselines,
+    served_by,
     split_methods,
     variants,
 )
@@ -247,7 +248,8 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
         ours = [row for row in rows if row not in stock]
         repeats = any(KVCompressionConfig.parse(row.spec).repeats for row in ours)
         most = min(work.limit, 2 * work.length + REPETITION_ROOM) if repeats else length
-        measure(Engine(model, most, arguments.block_size), ours, stock)
+        config = served_by([row.spec for row in ours])
+        measure(Engine(model, most, arguments.block_size, config=config), ours, stock)
         for row in stock:
             blocks = STEP_BATCH * -(-length // arguments.block_size) + 1
             dtype = row.spec.removeprefix(STOCK)

@@ -9,7 +9,7 @@ from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import opening
-from vllm_kvcompress.evaluation.variants import EVERY_PROMPT
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, served_by
 from vllm_kvcompress.plan import Plan
 
 OUTPUT = 2  # tokens: a prompt is compacted before the second is computed
@@ -48,7 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
         raise KVCompressionError(f"{arguments.compression} leaves a prompt of {len(prompt)} tokens as it is")
     from vllm_kvcompress.evaluation.engine import Engine
 
-    engine = Engine(arguments.model, len(prompt) + OUTPUT, arguments.block_size)
+    engine = Engine(
+        arguments.model,
+        len(prompt) + OUTPUT,
+        arguments.block_size,
+        config=served_by([arguments.compression]),
+    )
     kept = engine.compactions(prompt, arguments.compression).tolist()
     title = f"{Path(arguments.model).name}, {arguments.compression}, {len(prompt)} tokens"
     print(title)
