@@ -26,6 +26,7 @@ class Engines:
     def __init__(self) -> None:
         self.kept: list[tuple[int, str, str | None]] = []
         self.asked: list[tuple[str | None, ...]] = []
+        self.unsaved: str | None = None  # why it could not be
 
     async def call_utility_all_async(self, *call: str | None):
         self.asked.append(call)
@@ -33,6 +34,8 @@ class Engines:
         if method == "kv_compression_prefixes":
             own = [(rank, name) for rank, name, salt in self.kept if [salt] == arguments]
             return [[{"id": "0", "name": name} for at, name in own if at == rank] for rank in (4, 7)]
+        if method == "kv_compression_save_prefix":
+            return [None, self.unsaved]
         assert method == "kv_compression_delete_prefix"
         found = [each for each in self.kept if list(each[1:]) == arguments]
         self.kept = [each for each in self.kept if each not in found]
@@ -130,6 +133,16 @@ def test_a_prefix_is_made_listed_and_deleted(asking, client):
     again = asking.delete(f"{PATH}/a/b%20c")
     assert again.status_code == 404 and "no prefix of this name" in again.json()["error"]
     assert listed(asking) == []
+
+
+def test_a_prefix_that_could_not_be_saved_is_told_of(asking, client, engines):
+    engines.unsaved = "cannot write /kept/document: No space left on device"
+    made = asking.post(PATH, json={"name": "document", "prompt": "text", "cache_salt": "salt"})
+    assert made.status_code == 507 and made.json() == {
+        "error": "the prefix is kept, but not saved: cannot write /kept/document: No space left on device"
+    }
+    assert ("kv_compression_save_prefix", "document", "salt") in engines.asked
+    assert listed(asking, cache_salt="salt") == [(4, "document")]
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,17 @@
 """Compacted prefixes of an `LLM`, in the program that has it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from vllm import LLM, SamplingParams
+from vllm import LLM
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
-from vllm.outputs import RequestOutput
 from vllm.v1.engine.core_client import InprocClient
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.statistics import CARRIER
+from vllm_kvcompress.prefix_requests import SAVE, leaving, left_by
 
 
 def compact_prefix(
@@ -54,6 +55,7 @@ def compact_prefix(
     told = left_by(output)
     if not told.pop("kept"):
         raise KVCompressionError(f"the prefix {name!r} was not kept: {told['reason']}")
+    _refuse(_ask(llm, SAVE, name, cache_salt))
     return told
 
 
@@ -75,16 +77,33 @@ def delete_prefix(llm: LLM, name: str, cache_salt: str | None = None) -> bool:
     return _ask(llm, "kv_compression_delete_prefix", name, cache_salt)
 
 
-def leaving(option: dict[str, Any]) -> SamplingParams:
-    """Of a request that is there only for what its prompt is compacted to: that needs a second token."""
-    return SamplingParams(
-        max_tokens=2, min_tokens=2, ignore_eos=True, temperature=0.0, extra_args={CARRIER: option}
-    )
+def save_prefix(llm: LLM, name: str, path: str | Path, *, cache_salt: str | None = None) -> None:
+    """Write a compacted prefix to a file, of several workers to one each beside it.
+
+    Args:
+        llm: the engine that has it.
+        name: its name.
+        path: the file. It holds what the prompt was, and its salt, in plain numbers.
+        cache_salt: its salt.
+
+    Raises:
+        KVCompressionError: there is no such prefix, or the file cannot be written; one line.
+    """
+    _refuse(_ask(llm, SAVE, name, cache_salt, str(path)))
 
 
-def left_by(output: RequestOutput) -> dict[str, Any]:
-    """What an engine tells of the prefix that a request was to leave."""
-    return dict((output.kv_transfer_params or {})[CARRIER]["prefix"])
+def load_prefix(llm: LLM, path: str | Path) -> None:
+    """Load what `save_prefix` wrote, under its name and salt.
+
+    Args:
+        llm: an engine with the same model, ranks, block size and KV cache dtype.
+        path: the file.
+
+    Raises:
+        KVCompressionError: it is no such file, or of another model; there is no room, or the name is taken;
+            one line.
+    """
+    _refuse(_ask(llm, "kv_compression_load_prefix", str(path)))
 
 
 def _ask(llm: LLM, method: str, *args: str | None) -> Any:
@@ -96,3 +115,8 @@ def _ask(llm: LLM, method: str, *args: str | None) -> Any:
     if isinstance(client, InprocClient):
         return getattr(client.engine_core, method)(*args)
     return client.call_utility(method, *args)
+
+
+def _refuse(problem: str | None) -> None:
+    if problem is not None:
+        raise KVCompressionError(problem)

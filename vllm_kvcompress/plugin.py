@@ -547,6 +547,10 @@ def _prefixes(self, salt: str | None) -> list[dict[str, Any]]:
 
 def _delete_prefix(self, name: str, salt: str | None) -> bool:
     """A method of `EngineCore`: keep a compacted prefix no longer; False if there is none of this name."""
+    if self.scheduler.compression.prefix_folder:
+        from vllm_kvcompress import prefix_files
+
+        prefix_files.remove(self, name, salt)
     return self.scheduler.delete_prefix(name, salt)
 
 

@@ -19,8 +19,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError, check_name
 from vllm_kvcompress.endpoints import Endpoints, Refused, answered
-from vllm_kvcompress.offline import leaving, left_by
 from vllm_kvcompress.paging.statistics import TAKEN
+from vllm_kvcompress.prefix_requests import SAVE, leaving, left_by
 
 PATH = "/v1/kv_compression/prefixes"
 PROMPTS = "prompt", "prompt_token_ids", "messages"
@@ -86,6 +86,8 @@ class PrefixEndpoints(Endpoints):
         told = left_by(output)
         if not told.pop("kept"):
             raise Refused(409 if told["reason"] == TAKEN else 422, told["reason"])
+        for problem in filter(None, await self._ask(SAVE, name, salt)):
+            raise Refused(507, f"the prefix is kept, but not saved: {problem}")
         return JSONResponse(told, 201)
 
     @answered

@@ -1,8 +1,7 @@
-"""Compacted prefixes that outlive their engine: saved to files, and loaded again."""
+"""Compacted prefixes that outlive their engine: an engine core saves them to files, and loads them again."""
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
@@ -23,12 +22,14 @@ def save(core: EngineCore, name: str, salt: str | None = None, path: str | None 
         core: in which it is.
         name: its name.
         salt: its salt.
-        path: the file; None for one in the engine's own folder (`prefix_folder`).
+        path: the file; None for one in the engine's own folder (`prefix_folder`), if it has one.
 
     Returns:
         What is in the way, in one line; None if nothing is.
     """
     scheduler = core.scheduler
+    if path is None and not (scheduler.compression.prefix_folder and scheduler.has_prefix(name, salt)):
+        return None
     try:
         prefix, names = scheduler.prefix_to_save(name, salt)
     except KVCompressionError as error:
@@ -97,40 +98,10 @@ def load_folder(core: EngineCore) -> None:
 
 def remove(core: EngineCore, name: str, salt: str | None) -> None:
     """Remove what the engine's own folder has of a prefix, if anything."""
-    if core.scheduler.compression.prefix_folder:
-        world_size = core.vllm_config.parallel_config.world_size
-        for rank in range(world_size):
-            path = saved.path_of(str(_in_folder(core, name, salt)), rank, world_size)
-            Path(path).unlink(missing_ok=True)
-
-
-def save_prefix(llm: Any, name: str, path: str | Path, *, cache_salt: str | None = None) -> None:
-    """Write a compacted prefix of an `LLM` to a file, of several workers to one each beside it.
-
-    Args:
-        llm: vLLM's `LLM`, which compresses.
-        name: the prefix's name.
-        path: the file. It holds what the prompt was, and its salt, in plain numbers.
-        cache_salt: its salt.
-
-    Raises:
-        KVCompressionError: there is no such prefix, or the file cannot be written; one line.
-    """
-    _refuse(_call(llm, "kv_compression_save_prefix", name, cache_salt, str(path)))
-
-
-def load_prefix(llm: Any, path: str | Path) -> None:
-    """Load what `save_prefix` wrote, under its name and salt.
-
-    Args:
-        llm: vLLM's `LLM`, with the same model, ranks, block size and KV cache dtype.
-        path: the file.
-
-    Raises:
-        KVCompressionError: it is no such file, or of another model; there is no room, or the name is taken;
-            one line.
-    """
-    _refuse(_call(llm, "kv_compression_load_prefix", str(path)))
+    world_size = core.vllm_config.parallel_config.world_size
+    for rank in range(world_size):
+        path = saved.path_of(str(_in_folder(core, name, salt)), rank, world_size)
+        Path(path).unlink(missing_ok=True)
 
 
 def _folder(core: EngineCore) -> Path:
@@ -143,14 +114,3 @@ def _in_folder(core: EngineCore, name: str, salt: str | None) -> Path:
     folder = _folder(core)
     folder.mkdir(parents=True, exist_ok=True)
     return folder / (hashlib.sha256(repr((name, salt)).encode()).hexdigest()[:32] + ENDING)
-
-
-def _call(llm: Any, method: str, *args: Any) -> Any:
-    client = llm.llm_engine.engine_core
-    core = getattr(client, "engine_core", None)  # of an engine in this process
-    return getattr(core, method)(*args) if core is not None else client.call_utility(method, *args)
-
-
-def _refuse(problem: str | None) -> None:
-    if problem is not None:
-        raise KVCompressionError(problem)

@@ -460,8 +460,8 @@ TABLE: dict[str, Touched] = {
     # the workers
     "vllm.v1.worker.gpu_worker:Worker": Touched(
         reads=(
-            "cache_config compilation_config lora_config model_config model_runner parallel_config rank "
-            "scheduler_config use_v2_model_runner vllm_config"
+            "cache_config compilation_config device lora_config model_config model_runner parallel_config "
+            "rank scheduler_config use_v2_model_runner vllm_config"
         ),
         overrides={
             "compile_or_warm_up_model": "(self)",

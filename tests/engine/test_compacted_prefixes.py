@@ -6,9 +6,8 @@ import pytest
 import torch
 from harness import first_difference, same_kept, sampling, tokens
 
-from vllm_kvcompress import prefix_files
+from vllm_kvcompress import load_prefix, prefix_files, save_prefix
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.prefix_files import load_prefix, save_prefix
 from vllm_kvcompress.requests.saved import read
 
 DOCUMENT = 640  # tokens; blocks of 32

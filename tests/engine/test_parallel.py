@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import NUM_BLOCKS, Compaction, Engine, external_id, first_difference, sampling, start, tokens
 
-from vllm_kvcompress.prefix_files import load_prefix, save_prefix
+from vllm_kvcompress import load_prefix, save_prefix
 
 NUM_TOKENS = 8
 SIZES = {"tensor": 3, "pipeline": 2}

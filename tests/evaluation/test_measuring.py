@@ -56,9 +56,7 @@ def test_packaged_head_profiles_are_served_by_every_engine():
 
 
 def test_several_own_head_profiles_are_refused():
-    with pytest.raises(
-        KVCompressionError, match=r"^one engine serves one head profile; choose of /a, /b$"
-    ):
+    with pytest.raises(KVCompressionError, match=r"^one engine serves one head profile; choose of /a, /b$"):
         served_by(["snapkv:allocation=profile:/b", "off", "adakv:allocation=profile:/a"])
 
 

@@ -589,6 +589,10 @@ class _Compression:
         unnamed = [prefix for prefix in reversed(own) if prefix.name is None]  # used last first
         return [self._state_of_prefix(prefix) for prefix in named + unnamed[:MOST_REQUESTS]]
 
+    def has_prefix(self, name: str, salt: str | None) -> bool:
+        """Whether there is a compacted prefix of this name under this salt."""
+        return self._prefixes.named(name, salt) is not None
+
     def delete_prefix(self, name: str, salt: str | None) -> bool:
         """Keep a prefix no longer; who holds its blocks goes on. False if there is none of this name."""
         prefix = self._prefixes.named(name, salt)

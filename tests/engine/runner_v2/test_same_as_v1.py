@@ -4,8 +4,8 @@ import pytest
 import torch
 from harness import first_difference, sampling
 
+from vllm_kvcompress import load_prefix, save_prefix
 from vllm_kvcompress.attention import gpu
-from vllm_kvcompress.prefix_files import load_prefix, save_prefix
 
 OPTIONS = dict(
     skip_tokenizer_init=True,
