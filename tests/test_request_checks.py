@@ -203,7 +203,7 @@ def test_prefixes_need_the_prefix_cache_and_layers_that_are_all_compacted(smollm
         assert asked(at_the_end, 1000, "knorm")
     with monkeypatch.context() as patched:
         patched.setitem(config.additional_config, GROUP, {"block_size": 64, "beside": 20})
-        with pytest.raises(VLLMValidationError, match="some of this one slide a window; leave prefix out"):
+        with pytest.raises(VLLMValidationError, match="some of this one are not; leave prefix out"):
             asked(at_the_end, 1000, NAMED)
         assert asked(at_the_end, 1000, "knorm")
     monkeypatch.setitem(config.additional_config, GROUP, {"block_size": 64, "beside": 0})

@@ -360,6 +360,44 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         check_method(compression, engine(2, 1, types=["chunked_attention", "full_attention"]))
 
 
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        (dict(is_hybrid=True), "keep states"),
+        (dict(get_sliding_window=lambda: 128), "slide a window"),
+        (
+            dict(hf_text_config=SimpleNamespace(layer_types=["chunked_attention", "full_attention"])),
+            "attend within chunks",
+        ),
+    ],
+)
+def test_prefixes_of_models_with_other_layers_are_refused_at_start_up(model, what):
+    plain = dict(
+        get_num_layers=lambda _: 2,
+        get_num_kv_heads=lambda _: 1,
+        use_mla=False,
+        get_sliding_window=lambda: None,
+        hf_text_config=SimpleNamespace(layer_types=None),
+        is_hybrid=False,
+        max_model_len=4096,
+    )
+
+    def engine(**changes):
+        return SimpleNamespace(
+            model_config=SimpleNamespace(**plain | changes),
+            cache_config=SimpleNamespace(enable_prefix_caching=True),
+            parallel_config=None,
+            additional_config={},
+            speculative_config=None,
+        )
+
+    share = KVCompressionConfig.parse("streaming_llm:prefix_share=0.5")
+    check_method(share, engine())
+    check_method(KVCompressionConfig.parse("streaming_llm"), engine(**model))
+    with pytest.raises(KVCompressionError, match=f"some of this one {what}; leave prefix_share out"):
+        check_method(share, engine(**model))
+
+
 def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
     def engine(executor):
         model = SimpleNamespace(

@@ -118,12 +118,10 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
     allocation = config.build_allocation()
-    chunks = "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
-    if isinstance(allocation, Profile) and (slides_windows(model) or chunks or model.is_hybrid):
-        what = "keep states" if model.is_hybrid else "attend within chunks" if chunks else "slide a window"
+    if isinstance(allocation, Profile) and (others := _other_layers(model)) is not None:
         raise KVCompressionError(
             "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
-            f"one {what}; use another allocation"
+            f"one {others}; use another allocation"
         )
     try:
         allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
@@ -141,11 +139,11 @@ def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             f"kv-compression: compacted prefixes are found by vLLM's prefix cache; leave {option} out, or "
             "remove --no-enable-prefix-caching"
         )
-    if slides_windows(model) or model.is_hybrid or blocks_beside(vllm_config):
-        what = "keep states" if model.is_hybrid else "slide a window"
+    others = _other_layers(model)
+    if others is not None or blocks_beside(vllm_config):
         raise KVCompressionError(
             "kv-compression: compacted prefixes are of models all of whose layers are compacted, and some of "
-            f"this one {what}; leave {option} out"
+            f"this one {others or 'are not'}; leave {option} out"
         )
     if config.observed_window and not config.matches:
         _warn_of_queries(config.method, option)
@@ -458,6 +456,15 @@ def _latent_refusals(config: VllmConfig):
         f"--kv-cache-dtype {cache.cache_dtype} with {what}",
         "use --kv-cache-dtype auto",
     )
+
+
+def _other_layers(model: ModelConfig) -> str | None:
+    """What layers of a model do that are not compacted; None if all are."""
+    if model.is_hybrid:
+        return "keep states"
+    if "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+        return "attend within chunks"
+    return "slide a window" if slides_windows(model) else None
 
 
 def slides_windows(model: ModelConfig) -> bool:
