@@ -27,6 +27,7 @@ PROMPTS = "prompt", "prompt_token_ids", "messages"
 FIELDS = {"name", *PROMPTS, "kv_compression", "cache_salt", "model", "data_parallel_rank"}
 MOST_SALT = 1024  # characters
 MOST_MADE = 8  # at a time
+SAVED_S = 600.0  # a large one takes longer to be written than a question to be answered
 TOKEN_BYTES = 64  # of a body, for each token that the model can take
 
 
@@ -86,7 +87,7 @@ class PrefixEndpoints(Endpoints):
         told = left_by(output)
         if not told.pop("kept"):
             raise Refused(409 if told["reason"] == TAKEN else 422, told["reason"])
-        for problem in filter(None, await self._ask(SAVE, name, salt)):
+        for problem in filter(None, await self._ask(SAVE, name, salt, wait_s=SAVED_S)):
             raise Refused(507, f"the prefix is kept, but not saved: {problem}")
         return JSONResponse(told, 201)
 
