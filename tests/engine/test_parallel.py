@@ -183,7 +183,8 @@ def serve(folder: Path, model: str, kind: str) -> None:
         finish()
         return tokens(outputs.pop("pinned"))
 
-    method, document = "snapkv+kivi8:budget=0.1", prompts["off"]
+    # Of whole blocks: what is behind them is computed anew, on what was compacted.
+    method, document = "snapkv+kivi8:budget=0.1", prompts["off"][:224]
     result.pinned.append(answer(document, f"{method},prefix=document", 80))
     for path in (str(folder / f"{kind}-document"), None):
         result.pinned.append(answer(document + result.pinned[0][:60], method, 20))
