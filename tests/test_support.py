@@ -129,8 +129,8 @@ REFUSED = {
     },
     "--kv-sharing-fast-prefill": {"cache_config__kv_sharing_fast_prefill": True},
     "--block-size 16": {"cache_config__block_size": 16},
-    "speculative decoding with the draft model of eagle3; use ngram": {
-        "speculative_config": SimpleNamespace(method="eagle3")
+    "speculative decoding with the draft model of medusa; use ngram": {
+        "speculative_config": SimpleNamespace(method="medusa")
     },
     "a draft model beside windows, chunks or latents (MLA); use ngram": {
         "speculative_config": SimpleNamespace(method="eagle"),

@@ -44,7 +44,7 @@ CONNECTORS = {  # of vLLM's own: what keeps each from it
 }
 UNTRIED_CONNECTOR = "which was not tried on blocks that compaction moves"
 NO_DRAFT_MODEL = ("ngram", "suffix")  # ways to speculate
-DRAFT_MODELS = ("draft_model", "eagle")  # those that were tried
+DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # those that were tried
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 

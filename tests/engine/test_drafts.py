@@ -3,6 +3,7 @@
 A draft model that is the model itself is always right, before compaction and after it.
 """
 
+import functools
 import json
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling
 from prometheus_client import REGISTRY
 from safetensors.torch import save_file
+from test_families import VOCABULARY, family, write
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.model_loader import dummy_loader
 
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.metrics import CompressionMetrics
@@ -21,6 +24,22 @@ from vllm_kvcompress.paging.statistics import CompressionStats
 
 NUM_TOKENS, NUM_DRAFTS = 44, 3
 DUMMY = {"load_format": "dummy"}
+PROMPT = [(7 * i * i + 3 * i) % (VOCABULARY - 8) + 4 for i in range(400)]
+GLM4_MOE = dict(
+    head_dim=32,
+    partial_rotary_factor=0.5,
+    use_qk_norm=True,
+    attention_bias=True,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_shared_experts=1,
+    moe_intermediate_size=32,
+    first_k_dense_replace=1,
+    n_group=1,
+    topk_group=1,
+    norm_topk_prob=True,
+    routed_scaling_factor=1.0,
+)
 LAYERS = 4  # of the model
 METHODS = {
     "snapkv": "snapkv:budget=0.25",
@@ -37,13 +56,18 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def checkpoints(random_model, tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """A model that says little, its first half as a draft model, and one of EAGLE's kind."""
+    """A model that says little, its first half as a draft model, one of EAGLE's kind, and one of EAGLE-3's.
+
+    Of the last, the weights are vLLM's dummies.
+    """
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
     model.model.embed_tokens.weight.data *= 7
     model.lm_head.weight.data[6:] *= 0.1
-    folders = {name: tmp_path_factory.mktemp("models") / name for name in ("model", "half", "eagle")}
+    folders = {
+        name: tmp_path_factory.mktemp("models") / name for name in ("model", "half", "eagle", "eagle3")
+    }
     model.save_pretrained(folders["model"])
     last = f"model.layers.{LAYERS - 1}."
     eagle = {
@@ -61,6 +85,11 @@ def checkpoints(random_model, tokenizer, tmp_path_factory) -> dict[str, Path]:
     save_file(eagle, folders["eagle"] / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"num_hidden_layers": 1, "architectures": ["LlamaForCausalLM"]}
     (folders["eagle"] / "config.json").write_text(json.dumps(config))
+    read = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}  # outputs of these layers
+    config |= {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": len(tokenizer)}
+    config |= {"target_hidden_size": size, "eagle_config": read, **read}
+    folders["eagle3"].mkdir()
+    (folders["eagle3"] / "config.json").write_text(json.dumps(config))
     for folder in folders.values():
         tokenizer.save_pretrained(folder)
     return folders
@@ -75,6 +104,7 @@ SERVED = [
     *(("model", name) for name in ("snapkv", "streaming_llm, again", "tova", "streaming")),
     *(("half", name) for name in ("adakv", "pyramidkv", "kv_compress, again", "off")),
     *(("eagle", name) for name in ("snapkv", "kv_compress, again", "keydiff")),
+    *(("eagle3", name) for name in ("snapkv", "kv_compress, again")),
 ]
 
 
@@ -83,8 +113,10 @@ def drafting(engines, checkpoints, plain):
     """`drafting(name)`: the engine with a draft model of that name."""
 
     def get(name: str) -> Engine:
-        method = "eagle" if name == "eagle" else "draft_model"
+        method = name if "eagle" in name else "draft_model"
         speculative = dict(method=method, model=str(checkpoints[name]), num_speculative_tokens=NUM_DRAFTS)
+        if name == "eagle3":
+            speculative["draft_load_config"] = DUMMY
         engine = engines(checkpoints["model"], "snapkv:budget=0.25", speculative_config=speculative)
         engine.scheduler._take_stats()
         return engine
@@ -153,6 +185,36 @@ def test_tokens_and_what_the_model_keeps_are_those_without_drafts(plain, draftin
     assert bool(told.raw_drafts) == (method == "off")  # others are compacted before their second token
     engine.check_nothing_left()
     assert engine.free == NUM_BLOCKS - 1
+
+
+def test_a_models_own_head_for_more_tokens_changes_neither_a_token_nor_what_is_kept(
+    engines, tmp_path, monkeypatch, long_ids
+):
+    """Multi-token prediction (MTP), of a model like GLM 4.5; its weights are vLLM's dummies."""
+    usual = dummy_loader.initialize_single_dummy_weight
+    large = functools.partial(usual, low=-0.3, high=0.3)
+    monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", large)
+    made = family("Glm4MoeForCausalLM", "glm4_moe", num_nextn_predict_layers=1, **GLM4_MOE)
+    folder = write(tmp_path, made.config)
+    options = dict(load_format="dummy", max_model_len=512)
+    speculative = dict(method="mtp", num_speculative_tokens=2)
+    plain = engines(folder, "snapkv:budget=0.25", **options)
+    drafting = engines(folder, "snapkv:budget=0.25", **options, speculative_config=speculative)
+
+    def prompt(length: int, seed: int) -> list[int]:
+        return PROMPT[:length]
+
+    for method in ("snapkv", "kv_compress, again", "off"):
+        expected, its, _ = serve(plain, METHODS[method], prompt)
+        answers, own, drafts = serve(drafting, METHODS[method], prompt)
+        assert drafts.total() > 20
+        for answer, other in zip(answers, expected, strict=True):
+            assert first_difference(answer, other) is None
+        for request, compactions in its.items():
+            assert bool(compactions) == (method != "off")
+            for one, other in zip(own[request], compactions, strict=True):
+                assert one.positions()[: len(other.counts)] == other.positions()
+    drafting.check_nothing_left()
 
 
 @pytest.mark.parametrize(
