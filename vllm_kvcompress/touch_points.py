@@ -252,6 +252,10 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.config:SpeculativeConfig": Touched(
         reads="method",
+        calls={
+            "use_eagle": "(self)",
+            "uses_draft_model": "(self)",
+        },
     ),
     # the scheduler's side
     "vllm.v1.core.sched.scheduler:Scheduler": Touched(

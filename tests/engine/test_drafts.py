@@ -21,6 +21,7 @@ from vllm.model_executor.model_loader import dummy_loader
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.metrics import CompressionMetrics
 from vllm_kvcompress.paging.statistics import CompressionStats
+from vllm_kvcompress.worker.worker import CompressionWorker
 
 NUM_TOKENS, NUM_DRAFTS = 44, 3
 DUMMY = {"load_format": "dummy"}
@@ -246,6 +247,17 @@ def test_a_draft_model_with_other_heads_is_refused_at_start(engines, checkpoints
     with pytest.raises(KVCompressionError, match="needs a draft model with as many heads .*; use") as error:
         engines(checkpoints["model"], "snapkv", speculative_config=speculative | {"draft_load_config": DUMMY})
     assert "\n" not in str(error.value)
+
+
+def test_a_runner_that_does_not_tell_drafting_layers_apart_is_refused():
+    drafts = SimpleNamespace(use_eagle=lambda: True, uses_draft_model=lambda: False)
+    worker = SimpleNamespace(
+        use_v2_model_runner=True, vllm_config=SimpleNamespace(speculative_config=drafts), _draft_groups=list
+    )
+    with pytest.raises(KVCompressionError, match="draft models with Model Runner V2; use ngram"):
+        CompressionWorker._num_drafting(worker, [])
+    drafts.use_eagle = lambda: False
+    assert CompressionWorker._num_drafting(worker, []) == 0
 
 
 def test_a_server_tells_how_many_drafts_were_right_of_raw_and_of_compacted_requests():

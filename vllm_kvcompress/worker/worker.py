@@ -170,8 +170,15 @@ class CompressionWorker(Worker):
         """How many layers of a draft model there are: behind the model's, and alike.
 
         Raises:
-            KVCompressionError: they are not alike.
+            KVCompressionError: they are not alike, or the model runner is not one that tells them apart.
         """
+        speculative = self.vllm_config.speculative_config
+        drafts = speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model())
+        if drafts and self.use_v2_model_runner:
+            raise KVCompressionError(
+                "kv-compression does not support draft models with Model Runner V2; "
+                "use ngram speculation or none"
+            )
         names = {name for group in self._draft_groups() for name in group.layer_names}
         drafting = [layer for layer in layers if layer.layer_name in names]
         alike = all(layer.impl.num_heads == layers[0].impl.num_heads for layer in drafting)
