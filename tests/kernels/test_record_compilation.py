@@ -85,13 +85,14 @@ def test_every_kind_of_rows_fits_shared_memory(compiled, name, dtype, head_size,
 
 
 @pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
-@pytest.mark.parametrize("name", ["kivi8", "kivi4", "kivi2", "turbo4", "k4v3"])
+@pytest.mark.parametrize("name", ["kivi8", "kivi4", "turbo4", "k4v3"])
 def test_decode_rows_are_served_in_one_launch_that_fits_registers(compiled, name):
     compile_decode(name)
     assert compiled.launches == ["_records_kernel"]
-    compiled.assert_in_registers()
+    compiled.assert_fit("_records_kernel")
     code = compiled.code("_records_kernel")
     assert code.record_loop.products > 0 and code.record_loop.spills == 0
+    assert code.stack <= 32, "a few numbers, outside the loop"
     assert code.registers <= 168 or name not in ("kivi4", "k4v3"), "three programs at a time"
 
 

@@ -201,7 +201,8 @@ def compile_decode(name: str, dtype: torch.dtype = torch.bfloat16, query_len: in
 def table(capability: int) -> Iterator[str]:
     """The lines of a Markdown table of every format that one kernel reads."""
     yield (
-        "| kept as | bytes of a token | warp instructions per token | registers | spilled bytes "
+        "| kept as | bytes of a token | warp instructions per token | registers "
+        "| spilled bytes, accesses in the loop "
         "| programs per SM | loads of a thread per tile |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- |"
@@ -222,7 +223,7 @@ def table(capability: int) -> Iterator[str]:
         loads = ", ".join(f"{count} × {width}" for width, count in loop.loads)
         instructions = loop.instructions * warps / tokens
         yield (
-            f"| {name} | {size:g} | {instructions:.0f} | {code.registers} | {code.stack} "
+            f"| {name} | {size:g} | {instructions:.0f} | {code.registers} | {code.stack}, {loop.spills} "
             f"| {programs} of {warps} warps | {loads} B |"
         )
 
