@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from paged import TOLERANCE, Batch, Row, make_cache, pairwise
 
 from vllm_kvcompress.kernels.attention import attend
+from vllm_kvcompress.kernels.prediction import cut_evenly
 from vllm_kvcompress.kernels.shares import WAVES, Shares
 
 ROWS = {
@@ -113,6 +114,17 @@ def test_many_keys_are_cut_for_several_waves_and_few_for_one():
         batch.rows = replace(batch.rows, seq_lens=torch.tensor([length // 2, 0], dtype=torch.int32))
         busy = int((cut(batch, at_once=8, min_share=256).work[0] >= 0).sum())
         assert 0.7 * wanted <= busy <= wanted
+
+
+@pytest.mark.parametrize("seq_lens", [[70, 3000, 129], [20000, 1, 900]])
+@pytest.mark.parametrize("at_once", [3, 40])
+def test_the_model_of_the_kernel_has_the_same_shares(seq_lens, at_once):
+    batch = Batch([Row(1, 9)] * 3, *make_cache(1, 4, 2, 16, 16, torch.float32), group=1)
+    batch.rows = replace(batch.rows, seq_lens=torch.tensor([*seq_lens, 0], dtype=torch.int32))
+    shares = cut(batch, at_once, align=128, min_share=256)
+    item, begin, end = shares.work[:3, 0]
+    found = (end - begin)[item >= 0].tolist()
+    assert found == cut_evenly([length for length in seq_lens for _ in range(2)], at_once)
 
 
 def test_shares_of_a_batch_before_are_forgotten():
