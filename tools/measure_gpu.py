@@ -22,6 +22,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +93,46 @@ def _kernels(arguments: argparse.Namespace) -> None:
 
 
 def _smoke(name: str) -> dict[str, Any]:
-    """Answers of a small model, with compression off and as the engine has it."""
+    """Answers of a small model, with compression off and as the engine has it, and Jobs that were run."""
     kind, _, graphs = name.partition("+")
-    engine = _start(SMALL, kind if kind == "stock" else "kv_compress:budget=0.25", 2048, graphs=bool(graphs))
+    # Without torch.compile, whose fused kernels round otherwise.
+    captured = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    own = None if kind == "stock" else "kv_compress:budget=0.25"
+    engine = _start(_drawn(), own, 2048, **(captured if graphs else {"enforce_eager": True}))
     off = None if kind == "stock" else {"kv_compression": "off"}
-    return {
-        "off": _answers(engine, 6, 700, 24, off),
-        "own": _answers(engine, 6, 700, 24, None),
-    }
+    answers = {"off": _answers(engine, 6, 700, 24, off)}
+    with _counted_jobs() as jobs:
+        answers["own"] = _answers(engine, 6, 700, 24, None)
+    return answers | {"jobs": len(jobs)}
+
+
+@contextmanager
+def _counted_jobs() -> Iterator[list]:
+    """Every Job that this process runs meanwhile."""
+    from unittest.mock import patch
+
+    from vllm_kvcompress.worker.compactor import Compactor
+
+    found, run = [], Compactor.run
+
+    def counted(self, works):
+        found.extend(works)
+        return run(self, works)
+
+    with patch.object(Compactor, "run", counted):
+        yield found
+
+
+def _drawn() -> Path:
+    """A small Llama whose attention is far from uniform, so that answers hang on what is attended to."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = Path(os.environ["MEASURED_MODELS"]) / "llama-drawn"
+    if not folder.exists():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SMALL, initializer_range=0.3)).save_pretrained(folder)
+    return folder
 
 
 def _compare_smoke(arguments: argparse.Namespace) -> None:
@@ -110,6 +144,7 @@ def _compare_smoke(arguments: argparse.Namespace) -> None:
         "not compacted = stock, eager": found["compressed"]["off"] == found["stock"]["off"],
         "not compacted = stock, graphs": found["compressed+graphs"]["off"] == found["stock+graphs"]["off"],
         "compacted, graphs = eager": found["compressed+graphs"]["own"] == found["compressed"]["own"],
+        "every prompt was compacted": found["compressed"]["jobs"] == found["compressed+graphs"]["jobs"] == 6,
         "compacted differs from stock": found["compressed"]["own"] != found["stock"]["own"],
     }
     _write(arguments.output, "smoke", same)
@@ -130,7 +165,10 @@ def _serve(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     model, prompts, at_once, tokens = LLAMA_8B, _counts(arguments.prompts), _counts(arguments.at_once), 256
     if arguments.tiny:
         model, prompts, at_once, tokens = SMALL, [256], [1, 4], 16
-    engine = _start(model, "stock" if name == "stock" else VARIANTS[name], max(prompts) + tokens + 64)
+    longest = max(prompts) + tokens + 64
+    engine = _start(
+        _undrawn(model), VARIANTS[name], longest, load_format="dummy", enforce_eager=arguments.tiny
+    )
     cells = []
     for prompt in prompts:
         for together in at_once:
@@ -181,24 +219,29 @@ def _compare_served(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------- engines
 
 
-def _start(model: dict[str, Any], compression: str, longest: int, graphs: bool = True) -> Any:
-    """An engine with random weights, all alike from start to start."""
+def _start(model: Path, compression: str | None, longest: int, **options: Any) -> Any:
+    """An engine, stock or compressed."""
     from vllm import LLM
 
-    folder = Path(os.environ["MEASURED_MODELS"]) / f"llama-{model['hidden_size']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(model))
-    own = {} if compression == "stock" else {"additional_config": {"kv_compression": compression}}
+    own = {} if compression is None else {"additional_config": {"kv_compression": compression}}
     return LLM(
-        str(folder),
-        load_format="dummy",
+        str(model),
+        dtype="bfloat16",
         skip_tokenizer_init=True,
         max_model_len=longest,
-        enforce_eager=not graphs,
         enable_prefix_caching=False,
         seed=0,
         **own,
+        **options,
     )
+
+
+def _undrawn(model: dict[str, Any]) -> Path:
+    """A folder with a configuration alone: weights are whatever vLLM makes up."""
+    folder = Path(os.environ["MEASURED_MODELS"]) / f"llama-{model['hidden_size']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(model))
+    return folder
 
 
 def _prompts(number: int, length: int) -> list[dict[str, list[int]]]:
