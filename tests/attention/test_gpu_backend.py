@@ -122,7 +122,7 @@ def test_shares_are_listed_of_what_is_there_and_once_more_when_it_is_gone(monkey
     """A captured graph reads the lists in every step, and must find nothing there of a step before."""
     listed = []
     monkeypatch.setattr(Shares, "cut", lambda self, runs, rows, size, number: listed.append(number))
-    lists = ShareLists(PageGrid(2, 10, 2, 16), 4, 8, torch.device("cpu"))
+    lists = ShareLists(PageGrid(2, 10, 2, 16), 4, 1024, 8, torch.device("cpu"))
     kivi = FORMATS["kivi4"]
 
     def step(held, max_query_len=1):

@@ -111,6 +111,15 @@ def test_programs_at_once_are_those_whose_buffers_fit(shared, wanted):
     assert programs_at_once(shared) == wanted
 
 
+def test_short_models_and_few_rows_launch_no_more_than_could_be_of_use():
+    def programs(max_keys, num_rows):
+        return Shares.empty(64, 1, 8, AT_ONCE, "cpu", max_keys).num_programs(num_rows)
+
+    assert programs(32768, 1) == AT_ONCE + 8
+    assert programs(131072, 1) == 2 * AT_ONCE + 8
+    assert programs(131072, 64) == 4 * AT_ONCE + 64 * 8
+
+
 def test_lists_of_shares_take_what_is_said_of_them():
     shares = Shares.empty(5, 3, HEADS, 7, "cpu")
     held = sum(part.nbytes for part in (shares.work, shares.ends, shares.arrived))

@@ -80,9 +80,11 @@ class RowArrays:
 class ShareLists:
     """The shares of a batch's compacted rows, in arrays that stay in place for captured graphs."""
 
-    def __init__(self, grid: PageGrid, max_rows: int, at_once: int, device: torch.device) -> None:
-        """Make room for so many rows, on a device that runs `at_once` programs at a time."""
-        self._size = max_rows, grid.num_layers, grid.num_heads, at_once, device
+    def __init__(
+        self, grid: PageGrid, max_rows: int, max_keys: int, at_once: int, device: torch.device
+    ) -> None:
+        """Make room for rows of so many tokens, on a device that runs `at_once` programs at a time."""
+        self._size = max_rows, grid.num_layers, grid.num_heads, at_once, device, max_keys
         self._block_size = grid.block_size
         self._shares: dict[Format | None, Shares] = {}
         self._cut: set[Format | None] = set()  # of which there are any

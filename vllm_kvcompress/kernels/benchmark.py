@@ -322,7 +322,8 @@ def measure(batch: int, context: int, budget: float, copy: float) -> dict[str, f
     layer = make_layer(batch, context, budget, "cuda", torch.bfloat16)
     properties = torch.cuda.get_device_properties(0)
     of_one = programs_at_once(properties.shared_memory_per_multiprocessor)
-    shares = Shares.empty(batch, 1, HEADS, properties.multi_processor_count * of_one, "cuda")
+    at_once = properties.multi_processor_count * of_one
+    shares = Shares.empty(batch, 1, HEADS, at_once, "cuda", context)
     layers = layer.copies()
     step = [layers[number % len(layers)] for number in range(LAYERS)]
     cut = functools.partial(layer.cut, shares)

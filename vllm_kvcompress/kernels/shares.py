@@ -34,6 +34,7 @@ class Shares:
         arrived: `[R·H]` int32, programs of a head that are done; all 0 between launches.
         heads: H.
         at_once: programs that the device runs at a time.
+        max_keys: a bound on the keys of a head.
     """
 
     work: Tensor
@@ -41,10 +42,17 @@ class Shares:
     arrived: Tensor
     heads: int
     at_once: int
+    max_keys: int
 
     @classmethod
     def empty(
-        cls, max_rows: int, layers: int, heads: int, at_once: int, device: torch.device | str
+        cls,
+        max_rows: int,
+        layers: int,
+        heads: int,
+        at_once: int,
+        device: torch.device | str,
+        max_keys: int = 2**20,
     ) -> "Shares":
         """Room for the shares of so many rows, with nothing to do."""
         items = max_rows * heads
@@ -54,6 +62,7 @@ class Shares:
             arrived=torch.zeros(items, dtype=torch.int32, device=device),
             heads=heads,
             at_once=at_once,
+            max_keys=max_keys,
         )
 
     @staticmethod
@@ -65,7 +74,12 @@ class Shares:
     def num_programs(self, num_rows: int) -> int:
         """How many programs a batch of so many rows may need."""
         assert num_rows * self.heads <= len(self.arrived)
-        return WAVES * self.at_once + num_rows * self.heads
+        return self._most_waves(num_rows) * self.at_once + num_rows * self.heads
+
+    def _most_waves(self, num_rows: int) -> int:
+        """How often shares of so many rows may fill the device: idle programs of a graph take time, too."""
+        wanted = num_rows * self.heads * self.max_keys // (self.at_once * ENOUGH)
+        return min(max(wanted, 1), WAVES)
 
     @property
     def num_parts(self) -> int:
@@ -110,6 +124,7 @@ class Shares:
             self.ends.shape[2],
             self.work.shape[2],
             self.at_once,
+            self._most_waves(num_rows),
             format_id,
             min_share,
             runs.start.stride(0),
@@ -119,7 +134,6 @@ class Shares:
             RECORDS=format_id > 0,
             COMPACTED_ONLY=compacted_only,
             ALIGN=align,
-            WAVES=WAVES,
             ENOUGH=ENOUGH,
             AT_ONCE=AT_ONCE,
         )
@@ -174,7 +188,17 @@ def _count(length, most, ALIGN: tl.constexpr):
     return tl.cdiv(length, tl.maximum(share, 1)), share
 
 
-@triton.jit(do_not_specialize=["num_rows", "max_items", "max_programs", "at_once", "format_id", "min_share"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "max_items",
+        "max_programs",
+        "at_once",
+        "most_waves",
+        "format_id",
+        "min_share",
+    ]
+)
 def _cut_kernel(
     work,  # [FIELDS, L, max_programs]
     item_ends,  # [2, L, max_items]
@@ -189,6 +213,7 @@ def _cut_kernel(
     max_items,
     max_programs,
     at_once,
+    most_waves,
     format_id,
     min_share,
     start_row,
@@ -198,7 +223,6 @@ def _cut_kernel(
     RECORDS: tl.constexpr,
     COMPACTED_ONLY: tl.constexpr,
     ALIGN: tl.constexpr,
-    WAVES: tl.constexpr,
     ENOUGH: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -230,7 +254,7 @@ def _cut_kernel(
         keys += length
         some += (length > 0).to(tl.int32)
     total, active = tl.sum(keys, 0), tl.sum(some, 0)
-    waves = tl.minimum(tl.maximum(total // (at_once.to(tl.int64) * ENOUGH), 1), WAVES).to(tl.int32)
+    waves = tl.minimum(tl.maximum(total // (at_once.to(tl.int64) * ENOUGH), 1), most_waves).to(tl.int32)
     # No more shares than `room` and one for each head: every head's last may be short.
     room = tl.maximum(waves * at_once - active, waves * at_once // 2)
     most = tl.maximum(tl.cdiv(total, tl.maximum(room, 1)), min_share).to(tl.int32)

@@ -57,7 +57,9 @@ class CompressionGPUWorker(CompressionWorker):
         self.compression.observer.kernel_writes_rings = True
         self.builder.arrays = RowArrays(self._max_rows, device)
         self.builder.processors, at_once = self._device_size(device)
-        self.builder.share_lists = ShareLists(grid, self._max_rows, at_once, device)
+        self.builder.share_lists = ShareLists(
+            grid, self._max_rows, self.model_config.max_model_len, at_once, device
+        )
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         if not isinstance(builder, CompressedMetadataBuilder):
