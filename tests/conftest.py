@@ -44,6 +44,7 @@ LONGEST = [
     "kernels/test_interpreted.py",
     "kernels/test_record_compilation.py",
     "kernels/test_float8_compilation.py",
+    "kernels/test_kernel_compilation.py",
     "engine/test_families.py",
     "engine/test_hybrids.py",
     "engine/test_states.py",

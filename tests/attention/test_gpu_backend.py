@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.attention.flash_attn import CompressedFlashAttentionBackend
 from vllm_kvcompress.attention.gpu import (
@@ -139,3 +140,32 @@ def test_shares_are_listed_of_what_is_there_and_once_more_when_it_is_gone(monkey
     assert step({FORMATS["auto"]}) == [0], "of several parts there is no list"
     assert step(set()) == []
     assert lists.of(None) is raw, "in place"
+
+
+def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
+    """More of it where more rows are served, and where sinks have every batch merged."""
+    free = 10 * 2**30
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: free)
+
+    def available(max_num_seqs=64, sinks=None):
+        worker = object.__new__(CompressionGPUWorker)
+        worker.device = torch.device("cpu")
+        model = dict(get_num_layers=2, get_num_kv_heads=8, get_num_attention_heads=32, get_head_size=64)
+        worker.model_config = SimpleNamespace(
+            max_model_len=4096,
+            dtype=torch.bfloat16,
+            **{name: lambda *_, value=value: value for name, value in model.items()},
+        )
+        worker.parallel_config = None
+        worker.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192)
+        worker.compilation_config = SimpleNamespace(max_cudagraph_capture_size=None)
+        worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=None, block_size=16)
+        worker.vllm_config = SimpleNamespace(additional_config={"kv_compression": "snapkv"})
+        layer = SimpleNamespace(impl=SimpleNamespace(sinks=sinks))
+        monkeypatch.setattr(CompressionGPUWorker, "compacted_layers", lambda self: [layer, layer])
+        return worker.determine_available_memory()
+
+    assert available() < free
+    lists = Shares.num_bytes(64, 2, 8, 1), Shares.num_bytes(1024, 2, 8, 1)
+    assert available() - available(1024) > 2 * (lists[1] - lists[0]) > 0
+    assert available() - available(sinks=torch.zeros(32)) > 2 * 8192 * 32 * 64 * 4
