@@ -16,6 +16,7 @@ from vllm_kvcompress.formats import FORMATS  # noqa: E402
 from vllm_kvcompress.kernels.attention import (  # noqa: E402
     attend,
     choose_splits,
+    depth,
     merge_bytes,
     programs_at_once,
 )
@@ -118,6 +119,12 @@ def test_short_models_and_few_rows_launch_no_more_than_could_be_of_use():
     assert programs(32768, 1) == AT_ONCE + 8
     assert programs(131072, 1) == 2 * AT_ONCE + 8
     assert programs(131072, 64) == 4 * AT_ONCE + 64 * 8
+
+
+def test_gpus_that_do_not_pipeline_have_four_warps():
+    """With two, code for compute capability 7.5 has most of its registers in memory."""
+    assert depth(2, 128, 16, float8=False, pipelined=False)["num_warps"] == 4
+    assert depth(2, 128, 16, float8=False, pipelined=True) == {"num_warps": 2, "num_stages": 5}
 
 
 def test_lists_of_shares_take_what_is_said_of_them():

@@ -155,7 +155,7 @@ def attend(
         DTYPE=DTYPES[out.dtype],
         FLOAT8=scales is not None,
         FLOAT8_QUERY=query.dtype != out.dtype,
-        **_depth(out.element_size(), channels, tile_rows, scales is not None),
+        **depth(out.element_size(), channels, tile_rows, scales is not None, pipelines(query.device)),
     )
     if shares is None and num_splits > 1:
         merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only, sinks)
@@ -209,11 +209,21 @@ def merge(
     )
 
 
-def _depth(itemsize: int, channels: int, tile_rows: int, float8: bool) -> dict[str, int]:
+def pipelines(device: torch.device) -> bool:
+    """Whether a device copies to shared memory while it computes: NVIDIA's since compute capability 8.0.
+
+    What is no GPU is taken for one: kernels are interpreted there, or compiled for others.
+    """
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def depth(itemsize: int, channels: int, tile_rows: int, float8: bool, pipelined: bool) -> dict[str, int]:
     """Warps and stages of a program, as compiled code is best: keys and values in two buffers each, and
     nothing in memory for want of registers. Two of five stages are the page's number and what it leads to.
     """
-    if torch.version.hip:  # stages are not NVIDIA's there; nobody has looked at compiled code
+    if not pipelined:  # stages mean something else there, and products take more registers
         return {"num_warps": 4, "num_stages": 3}
     if itemsize == 4:
         if tile_rows > MIN_DOT:

@@ -40,6 +40,7 @@ from vllm_kvcompress.kernels.attention import (
     merge,
     merged,
     merged_lse,
+    pipelines,
     rows_per_tile,
     with_sink,
 )
@@ -438,14 +439,16 @@ def _attend_part(
         CHUNKS=max(1, channels * width // 1024) if records > 1 else 1,
         num_warps=4,
         num_stages=1,
-        **_registers(layout, rotated, channels * query.element_size(), shares is not None),
+        **_registers(layout, rotated, channels * query.element_size(), shares is not None, query.device),
     )
 
 
-def _registers(layout: Layout, rotated: bool, row_bytes: int, shares: bool) -> dict[str, int]:
+def _registers(
+    layout: Layout, rotated: bool, row_bytes: int, shares: bool, device: torch.device
+) -> dict[str, int]:
     """A bound on registers where they suffice for two programs at a time without it, for three with it."""
     plain_4_bits = layout.key_bits == layout.bits == 4 and not rotated
-    if torch.version.hip or not (shares and plain_4_bits and row_bytes <= 256):
+    if not (pipelines(device) and shares and plain_4_bits and row_bytes <= 256):
         return {}
     return {"maxnreg": 168}
 
