@@ -1,7 +1,9 @@
 """The arithmetic of the evaluation: variants, stored results, intervals, the table, hidden facts."""
 
+import contextlib
 import json
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.host import engine_environment
 from vllm_kvcompress.evaluation.quality import retrieval
-from vllm_kvcompress.evaluation.speed import bench, rates, stepped
+from vllm_kvcompress.evaluation.speed import bench, prefixes, rates, stepped
 from vllm_kvcompress.evaluation.speed.served import first_errors
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, Variant, served_by, split_methods, variants
@@ -274,6 +276,64 @@ def test_every_request_of_a_rate_has_its_pass_key_and_a_length_of_three(smollm2,
         assert prompt.count(key) == 2 and prompt.endswith("The pass key is")
         wanted = 800 // (1, 2, 4)[number % 3]
         assert 0.95 * wanted <= len(tokenizer(prompt)["input_ids"]) <= wanted
+
+
+class _Spoken:
+    """A server that repeats the pass key it is asked for, if the prompt has it, and what it was sent."""
+
+    def __init__(self, tokenizer, variant: str) -> None:
+        self.tokenizer, self.variant, self.sent = tokenizer, variant, []
+
+    def ask(self, _, prompt, max_tokens, **fields) -> prefixes.Answer:
+        self.sent.append((list(prompt), fields))
+        text = self.tokenizer.decode(prompt)
+        number = re.search(r"Pass key (\d+) is$", text)
+        told = re.search(rf"Pass key {number[1]} is (\d+)" if number else r"pass key is (\d{5})", text)
+        said = f" {told[1]}" if told else ""
+        ids = self.tokenizer(said, add_special_tokens=False)["input_ids"]
+        return prefixes.Answer(said, ids, 0.25, len(prompt), len(prompt) // 2)
+
+    @contextlib.contextmanager
+    def watched(self):
+        yield {"running": 3.0, "preemptions": 1.0}
+
+
+@pytest.mark.parametrize("variant", ["stock", "compacted"])
+def test_users_of_a_document_ask_for_a_key_of_it_after_it_was_read(smollm2, variant, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    server = _Spoken(tokenizer, variant)
+    monkeypatch.setattr(prefixes, "_ask", server.ask)
+    arguments = SimpleNamespace(prompt=900, keys=3, requests=7, output_tokens=8)
+    row = prefixes._document(server, arguments, tokenizer)
+    (document, first), *users = server.sent
+    assert first == (
+        {"vllm_xargs": {"kv_compression": '{"prefix": "document"}'}} if variant == "compacted" else {}
+    )
+    assert len(users) == 7 and all(prompt[: len(document)] == document for prompt, _ in users)
+    assert 700 < len(document) < 900 - 8
+    assert (row["right"], row["n"], row["at_once"], row["preemptions"]) == (7, 7, 3, 1)
+    assert row["hit"] == pytest.approx(0.5, abs=0.01) and row["median_ttft"] == 0.25
+
+
+def test_each_turn_goes_on_from_all_that_was_said(smollm2, monkeypatch):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    server = _Spoken(tokenizer, "stock")
+    monkeypatch.setattr(prefixes, "_ask", server.ask)
+    arguments = SimpleNamespace(talks=3, turns=4)
+    row = prefixes._talks(server, arguments, tokenizer)
+    prompts = [prompt for prompt, _ in server.sent]
+    assert (row["right"], row["n"], len(row["by_turn"])) == (12, 12, 4)
+    for prompt in prompts[-3:]:
+        before = [other for other in prompts[:-3] if other[:400] == prompt[:400]]
+        assert len(before) == 3 and all(prompt[: len(other)] == other for other in before)
+        assert len(prompt) <= prefixes.longest_talk(arguments)
+    assert row["tokens"] > sum(map(len, prompts[-3:]))
+
+
+def test_what_begins_alike_is_told_in_a_row_each():
+    row = dict(hit=0.724, median_ttft=1.5, p99_ttft=2.25, at_once=4.0, preemptions=2.0, right=3, n=4)
+    *_, line, empty = prefixes.prefixes_table({"pool_blocks": 9, "rows": {"stock": row}}, "Talks")
+    assert not empty and line == "| stock | 72 % | 1.50, 2.25 s | 4 | 2 | 3 of 4 [30, 95] |"
 
 
 def test_rates_are_told_in_a_row_each():

@@ -8,7 +8,7 @@ POSITIVE = {
     "eval": ["repetitions", "kl-tokens", "limit", "block-size", "lengths"],
     "bench": [
         "batch", "rounds", "steps", "prompt", "short", "output-tokens", "requests", "server-rounds",
-        "long-output", "long-prompt", "block-size", "contexts",
+        "long-output", "long-prompt", "block-size", "contexts", "keys", "room", "talks", "turns",
     ],
     "inspect": ["tokens", "block-size"],
     "calibrate": ["documents", "tokens", "continuation", "batch", "scorer-documents", "width", "epochs"],

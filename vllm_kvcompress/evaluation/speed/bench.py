@@ -19,7 +19,12 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.speed.held import check_pool, longest_request, measure_blocks
-from vllm_kvcompress.evaluation.speed.prefixes import measure_document, measure_talks, prefixes_table
+from vllm_kvcompress.evaluation.speed.prefixes import (
+    longest_talk,
+    measure_document,
+    measure_talks,
+    prefixes_table,
+)
 from vllm_kvcompress.evaluation.speed.rates import measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
@@ -106,7 +111,7 @@ def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, p
         "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
         "rates": arguments.prompt + arguments.output_tokens,
         "document": arguments.prompt + arguments.output_tokens,
-        "talks": arguments.prompt + arguments.output_tokens,
+        "talks": longest_talk(arguments),
         "blocks": longest_request(arguments),
     }
     limit = context_limit(arguments.model)
@@ -114,7 +119,7 @@ def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, p
         if longest[part] > limit:
             raise KVCompressionError(
                 f"the part {part} needs a context of {longest[part]} tokens and the model has {limit}; "
-                "lower --contexts, --prompt, --long-prompt or --long-output"
+                "lower --contexts, --prompt, --turns, --long-prompt or --long-output"
             )
     shortest = min(arguments.contexts)
     if "steps" in parts and Plan.of(config, shortest, arguments.block_size) is None:

@@ -53,8 +53,14 @@ def measure_document(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def measure_talks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Conversations, likewise, in pools that hold a part of what is said."""
-    spoken = arguments.talks * (BEGUN + arguments.turns * (SAID + ANSWER + OTHER))
-    return _measured(arguments, int(spoken * POOL), _talks)
+    length = longest_talk(arguments)
+    arguments = argparse.Namespace(**vars(arguments) | {"prompt": length})
+    return _measured(arguments, int(arguments.talks * length * POOL), _talks)
+
+
+def longest_talk(arguments: argparse.Namespace) -> int:
+    """Tokens of a conversation, about."""
+    return BEGUN + arguments.turns * (SAID + ANSWER + OTHER)
 
 
 def _measured(arguments: argparse.Namespace, num_tokens: int, load: Callable) -> dict[str, Any]:
