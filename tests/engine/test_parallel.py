@@ -176,7 +176,7 @@ def serve(folder: Path, model: str, kind: str) -> None:
         llm.llm_engine.add_request(name, {"prompt_token_ids": [1, 2, 3]}, sampling(1, "off"))
         finish()
     assert not scheduler.requests and not scheduler.compacting_manager.compacted
-    result = Parallel(sent, outputs, llm.collective_rpc(report), free, [])
+    result = Parallel([*sent], outputs, llm.collective_rpc(report), free, [])
 
     def answer(prompt: list[int], method: str, max_tokens: int) -> list[int]:
         llm.llm_engine.add_request("pinned", {"prompt_token_ids": prompt}, sampling(max_tokens, method))
