@@ -54,8 +54,14 @@ def load(core: EngineCore, path: str) -> str | None:
         found = saved.read(first, ("tokens",))
         about, tokens = dict(found.about), found.tensors["tokens"].tolist()
         config = KVCompressionConfig.parse(about["config"])
-        own = isinstance(about["name"], str) and config.prefix == about["name"]
-        if not own or len(tokens) % about["block_size"] or not 0 < about["boundary"] <= len(tokens):
+        own = config.prefix == about["name"] and isinstance(about["salt"], str | None)
+        own = own and isinstance(about["kept"], float | None) and isinstance(about["kept_blocks"], int)
+        if (
+            config.prefix is None
+            or not own
+            or len(tokens) % about["block_size"]
+            or not 0 < about["boundary"] <= len(tokens)
+        ):
             return f"{first} is damaged: its description is not what it should be"
     except ValueError as error:  # also of options that this version has not
         return str(error)

@@ -246,6 +246,8 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(sharing, long_ids, t
     whole = whole.replace(b'\\"boundary\\": 608', b'\\"boundary\\": 640')
     path.write_bytes(whole)
     assert "damaged" in problem(load_prefix, path)
+    path.write_bytes(whole.replace(b'\\"kept\\": 0.25', b'\\"kept\\": [{}]'))
+    assert "damaged" in problem(load_prefix, path)
     weight = next(sharing.worker.model_runner.get_model().parameters())
     path.write_bytes(whole.replace(b'\\"boundary\\": 640', b'\\"boundary\\": 608'))
     before = weight.flatten()[0].item()

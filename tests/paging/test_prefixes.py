@@ -161,6 +161,21 @@ def test_prefixes_without_a_name_go_before_anybody_suffers():
     sim.check_nothing_left()
 
 
+def test_prefixes_do_not_go_for_who_could_not_be_admitted_without_them_either():
+    sim = Simulation(KEEPS, num_blocks=101, max_model_len=1600)
+    sim.run(prompt_of(40 * BLOCK, 1), max_tokens=2)
+    sim.add(prompt_of(60 * BLOCK, 2), "off", 60)
+    for _ in range(20):
+        sim.step()
+    waits = sim.add(prompt_of(50 * BLOCK, 3), "off", 2)
+    while "r1" in sim.scheduler.requests:
+        sim.step()
+        assert len(sim.scheduler._prefixes) == 1
+    sim.finish()
+    assert len(sim.answers[waits]) == 2
+    sim.check_nothing_left()
+
+
 def test_the_share_is_kept_and_those_used_longest_ago_go_first():
     sim, made = Simulation(KEEPS, num_blocks=101, max_model_len=1280), []
     prefixes = sim.scheduler._prefixes

@@ -126,7 +126,8 @@ class Prefixes:
             return False
         self._pool.touch(prefix.blocks)
         for each in list(self):
-            if each.name is None and each.hashes == prefix.hashes[: len(each.hashes)]:
+            before = len(each.hashes) <= len(prefix.hashes) and each.name is None
+            if before and each.hashes[-1] == prefix.hashes[len(each.hashes) - 1]:  # of all tokens up to there
                 self._kept.move_to_end(each.id, last=False)
         self._kept[prefix.id] = prefix
         self._found.setdefault(self._key(prefix), []).append(prefix)
@@ -167,11 +168,10 @@ class Prefixes:
             self.drop(prefix)
         return prefix is not None
 
-    @property
-    def idle_blocks(self) -> int:
-        """Blocks that nobody holds but prefixes without a name."""
-        blocks = self._pool.blocks
-        return sum(blocks[name].ref_cnt == num for name, num in self._unnamed.items())
+    def idle_blocks(self, spared: Collection[Prefix] = ()) -> int:
+        """Blocks that nobody holds but prefixes without a name, other than these."""
+        blocks, held = self._pool.blocks, {block.block_id for each in spared for block in each.blocks}
+        return sum(blocks[name].ref_cnt == num for name, num in self._unnamed.items() if name not in held)
 
     @property
     def held_blocks(self) -> int:

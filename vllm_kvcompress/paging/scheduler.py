@@ -777,7 +777,7 @@ class _Compression:
                 most = spec.max_memory_usage_bytes(self.vllm_config) // spec.page_size_bytes
             needed += own if most is None else min(own, most)
         num_active = len(self.running) + self.num_waiting_for_streaming_input
-        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self._prefixes.idle_blocks
+        free = self.kv_cache_manager.block_pool.get_num_free_blocks() + self._prefixes.idle_blocks()
         return num_active < self.max_num_active_reqs and needed <= free
 
     def _compact(self, request: Request) -> Job | None:
@@ -918,7 +918,7 @@ class _Compression:
         request could give nothing.
         """
         pool = self.kv_cache_manager.block_pool
-        free, growth = pool.get_num_free_blocks() + self._prefixes.idle_blocks, len(self.running)
+        free, growth = pool.get_num_free_blocks() + self._prefixes.idle_blocks(), len(self.running)
         if current_platform.is_cpu() or free > pool.num_gpu_blocks // EARLY:
             return
         givers = self._givers()
@@ -1066,10 +1066,17 @@ class _Compression:
             del self._tracked[name]
 
     def _drop_prefix(self, asking: Request) -> bool:
-        """Drop a prefix that nobody holds for a request that found too few blocks; False if there is none."""
+        """Drop a prefix that nobody holds for a request that found too few blocks; False if there is none, or
+        if all of them together would not admit it."""
         manager = self.compacting_manager
         own = manager.attaching.get(asking.request_id)
-        if self._prefixes.make_room(() if own is None else (own,)):
+        spared = () if own is None else (own,)
+        lacking = self._asked - manager.block_pool.get_num_free_blocks()
+        if asking.status != RequestStatus.RUNNING and self.running:
+            lacking += self.kv_cache_manager.watermark_blocks
+            if not self._yielding and self._prefixes.idle_blocks(spared) < lacking:
+                return False
+        if self._prefixes.make_room(spared):
             return True
         if own is not None and not self.running and own.name is None and not own.users:
             # With it alone there is no room: at the next step it is done without.
