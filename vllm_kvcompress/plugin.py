@@ -124,6 +124,9 @@ def _with_flag_value(from_cli_args):
         value = getattr(args, KEY, None)
         if value is not None:
             engine_args.additional_config = {**(engine_args.additional_config or {}), KEY: value}
+            # Of several API servers each reads these arguments again in a process of its own, where plugins
+            # are loaded while it does.
+            args.additional_config = engine_args.additional_config
         return engine_args
 
     return wrapped

@@ -144,6 +144,15 @@ def test_the_flag_changes_nothing_but_additional_config(engine_args):
     assert made == stock
 
 
+def test_another_process_that_reads_the_same_arguments_needs_no_shim(parser, tmp_path):
+    """Of several API servers each begins with vLLM's own `from_cli_args`, during which plugins are loaded."""
+    namespace = parser.parse_args(["--model", str(tmp_path), "--kv-compression", "snapkv:budget=0.3"])
+    first = AsyncEngineArgs.from_cli_args(namespace)
+    plain = EngineArgs.from_cli_args.__func__.__wrapped__(AsyncEngineArgs, namespace)
+    assert plain.additional_config == first.additional_config
+    assert plain.additional_config[KEY]["budget"] == 0.3
+
+
 def test_without_the_flag_engine_args_are_what_vllm_alone_makes(engine_args, parser, tmp_path):
     namespace = parser.parse_args(["--model", str(tmp_path)])
     stock = EngineArgs.from_cli_args.__func__.__wrapped__(AsyncEngineArgs, namespace)
