@@ -111,9 +111,10 @@ def remove(core: EngineCore, name: str, salt: str | None) -> None:
 
 
 def _folder(core: EngineCore) -> Path:
-    parallel = core.vllm_config.parallel_config
+    """Of several data-parallel engines each has one of its own, the first the one that was given."""
     folder = Path(core.scheduler.compression.prefix_folder).expanduser()
-    return folder / str(parallel.data_parallel_index) if parallel.data_parallel_size > 1 else folder
+    index = core.vllm_config.parallel_config.data_parallel_index
+    return folder / str(index) if index else folder
 
 
 def _in_folder(core: EngineCore, name: str, salt: str | None) -> Path:

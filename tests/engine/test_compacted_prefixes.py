@@ -281,6 +281,10 @@ def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
     assert len(list((tmp_path / "kept").iterdir())) == 3
     for prefix in list(sharing.scheduler._prefixes):
         sharing.scheduler._prefixes.drop(prefix)
+    with monkeypatch.context() as second:
+        second.setattr(core.vllm_config.parallel_config, "data_parallel_index", 1)
+        prefix_files.load_folder(core)
+    assert not sharing.scheduler._prefixes
     prefix_files.remove(core, "../another", None)
     (tmp_path / "kept" / "damaged.safetensors").write_bytes(b"nothing")
     prefix_files.load_folder(core)
