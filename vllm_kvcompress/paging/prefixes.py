@@ -146,13 +146,9 @@ class Prefixes:
         if not found:
             del self._found[self._key(prefix)]
         held = {block.block_id for block in prefix.blocks}
-        for block_id in held:
-            self._holders[block_id] -= 1
-            if not self._holders[block_id]:
-                del self._holders[block_id]
+        self._holders -= Counter(held)
         if prefix.name is None:
-            self._unnamed.subtract(held)
-            self._unnamed = +self._unnamed
+            self._unnamed -= Counter(held)
         self._pool.free_blocks(reversed(prefix.blocks))
         self._dropped.append(prefix.id)
 

@@ -845,12 +845,8 @@ class _Compression:
         """Swap a Job's blocks for new ones; None if there is no room."""
         begin, end = job.previous_boundary, job.boundary
         block_size, in_place = self.compacting_manager.block_size, self._in_place(plan)
-        while True:
-            swapped = self.compacting_manager.compact(
-                job.request_id, begin // block_size, end // block_size, plan.kept_blocks, in_place
-            )
-            if swapped is not None:
-                break
+        asked = job.request_id, begin // block_size, end // block_size, plan.kept_blocks, in_place
+        while (swapped := self.compacting_manager.compact(*asked)) is None:
             if not self._prefixes.make_room():
                 return None
         previous, _, destination = swapped

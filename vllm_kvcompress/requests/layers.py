@@ -128,10 +128,7 @@ def draft_layers(layers: Sequence[Attention], vllm_config: VllmConfig) -> Probed
         )
         for number, layer in enumerate(layers)
     ]
-    reason = "it has a draft model, whose layers are not tried for it"
-    return ProbedLayers(
-        found, dict.fromkeys(("needs_rotary", "needs_output_projection"), reason) if found else {}
-    )
+    return ProbedLayers(found, dict(DRAFTS_LACK) if found else {})
 
 
 def _sinks(layer: Attention) -> Tensor | None:
