@@ -28,7 +28,7 @@ def answer(scorer: Scorer, layer: int, head: int, key, value) -> float:
     """The network of one head and one token, by its definition."""
     x = torch.cat([key, value]).double()
     hidden = torch.nn.functional.gelu(
-        x @ scorer.up[layer, head].double() + scorer.up_bias[layer, head].double(), approximate="tanh"
+        x @ scorer.up[layer, head].double() + scorer.up_bias[layer, head].double()
     )
     return float(hidden @ scorer.down[layer, head].double() + scorer.down_bias[layer, head].double())
 

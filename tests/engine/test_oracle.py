@@ -409,7 +409,7 @@ def predicted_scores(reference, prompt: Prompt, boundary: int) -> Tensor:
             own = torch.cat([before[layer][:, head * size : (head + 1) * size], values[head]], 1).double()
             of_head = full_layers(reference.config)[layer], head
             hidden = own @ network["up"][of_head] + network["up_bias"][of_head]
-            hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+            hidden = torch.nn.functional.gelu(hidden)
             out = hidden @ network["down"][of_head] + network["down_bias"][of_head]
             layers[-1].append(out.exp()[:boundary])
         layers[-1] = torch.stack(layers[-1])

@@ -7,7 +7,7 @@ import torch
 
 from vllm_kvcompress import scorers
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.policies import POLICIES, LayerObservation
+from vllm_kvcompress.policies import POLICIES, LayerObservation, foresight
 from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.scorers import Scorer
@@ -45,7 +45,7 @@ def meant(path: str, layer: int, head: int, key, value) -> float:
     own = scorers.load(path)
     x = torch.cat([key, value]).double()
     hidden = x @ own.up[layer, head].double() + own.up_bias[layer, head].double()
-    hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+    hidden = torch.nn.functional.gelu(hidden)
     return math.exp(float(hidden @ own.down[layer, head].double() + own.down_bias[layer, head].double()))
 
 
@@ -73,6 +73,12 @@ def observation(rotary, positions, dtype=torch.float32, padding=(0, 0), layer=1,
     return seen, plain, values
 
 
+@pytest.fixture(params=[foresight.AT_ONCE, 7], ids=["at once", "by sevens"])
+def parts(request, monkeypatch):
+    monkeypatch.setattr(foresight, "AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("parts")
 def test_first_compactions_see_every_position(scorer, rotary):
     seen, plain, values = observation(rotary, [range(20)] * 2)
     found = Foresight(scorer=scorer).score(seen)
@@ -83,6 +89,7 @@ def test_first_compactions_see_every_position(scorer, rotary):
             assert float(found[head, column]) == pytest.approx(wanted, rel=1e-4)
 
 
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("pooling", [1, 3])
 def test_later_ones_see_what_each_head_kept_and_later_ranks_their_own_heads(scorer, rotary, pooling):
     import dataclasses

@@ -12,6 +12,8 @@ from vllm_kvcompress import scorers
 from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16
 from vllm_kvcompress.policies.window import MOST_POOLED
 
+AT_ONCE = 256  # tokens of all heads whose scores are worked out within a CPU's caches
+
 
 @dataclass(frozen=True)
 class Foresight(Policy):
@@ -60,19 +62,24 @@ class Foresight(Policy):
 
     def score(self, observation: LayerObservation) -> Tensor:
         assert observation.rotary is not None
-        if observation.kept_positions is None:
-            keys = observation.rotary.undo(observation.keys.transpose(0, 1), 0).transpose(0, 1)
-        else:
-            keys = observation.rotary.undo_at(observation.keys, observation.positions())
+        keys, values, number = observation.keys, observation.values, observation.num_scored
+        positions = None if observation.kept_positions is None else observation.positions()
         on_cpu = keys.device.type == "cpu"
-        dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else observation.values.dtype
-        own = _on(self.scorer, keys.device)
-        scores = own.log_scores(
-            observation.layers, observation.first_head, keys.to(dtype), observation.values.to(dtype)
-        )[:, : observation.num_scored]
+        dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else values.dtype
+        own, step = _on(self.scorer, keys.device, dtype), AT_ONCE if on_cpu else max(1, number)
+        parts = []
+        for columns in (slice(begin, min(begin + step, number)) for begin in range(0, max(1, number), step)):
+            some = keys[:, columns]
+            if positions is None:
+                some = observation.rotary.undo(some.transpose(0, 1), columns.start).transpose(0, 1)
+            else:
+                some = observation.rotary.undo_at(some, positions[:, columns])
+            some, of = some.to(dtype), values[:, columns].to(dtype)
+            parts.append(own.log_scores(observation.layers, observation.first_head, some, of))
+        scores = torch.cat(parts, 1)
         if self.pooling > 1:
             if observation.padding is not None:
-                absent = ~observation.holds()[:, : observation.num_scored]
+                absent = ~observation.holds()[:, :number]
                 scores = scores.masked_fill(absent, -torch.inf)
             scores = F.max_pool1d(scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
         return scores.exp()
@@ -85,5 +92,5 @@ def _load(given: str) -> scorers.Scorer:
 
 
 @functools.cache
-def _on(given: str, device: torch.device) -> scorers.Scorer:
-    return _load(given).to(device)
+def _on(given: str, device: torch.device, dtype: torch.dtype) -> scorers.Scorer:
+    return _load(given).to(device, dtype)

@@ -71,10 +71,10 @@ class Scorer:
         """Whether it is for the model with this Hugging Face configuration (of its text part)."""
         return self.fingerprint == fingerprint(config)
 
-    def to(self, device: torch.device) -> "Scorer":
-        """The same with its tensors on a device."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Scorer":
+        """The same with its tensors on a device, what is multiplied in a dtype."""
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
-        return replace(self, **tensors)
+        return replace(self, **{name: t.to(dtype) if t.ndim > 2 else t for name, t in tensors.items()})
 
     def log_scores(self, layers: Sequence[int], first_head: int, keys: Tensor, values: Tensor) -> Tensor:
         """What tokens are worth.
@@ -94,8 +94,8 @@ class Scorer:
         up, up_bias, down, down_bias = (getattr(self, name)[some, own].flatten(0, 1) for name in TENSORS)
         size, dtype = keys.shape[2], keys.dtype
         hidden = torch.baddbmm(up_bias[:, None].to(dtype), keys, up[:, :size].to(dtype))
-        hidden = torch.baddbmm(hidden, values.to(dtype), up[:, size:].to(dtype))
-        hidden = torch.nn.functional.gelu(hidden, approximate="tanh")
+        hidden = torch.baddbmm(hidden, values, up[:, size:].to(dtype))
+        hidden = torch.nn.functional.gelu(hidden)
         return (hidden @ down[..., None].to(dtype))[..., 0].float() + down_bias[:, None]
 
 

@@ -259,7 +259,7 @@ def fit(
     with torch.enable_grad():
         for _ in range(epochs):
             for some in torch.randperm(number, generator=draw).split(BATCH):
-                hidden = torch.nn.functional.gelu(torch.baddbmm(up_bias, x[:, some], up), approximate="tanh")
+                hidden = torch.nn.functional.gelu(torch.baddbmm(up_bias, x[:, some], up))
                 answer = torch.baddbmm(down_bias, hidden, down)[..., 0]
                 loss = ((answer - y[:, some]).square() * weight[:, some]).mean(1).sum()
                 optimizer.zero_grad()
