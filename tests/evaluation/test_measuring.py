@@ -14,6 +14,7 @@ from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import report
 from vllm_kvcompress.evaluation.host import engine_environment
+from vllm_kvcompress.evaluation.pictures import MODES
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.speed import bench, prefixes, rates, stepped
 from vllm_kvcompress.evaluation.speed.served import first_errors
@@ -266,16 +267,27 @@ def test_ratios_are_of_pairs():
     assert stepped.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]
 
 
-def test_every_request_of_a_rate_has_its_pass_key_and_a_length_of_three(smollm2, tmp_path):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_request_of_a_rate_has_its_pass_key_and_a_length_of_three(smollm2, tmp_path, mode):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    arguments = SimpleNamespace(model=str(smollm2), prompt=800, requests=6)
-    keys = rates._write(arguments, tmp_path / "requests.jsonl")
-    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
-    assert len(prompts) == len(set(keys)) == 6
+    arguments = SimpleNamespace(prompt=800, requests=6, output_tokens=9)
+    path = tmp_path / "requests.jsonl"
+    keys = rates._write(arguments, tokenizer, mode, path)
+    prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    given = rates._given(arguments, tokenizer, mode, path)
+    asked = len(tokenizer(rates.ASKS, add_special_tokens=False)["input_ids"])
+    assert len(prompts) == len(set(keys)) == 6 and 0 < asked <= rates.ASKED
     for number, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
-        assert prompt.count(key) == 2 and prompt.endswith("The pass key is")
-        wanted = 800 // (1, 2, 4)[number % 3]
-        assert 0.95 * wanted <= len(tokenizer(prompt)["input_ids"]) <= wanted
+        assert prompt.count(key) == 2 and prompt.endswith("The pass key is") == (mode == "inside")
+        wanted = 800 // (1, 2, 4)[number % 3] - (0 if mode == "inside" else asked)
+        assert 0.94 * wanted <= len(tokenizer(prompt)["input_ids"]) <= wanted
+    if mode == "inside":
+        assert given[-2:] == ["--custom-output-len", "9"] and "--extra-body" not in given
+    else:
+        body = json.loads(given[given.index("--extra-body") + 1])
+        assert body["min_tokens"] == int(given[-1]) == 9 + asked
+        grammar = re.compile(body["structured_outputs"]["regex"])
+        assert grammar.fullmatch(rates.ASKS + " 12345.\n\nSo") and not grammar.fullmatch("The pass key is 1")
 
 
 class _Spoken:
@@ -338,13 +350,13 @@ def test_what_begins_alike_is_told_in_a_row_each():
 
 def test_rates_are_told_in_a_row_each():
     row = dict(
-        rate=0.5, variant="pressure", request_throughput=0.44, output_throughput=12.3, median_ttft_ms=900.0,
-        p99_ttft_ms=2100.0, median_itl_ms=40.0, p99_itl_ms=90.0, at_once=3.0, preemptions=0.0, compacted=2.0,
-        right=3, n=4,
+        mode="after", rate=0.5, variant="pressure", request_throughput=0.44, output_throughput=12.3,
+        median_ttft_ms=900.0, p99_ttft_ms=2100.0, median_itl_ms=40.0, p99_itl_ms=90.0, at_once=3.0,
+        preemptions=0.0, compacted=2.0, right=3, n=4,
     )  # fmt: skip
     *_, line, empty = rates.rates_table({"pool_blocks": 9, "rows": [row]})
     assert not empty and line == (
-        "| 0.5 | pressure | 0.44 | 12.3 | 0.9, 2.1 s | 40, 90 ms | 3 | 0 | 2 of 4 | 3 of 4 [30, 95] |"
+        "| after | 0.5 | pressure | 0.44 | 12.3 | 0.9, 2.1 s | 40, 90 ms | 3 | 0 | 2 of 4 | 3 of 4 [30, 95] |"
     )
 
 

@@ -174,9 +174,11 @@ def test_text_heatmap():
 
 
 def test_rates_have_a_line_for_each_server(tmp_path):
-    shown = dict(p99_ttft_ms=2000.0, p99_itl_ms=50.0, preemptions=1.0, right=3, n=4)
+    shown = dict(p99_ttft_ms=2000.0, p99_itl_ms=50.0, preemptions=1.0, n=4)
     rows = [
-        {"rate": rate, "variant": variant, "output_throughput": 10 * rate, "compacted": 2.0, **shown}
+        {"rate": rate, "variant": variant, "output_throughput": 10 * rate, "compacted": compacted, **shown}
+        | {"mode": mode, "right": right}
+        for mode, right, compacted in (("inside", 3, 2), ("after", 1, 4))
         for rate in (0.5, 1.0)
         for variant in ("stock", "pressure")
     ]
@@ -184,9 +186,9 @@ def test_rates_have_a_line_for_each_server(tmp_path):
     panels = {axis.get_title(): [list(line.get_ydata()) for line in axis.lines] for axis in figure.axes}
     assert panels["output tokens/s"] == [[5.0, 10.0]] * 2
     assert panels["time to first token, 99th percentile (s)"] == [[2.0, 2.0]] * 2
-    assert (
-        panels["requests compacted"] == [[0.5, 0.5]] * 2 and panels["pass keys found"] == [[0.75, 0.75]] * 2
-    )
+    assert panels["requests compacted"] == [[0.5, 0.5]] * 2
+    assert panels["pass keys found, question inside"] == [[0.75, 0.75]] * 2
+    assert panels["pass keys found, question after"] == [[0.25, 0.25]] * 2
     assert legend(figure) == ["stock", "pressure"]
 
 

@@ -368,14 +368,20 @@ def rates(result: Mapping[str, Any], path: Path, title: str) -> Any:
         "inter-token latency, 99th percentile (ms)": lambda row: row["p99_itl_ms"],
         "requests compacted": lambda row: row["compacted"] / row["n"],
         "preemptions": lambda row: row["preemptions"],
-        "pass keys found": lambda row: row["right"] / row["n"],
     }
+    first, *others = dict.fromkeys(row["mode"] for row in result["rows"])
+    drawn = [(caption, first, value) for caption, value in panels.items()]
+    for mode in (first, *others):
+        drawn.append((f"pass keys found, question {mode}", mode, lambda row: row["right"] / row["n"]))
     figure = _figure(12, 7)
-    axes = figure.subplots(2, 3).flatten()
+    columns = -(-len(drawn) // 2)
+    axes = figure.subplots(2, columns).flatten()
+    for unused in axes[len(drawn) :]:
+        unused.set_axis_off()
     variants = list(dict.fromkeys(row["variant"] for row in result["rows"]))
-    for axis, (caption, value) in zip(axes, panels.items(), strict=True):
+    for axis, (caption, mode, value) in zip(axes, drawn, strict=False):
         for index, variant in enumerate(variants):
-            rows = [row for row in result["rows"] if row["variant"] == variant]
+            rows = [row for row in result["rows"] if (row["variant"], row["mode"]) == (variant, mode)]
             axis.plot(
                 [row["rate"] for row in rows],
                 [value(row) for row in rows],
@@ -391,7 +397,7 @@ def rates(result: Mapping[str, Any], path: Path, title: str) -> Any:
         axis.set_title(caption, fontsize=10)
         axis.set_ylim(0, max(1, axis.get_ylim()[1]))
         axis.grid(alpha=0.3)
-        if value in (panels["requests compacted"], panels["pass keys found"]):
+        if caption == "requests compacted" or caption.startswith("pass keys"):
             axis.set_ylim(0, 1.05)
             axis.yaxis.set_major_formatter(_percent)
     _legend_below(figure, axes, variants)

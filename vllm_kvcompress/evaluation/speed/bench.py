@@ -18,6 +18,7 @@ from typing import Any
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
+from vllm_kvcompress.evaluation.pictures import MODES
 from vllm_kvcompress.evaluation.speed.held import check_pool, longest_request, measure_blocks
 from vllm_kvcompress.evaluation.speed.prefixes import (
     longest_talk,
@@ -25,7 +26,7 @@ from vllm_kvcompress.evaluation.speed.prefixes import (
     measure_talks,
     prefixes_table,
 )
-from vllm_kvcompress.evaluation.speed.rates import measure_rates, rates_table
+from vllm_kvcompress.evaluation.speed.rates import ASKED, measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
 from vllm_kvcompress.plan import Plan
@@ -62,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rates", type=options.rates, default="0.1,0.2,0.4", help="requests a second of the part `rates`"
+    )
+    parser.add_argument(
+        "--modes",
+        type=options.among(tuple(MODES)),
+        default=",".join(MODES),
+        help="where questions of the part `rates` are: inside the prompt, or begun by the output after it",
     )
     number("--keys", 8, "pass keys in the document of the part `document`")
     number("--room", 1536, "tokens that its pool holds beside a raw document", options.at_least(256))
@@ -109,7 +116,7 @@ def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, p
     longest = {
         "steps": max(arguments.contexts) + output_room(arguments),
         "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
-        "rates": arguments.prompt + arguments.output_tokens,
+        "rates": arguments.prompt + arguments.output_tokens + ASKED,
         "document": arguments.prompt + arguments.output_tokens,
         "talks": longest_talk(arguments),
         "blocks": longest_request(arguments),
