@@ -73,7 +73,7 @@ def observation(rotary, positions, dtype=torch.float32, padding=(0, 0), layer=1,
     return seen, plain, values
 
 
-@pytest.fixture(params=[foresight.AT_ONCE, 7], ids=["at once", "by sevens"])
+@pytest.fixture(params=[foresight.AT_ONCE, 7 * HEADS * SIZE], ids=["at once", "in parts"])
 def parts(request, monkeypatch):
     monkeypatch.setattr(foresight, "AT_ONCE", request.param)
 

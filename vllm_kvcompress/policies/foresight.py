@@ -12,7 +12,7 @@ from vllm_kvcompress import scorers
 from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16
 from vllm_kvcompress.policies.window import MOST_POOLED
 
-AT_ONCE = 256  # tokens of all heads whose scores are worked out within a CPU's caches
+AT_ONCE = 2**20  # numbers of keys from which scores are worked out within a CPU's caches
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ class Foresight(Policy):
         positions = None if observation.kept_positions is None else observation.positions()
         on_cpu = keys.device.type == "cpu"
         dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else values.dtype
-        own, step = _on(self.scorer, keys.device, dtype), AT_ONCE if on_cpu else max(1, number)
+        own = _on(self.scorer, keys.device, dtype)
+        step = max(1, AT_ONCE // keys[:, 0].numel() if on_cpu else number)
         parts = []
         for columns in (slice(begin, min(begin + step, number)) for begin in range(0, max(1, number), step)):
             some = keys[:, columns]
