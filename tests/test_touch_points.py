@@ -83,6 +83,8 @@ class Ours:
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef):
                     yield from self._parameters(file, node)
+                elif isinstance(node, ast.ClassDef):
+                    yield from self._kept(file, node)
                 elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     if (owner := self.imports[file].get(node.value.id)) is not None:
                         yield _attribute(owner, node.attr)
@@ -93,8 +95,18 @@ class Ours:
         for name in self.classes:
             yield from self._inherited(name)
 
-    def _parameters(self, file: Path, function: ast.FunctionDef) -> Iterator[Name]:
-        """Attributes of parameters that are said to be of a class of vLLM's."""
+    def _kept(self, file: Path, node: ast.ClassDef) -> Iterator[Name]:
+        """Attributes of what a class of ours is given of vLLM's when it is made, and keeps."""
+        for function in node.body:
+            if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+                classes, kept = self._annotated(file, function), dict(_assigned(function))
+                for inner in ast.walk(node):
+                    if isinstance(inner, ast.Attribute) and ast.unparse(inner.value) in kept:
+                        if (owner := classes.get(kept[ast.unparse(inner.value)])) is not None:
+                            yield _attribute(owner, inner.attr)
+
+    def _annotated(self, file: Path, function: ast.FunctionDef) -> dict[str, Name]:
+        """The parameters of a function that are said to be of a class of vLLM's."""
         classes = {}
         for argument in [*function.args.args, *function.args.kwonlyargs]:
             kind = (
@@ -104,6 +116,11 @@ class Ours:
             )
             if isinstance(kind, ast.Name) and kind.id in self.imports[file]:
                 classes[argument.arg] = self.imports[file][kind.id]
+        return classes
+
+    def _parameters(self, file: Path, function: ast.FunctionDef) -> Iterator[Name]:
+        """Attributes of these parameters."""
+        classes = self._annotated(file, function)
         for node in ast.walk(function):
             if (
                 isinstance(node, ast.Attribute)
@@ -147,6 +164,17 @@ def _imports(tree: ast.Module) -> Iterator[tuple[str, Name]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
             for alias in node.names:
                 yield alias.asname or alias.name, (node.module, alias.name)
+
+
+def _assigned(function: ast.FunctionDef) -> Iterator[tuple[str, str]]:
+    """What a function assigns names to, and the names."""
+    for node in ast.walk(function):
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                both = [each.elts if isinstance(each, ast.Tuple) else [each] for each in (target, node.value)]
+                for place, value in zip(*both, strict=False):
+                    if isinstance(value, ast.Name):
+                        yield ast.unparse(place), value.id
 
 
 def _attribute(owner: Name, attribute: str) -> Name:

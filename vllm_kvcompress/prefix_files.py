@@ -31,11 +31,11 @@ def save(core: EngineCore, name: str, salt: str | None = None, path: str | None 
     if path is None and not (scheduler.compression.prefix_folder and scheduler.has_prefix(name, salt)):
         return None
     try:
-        prefix, names = scheduler.prefix_to_save(name, salt)
+        prefix, names = scheduler.leaving.to_save(name, salt)
     except KVCompressionError as error:
         return str(error)
     path = path or str(_in_folder(core, name, salt))
-    tail, about = [block.block_id for block in prefix.tail], scheduler.describe_prefix(prefix)
+    tail, about = [block.block_id for block in prefix.tail], scheduler.leaving.describe(prefix)
     args = path, names, tail, prefix.tokens, about
     return next(filter(None, core.collective_rpc("kv_compression_save", args=args)), None)
 
@@ -69,7 +69,7 @@ def load(core: EngineCore, path: str) -> str | None:
         return f"{first} is damaged: its description is not what it should be"
     if about["block_size"] != scheduler.compacting_manager.block_size:
         return f"{first} is of blocks of {about['block_size']} tokens; use --block-size {about['block_size']}"
-    prefix_id = scheduler.new_prefix_id()
+    prefix_id = scheduler.leaving.new_id()
     problem = next(filter(None, core.collective_rpc("kv_compression_read", args=(path, prefix_id))), None)
     if problem is None:
         request = Request(
@@ -81,7 +81,7 @@ def load(core: EngineCore, path: str) -> str | None:
             block_hasher=core.request_block_hasher,
         )
         try:
-            scheduler.load_prefix(about, request, prefix_id)
+            scheduler.leaving.load(about, request, prefix_id)
         except KVCompressionError as error:
             problem = str(error)
     if problem is not None:

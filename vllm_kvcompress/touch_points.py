@@ -445,7 +445,7 @@ TABLE: dict[str, Touched] = {
         reads="has_mamba_layers kv_cache_groups num_blocks",
     ),
     "vllm.v1.kv_cache_interface:KVCacheGroupSpec": Touched(
-        reads="layer_names",
+        reads="kv_cache_spec layer_names",
     ),
     "vllm.v1.kv_cache_interface:KVCacheLayout": Touched(
         reads="LBHNC",

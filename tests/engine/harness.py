@@ -273,11 +273,11 @@ class Engine:
         allocate, lookahead = manager.allocate_slots, scheduler._reserve_prefill_lookahead
 
         def compacted(asking, *args, **kwargs):
-            if left and asking is self.live(request) and scheduler._computed(asking) == left[0][0]:
+            if left and asking is self.live(request) and scheduler._tracked.computed(asking) == left[0][0]:
                 point, boundary, kept = left.pop(0)
                 plan = Plan(boundary, boundary // self.manager.block_size, kept)
                 descent = Descent(asking, point, 0, plan, 1000)
-                assert scheduler._descend(descent, scheduler._tracked[asking.request_id])
+                assert scheduler._yielding.descend(descent, scheduler._tracked[asking.request_id])
             return allocate(asking, *args, **kwargs)
 
         def to_the_point(asking, computed, num_tokens):
@@ -317,7 +317,7 @@ class Engine:
             for block in prefix.tail:
                 references[block.block_id] = references.get(block.block_id, 0) + 1
         shared = [prefix.compacted for prefix in self.scheduler._prefixes]
-        taken_over = self.scheduler._prefixes or self.scheduler._users
+        taken_over = self.scheduler._prefixes or self.scheduler._attaching.users
         for blocks in (*self.manager.compacted.values(), *shared):
             for block in blocks:
                 assert block.block_hash is None and (taken_over or block.block_id not in references)
@@ -339,7 +339,7 @@ class Engine:
             assert not self.scheduler._repetitions._progress and not self.scheduler._repetitions._announced
             assert not self.manager.peak_blocks and not self.manager.borrowers
             assert not self.manager.compacted
-            assert not self.manager.attaching and not self.scheduler._users
+            assert not self.manager.attaching and not self.scheduler._attaching.users
             state = self.worker.compression
             assert not state.tables and len(state.observer) == 0
             assert set(state.prefixes) == {prefix.id for prefix in self.scheduler._prefixes}

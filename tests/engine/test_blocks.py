@@ -227,7 +227,7 @@ def test_a_policy_that_watches_every_query_reads_no_cached_prefix(engine, long_i
 
 def test_no_more_requests_start_than_there_is_memory_for_their_queries(engine, long_ids, monkeypatch):
     ring = WINDOW + SPARE_QUERIES
-    monkeypatch.setattr(engine.scheduler, "_ring_budget", 2 * ring)
+    monkeypatch.setattr(engine.scheduler._rings, "budget", 2 * ring)
     # As on a GPU; a window that is larger than the budget comes alone.
     options = ["snapkv:budget=0.25"] * 4 + [
         f"snapkv:budget=0.25,window={3 * ring}",

@@ -49,21 +49,21 @@ def pin(engine, prompt, compression, name="document", max_tokens=2, **options):
 
 def attached(engine) -> list[str]:
     """Watches which requests attach."""
-    names, use = [], engine.scheduler._attach
+    names, use = [], engine.scheduler._attaching.attach
 
     def noting(request, hit):
         names.append((request.request_id.rpartition("-")[0], len(hit.blocks[0])))
         return use(request, hit)
 
-    engine.scheduler._attach = noting
+    engine.scheduler._attaching.attach = noting
     return names
 
 
 @pytest.fixture
 def attachments(sharing):
-    plain = sharing.scheduler._attach
+    plain = sharing.scheduler._attaching.attach
     yield attached(sharing)
-    sharing.scheduler._attach = plain
+    sharing.scheduler._attaching.attach = plain
 
 
 @pytest.mark.parametrize("method", METHODS)

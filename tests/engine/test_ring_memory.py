@@ -22,7 +22,7 @@ def start_order(engine: Engine, requests: dict[str, tuple[list[int], str]]) -> l
 
 
 def test_nobody_who_needs_a_ring_overtakes_one_that_waits_for_one(engine, long_ids, monkeypatch):
-    monkeypatch.setattr(engine.scheduler, "_ring_budget", 2 * RING)
+    monkeypatch.setattr(engine.scheduler._rings, "budget", 2 * RING)
     options = {
         "first": "snapkv:budget=0.25",
         "large": f"snapkv:budget=0.25,window={WINDOW + RING}",  # does not fit beside the first
@@ -43,7 +43,7 @@ def test_nobody_who_needs_a_ring_overtakes_one_that_waits_for_one(engine, long_i
 
 
 def test_a_request_starts_as_soon_as_a_ring_is_free_however_many_come_behind(engine, long_ids, monkeypatch):
-    monkeypatch.setattr(engine.scheduler, "_ring_budget", RING)
+    monkeypatch.setattr(engine.scheduler._rings, "budget", RING)
     prompt = long_ids(200, seed=80)
     engine.add(prompt, sampling(2, "snapkv:budget=0.25"), "first")
     engine.add(prompt, sampling(2, "snapkv:budget=0.25"), "waits")

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from vllm.config import (
@@ -34,6 +35,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.config import _as_dict as as_dict
+from vllm_kvcompress.paging import compactions, rings, scheduler, yielding
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
@@ -46,6 +48,12 @@ ALL_AT_ONCE = 1 << 20  # tokens: whoever is due is compacted in that step
 MOST_STEPS = 5000
 
 Key = int
+
+
+def on_a_gpu(monkeypatch) -> None:
+    """Schedule as for a GPU."""
+    for module in (compactions, rings, scheduler, yielding):
+        monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: False))
 
 
 @functools.cache
@@ -616,7 +624,7 @@ class Simulation:
         return self.answers[name]
 
     def step_until_due(self, name: str) -> None:
-        while not self.scheduler._due(self.scheduler.requests[name]):
+        while not self.scheduler._tracked.is_due(self.scheduler.requests[name]):
             self.step()
 
     def step_until_compacted(self, name: str) -> Job:
@@ -670,11 +678,13 @@ class Simulation:
             self._deliver()
         assert not scheduler.requests and not scheduler.running
         assert not scheduler.waiting and not scheduler.kv_holding_waiting
-        assert not scheduler._tracked and not scheduler._abandoned
+        assert not scheduler._tracked and not scheduler._due.abandoned
         assert not scheduler._repetitions._progress and not scheduler._repetitions._announced
         assert not self.manager.peak_blocks and not self.manager.borrowers
         assert not self.manager.compacted and not self.manager.req_to_blocks
-        assert not scheduler._users and not scheduler._configs and not self.manager.attaching
+        assert (
+            not scheduler._attaching.users and not scheduler._attaching.configs and not self.manager.attaching
+        )
         for prefix in list(scheduler._prefixes):
             assert not prefix.users
             scheduler._prefixes.drop(prefix)

@@ -1,12 +1,10 @@
 """On a GPU compacted pages above a bound are never written in place: the request waits for free blocks."""
 
-from types import SimpleNamespace
-
 import pytest
-from simulation import BLOCK, Simulation, prompt_of
+from simulation import BLOCK, Simulation, on_a_gpu, prompt_of
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging import scheduler
+from vllm_kvcompress.paging import compactions
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, next_point, peak_blocks
 
 BLOCK_BYTES = 2 * 2 * BLOCK * 16 * 4  # keys and values, 2 heads of 16 channels, float32, one layer
@@ -15,8 +13,8 @@ BLOCK_BYTES = 2 * 2 * BLOCK * 16 * 4  # keys and values, 2 heads of 16 channels,
 @pytest.fixture
 def gpu(monkeypatch):
     """A GPU on which only 3 blocks may be rewritten in place."""
-    monkeypatch.setattr(scheduler, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(scheduler, "STAGED_BYTES", 3 * BLOCK_BYTES)
+    on_a_gpu(monkeypatch)
+    monkeypatch.setattr(compactions, "STAGED_BYTES", 3 * BLOCK_BYTES)
 
 
 def in_place(job) -> bool:
@@ -118,7 +116,7 @@ def test_who_waits_to_be_admitted_leaves_it_the_blocks(gpu):
         assert sim.jobs_of(name) or not any(sim.answers[other] for other in waiting)
     assert client not in sim.scheduler.requests, "whose blocks made the room"
     sim.finish()
-    assert sim.scheduler.kv_cache_manager.watermark_blocks == sim.scheduler._watermark_blocks
+    assert sim.scheduler.kv_cache_manager.watermark_blocks == sim.scheduler._due._watermark_blocks
     assert all(len(sim.answers[other]) == 10 for other in waiting)
     sim.check_nothing_left()
 

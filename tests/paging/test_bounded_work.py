@@ -126,7 +126,7 @@ def test_who_is_due_is_not_overtaken_by_those_who_are_due_later(mode):
         for name in names:
             if sim.jobs_of(name):
                 compacted.setdefault(name, sim.steps)
-            elif sim.scheduler._due(sim.scheduler.requests[name]):
+            elif sim.scheduler._tracked.is_due(sim.scheduler.requests[name]):
                 due.setdefault(name, sim.steps)
     # Before each of them only those who were due when it became due.
     assert all(compacted[name] - due[name] <= len(greedy) + len(names) for name in names)
@@ -162,11 +162,11 @@ def test_an_output_waits_too_where_going_on_would_break_its_peak():
         sim.step()
     sim.manager.peak_blocks[name] = sim.held(name)
     # Somebody older is compacted in every step.
-    sim.scheduler._deferred = {name}
+    sim.scheduler._due.deferred = {name}
     request = sim.scheduler.requests[name]
-    assert not request.is_prefill_chunk and sim.scheduler._waits(request)
+    assert not request.is_prefill_chunk and sim.scheduler._due.waits(request)
     sim.manager.peak_blocks[name] += 1
-    assert not sim.scheduler._waits(request)
+    assert not sim.scheduler._due.waits(request)
 
 
 @pytest.mark.parametrize("mode", MODES[:2])

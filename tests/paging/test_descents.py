@@ -30,10 +30,12 @@ def replayed(prompt, compression: str, max_tokens: int, jobs: list[Job]) -> list
     scheduler, allocate = sim.scheduler, sim.scheduler.kv_cache_manager.allocate_slots
 
     def compacted(request, *args, **kwargs):
-        if left and request.request_id == name and scheduler._computed(request) == left[0][0]:
+        if left and request.request_id == name and scheduler._tracked.computed(request) == left[0][0]:
             point, boundary, kept = left.pop(0)
             plan = Plan(boundary, boundary // BLOCK, kept)
-            assert scheduler._descend(Descent(request, point, 0, plan, 1000), scheduler._tracked[name])
+            assert scheduler._yielding.descend(
+                Descent(request, point, 0, plan, 1000), scheduler._tracked[name]
+            )
         return allocate(request, *args, **kwargs)
 
     def to_the_point(request, computed, num_tokens):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from simulation import BLOCK, Simulation, prompt_of
 
-from vllm_kvcompress.paging import repetition, scheduler
+from vllm_kvcompress.paging import repetition, telling
 from vllm_kvcompress.paging.statistics import ID_LENGTH, shown_id
 
 SHARES = [0, 0.5, 0.25, 0.125]  # kept at each step of the ladder
@@ -60,7 +60,7 @@ def test_what_scores_another_requests_context_is_told_apart(monkeypatch):
 
 
 def test_no_more_than_a_number_of_requests_are_described(monkeypatch):
-    monkeypatch.setattr(scheduler, "MOST_REQUESTS", 3)
+    monkeypatch.setattr(telling, "MOST_REQUESTS", 3)
     sim = Simulation("knorm:budget=0.25", num_blocks=200)
     for seed in range(5):
         sim.add(prompt_of(100, seed), max_tokens=20)

@@ -58,9 +58,9 @@ def test_a_listing_describes_the_prefixes_of_one_salt_and_tells_no_salt():
 
 
 def test_all_that_have_a_name_are_listed_and_of_the_others_those_that_were_used_last(monkeypatch):
-    from vllm_kvcompress.paging import scheduler
+    from vllm_kvcompress.paging import telling
 
-    monkeypatch.setattr(scheduler, "MOST_REQUESTS", 2)
+    monkeypatch.setattr(telling, "MOST_REQUESTS", 2)
     sim = Simulation(KEEPS, num_blocks=400, max_model_len=1280)
     for number in (3, 1, 2):
         pin(sim, prompt_of(30 * BLOCK, number), f"d{number}")
@@ -95,7 +95,7 @@ def test_a_prefix_is_deleted_by_who_knows_its_name_and_its_salt_also_while_it_is
 def test_a_prefix_may_be_deleted_before_any_worker_heard_of_it():
     sim = Simulation(PINS, max_model_len=1280)
     pin(sim, DOCUMENT)
-    assert sim.scheduler._kept and sim.scheduler.delete_prefix("document", None)
+    assert sim.scheduler.leaving.kept and sim.scheduler.delete_prefix("document", None)
     sim.check_nothing_left()
 
 

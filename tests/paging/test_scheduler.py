@@ -3,15 +3,15 @@
 import itertools
 import math
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, prompt_of
+from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, on_a_gpu, prompt_of
 
 from vllm_kvcompress.paging import repetition, scheduler
 from vllm_kvcompress.paging.repetition import longest_repetition
+from vllm_kvcompress.paging.rings import memory_for_rings
 from vllm_kvcompress.plan import ring_budget
 
 MODES = [
@@ -335,33 +335,33 @@ def test_prompts_that_are_compacted_at_their_end_have_no_peak():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    monkeypatch.setattr(scheduler, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    on_a_gpu(monkeypatch)
 
 
 def test_only_device_memory_for_queries_is_counted(gpu, monkeypatch):
     sim = Simulation("snapkv:budget=0.25,recompact_every=40", num_blocks=700, max_num_seqs=16)
     config = sim.scheduler.compression
-    assert sim.scheduler._ring_budget == ring_budget(config, 16, 700 * BLOCK * 8 // 7, 2) == 16 * 64
+    assert sim.scheduler._rings.budget == ring_budget(config, 16, 700 * BLOCK * 8 // 7, 2) == 16 * 64
     small = Simulation("snapkv:budget=0.25,recompact_every=40", num_blocks=70, max_num_seqs=16)
-    assert small.scheduler._ring_budget == 70 * BLOCK * 8 // 7 // 8 * 2 // 2 == 160
+    assert small.scheduler._rings.budget == 70 * BLOCK * 8 // 7 // 8 * 2 // 2 == 160
     dtype = small.scheduler.vllm_config.model_config.dtype
-    small.scheduler._spec = replace(small.scheduler._spec, dtype=torch.uint8)
     # Of a cache of bytes as many tokens are less memory.
-    assert small.scheduler._memory_for_rings() == 70 * BLOCK // dtype.itemsize * 8 // 7 // 8 * 2 // 2 < 160
+    of_bytes = memory_for_rings(small.scheduler.vllm_config, config, 16, 70 * BLOCK, torch.uint8)
+    assert of_bytes == 70 * BLOCK // dtype.itemsize * 8 // 7 // 8 * 2 // 2 < 160
     monkeypatch.undo()
-    assert Simulation().scheduler._ring_budget == math.inf
+    assert Simulation().scheduler._rings.budget == math.inf
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_requests_wait_for_memory_for_their_queries(gpu, again):
     sim = Simulation("snapkv:budget=0.25" + ",recompact_every=40" * again)
-    sim.scheduler._ring_budget = 2 * 64
+    sim.scheduler._rings.budget = 2 * 64
     names = [sim.add(prompt_of(300, seed), max_tokens=20 + 10 * seed) for seed in range(3)]
     started = {}
     while sim._unfinished():
         for new in sim.step().scheduled_new_reqs:
             started[new.req_id] = sim.steps, {job.request_id for job in sim.jobs}, set(sim.scheduler.requests)
-        assert sim.scheduler._rings() <= 2 * 64
+        assert sim.scheduler._rings.taken <= 2 * 64
     assert started[names[1]][0] <= 2
     _, compacted, left = started[names[2]]
     if again:  # a ring lasts as long as its request
@@ -373,12 +373,12 @@ def test_requests_wait_for_memory_for_their_queries(gpu, again):
 
 def test_one_request_starts_however_little_memory_there_is(gpu):
     sim = Simulation("snapkv:budget=0.25,window=500")
-    sim.scheduler._ring_budget = 10
+    sim.scheduler._rings.budget = 10
     names = [sim.add(prompt_of(800, seed)) for seed in range(2)]
     sim.finish()
     assert all(len(sim.answers[name]) == 8 for name in names)
     plain = Simulation()
-    plain.scheduler._ring_budget = 0
+    plain.scheduler._rings.budget = 0
     plain.add(prompt_of(100), "knorm:budget=0.25"), plain.add(prompt_of(100, 1), "knorm:budget=0.25")
     plain.step()
     assert len(plain.scheduler.running) == 2, "a policy without a window needs none"

@@ -3,9 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from simulation import Simulation, prompt_of
+from simulation import Simulation, on_a_gpu, prompt_of
 
-from vllm_kvcompress.paging import repetition, scheduler
+from vllm_kvcompress.paging import repetition
 
 
 @pytest.mark.parametrize("num_tokens", [255, 256, 257, 512])
@@ -33,9 +33,9 @@ def test_a_request_preempted_after_its_job_was_made_is_not_compacted():
 
 
 def test_requests_that_start_together_share_the_memory_for_queries(monkeypatch):
-    monkeypatch.setattr(scheduler, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    on_a_gpu(monkeypatch)
     sim = Simulation("snapkv:budget=0.25")
-    sim.scheduler._ring_budget = 2 * 64
+    sim.scheduler._rings.budget = 2 * 64
     names = [sim.add(prompt_of(80, seed)) for seed in range(3)]
     assert sorted(sim.step().num_scheduled_tokens) == names[:2]
     sim.finish()

@@ -3,10 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
-from simulation import Simulation, prompt_of
+from simulation import Simulation, on_a_gpu, prompt_of
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging import repetition, scheduler
+from vllm_kvcompress.paging import repetition
 from vllm_kvcompress.plan import is_ever_compacted
 
 PROMPT = prompt_of(1000)
@@ -90,12 +90,12 @@ def test_room_that_one_compaction_makes_serves_others_in_the_same_step():
 
 
 def test_nobody_overtakes_a_request_that_waits_for_memory_for_its_queries(monkeypatch):
-    monkeypatch.setattr(scheduler, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    on_a_gpu(monkeypatch)
     sim = Simulation()
-    sim.scheduler._ring_budget, sim.scheduler._ring_tokens = 200, 100
+    sim.scheduler._rings.budget, sim.scheduler._rings.taken = 200, 100
 
     def start(options: str) -> bool:
-        return sim.scheduler._start_ring(scheduler._Tracked(KVCompressionConfig.parse(options), 100))
+        return sim.scheduler._rings.start(KVCompressionConfig.parse(options))
 
     assert not start("snapkv:window=300")
     assert not start("snapkv:window=32"), "though there is memory for this one"

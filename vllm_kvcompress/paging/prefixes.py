@@ -54,7 +54,11 @@ class Prefix:
 
 
 class Prefixes:
-    """The prefixes of one pool, whose blocks they hold a reference of."""
+    """The prefixes of one pool, whose blocks they hold a reference of.
+
+    Attributes:
+        keeps_unnamed: whether there may be some without a name.
+    """
 
     def __init__(self, pool: BlockPool, share: float) -> None:
         """
@@ -63,6 +67,7 @@ class Prefixes:
             share: part of it that prefixes without a name may hold.
         """
         self._pool = pool
+        self.keeps_unnamed = share > 0
         self._most = int(share * (pool.num_gpu_blocks - 1))
         self._kept: OrderedDict[str, Prefix] = OrderedDict()  # by id, used longest ago first
         self._found: dict[tuple[bytes, str], list[Prefix]] = {}  # by the end of what is compacted

@@ -67,6 +67,11 @@ class CompressionStats:
             self.raw_drafts += tried
             self.raw_accepted += accepted
 
+    def count_hit(self, num_tokens: int) -> None:
+        """Add a request that went on from so many tokens of a compacted prefix."""
+        self.prefix_hits += 1
+        self.prefix_hit_tokens += num_tokens
+
     def count(self, jobs: Iterable[Job]) -> None:
         """Add a step's compactions."""
         for job in jobs:

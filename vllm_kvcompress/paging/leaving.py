@@ -1,0 +1,202 @@
+"""Compacted prefixes that come into being: left by requests that end, or read from files."""
+
+from typing import Any
+
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.job import Loaded
+from vllm_kvcompress.paging.manager import CompactingManager
+from vllm_kvcompress.paging.prefixes import Prefix, Prefixes
+from vllm_kvcompress.paging.statistics import TAKEN
+from vllm_kvcompress.paging.tracked import Tracked, TrackedRequests
+from vllm_kvcompress.plan import Plan
+
+
+class Leaving:
+    """Keeps what requests were compacted to, and tells what must be known to save and to load it."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        group: int,
+        manager: CompactingManager,
+        tracked: TrackedRequests,
+        prefixes: Prefixes,
+    ) -> None:
+        """
+        Args:
+            scheduler: whose requests these are.
+            group: number of the layers that are compacted.
+            manager: of their blocks.
+            tracked: its requests that are compacted.
+            prefixes: among which they are kept.
+        """
+        self._scheduler, self._group, self._manager = scheduler, group, manager
+        self._tracked, self._prefixes = tracked, prefixes
+        self.kept: dict[str, str] = {}  # requests, by the prefix that each has left since the last step
+        self._loaded: list[Loaded] = []
+
+    def leave(self, request: Request, config: KVCompressionConfig | None) -> Prefix | str:
+        """Keep what a request that ends was compacted to, if it should be; else why not, in one line.
+
+        Args:
+            request: the request.
+            config: its options; None if it can leave nothing.
+        """
+        manager, name = self._manager, request.request_id
+        if config is None or (config.prefix is None and not self._prefixes.keeps_unnamed):
+            return "nobody asked for it"
+        tracked = self._tracked.get(name)
+        if tracked is None or name not in manager.compacted or tracked.uncounted is not None:
+            return _uncompacted(tracked, config)
+        assert tracked.held is not None
+        if not request.block_hashes:
+            return "the server runs without prefix caching"
+        # Whatever follows may be of drafts, or is yet to be computed.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        if config.prefix is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        begin, end = tracked.held.source_blocks, num_tokens // manager.block_size
+        if begin > end:
+            return "some of its output was compacted with the prompt; ask for fewer max_tokens"
+        prefix = Prefix(
+            id=self._prefixes.new_id(),
+            name=config.prefix,
+            config=config,
+            hashes=tuple(request.block_hashes[:end]),
+            tokens=None if config.prefix is None else _tokens_of(request, end * manager.block_size),
+            plan=tracked.held,
+            kept=config.ladder_steps[tracked.step] if config.when == "pressure" else config.budget,
+            compacted=tuple(manager.compacted[name]),
+            tail=tuple(manager.req_to_blocks[name][begin:end]),
+            salt=request.cache_salt,
+            adapter=request.lora_request.lora_name if request.lora_request else None,
+        )
+        if config.prefix is not None and (problem := self._unnameable(prefix)) is not None:
+            return problem
+        if not self._prefixes.keep(prefix):
+            return "there is one like it, or it is larger than prefix_share"
+        if config.prefix is not None:
+            # A raw copy that nobody reads would be taken instead, and compacted each time.
+            pool = manager.block_pool
+            found = (pool.get_cached_block(each, [self._group]) for each in prefix.hashes)
+            idle = {blocks[0].block_id for blocks in found if blocks and not blocks[0].ref_cnt}
+            pool.evict_blocks(idle)
+        self.kept[prefix.id] = name
+        return prefix
+
+    def describe(self, prefix: Prefix) -> dict[str, Any]:
+        """What must be known of a prefix to load it again, but for its tokens."""
+        return {
+            "name": prefix.name,
+            "salt": prefix.salt,
+            "config": prefix.config.to_dict(),
+            "boundary": prefix.plan.boundary,
+            "kept_blocks": prefix.plan.kept_blocks,
+            "kept": prefix.kept,
+            "block_size": self._manager.block_size,
+        }
+
+    def to_save(self, name: str, salt: str | None) -> tuple[Prefix, tuple[str, ...]]:
+        """A prefix, and the names by which workers know it.
+
+        Raises:
+            KVCompressionError: there is none, or it cannot be saved.
+        """
+        prefix = self._prefixes.named(name, salt)
+        if prefix is None:
+            raise KVCompressionError(f"there is no prefix {name!r}")
+        if prefix.adapter is not None or prefix.tokens is None:
+            raise KVCompressionError("prefixes of an adapter, pictures or embeddings cannot be saved")
+        names = (prefix.id, self.kept[prefix.id]) if prefix.id in self.kept else (prefix.id,)
+        return prefix, names
+
+    def load(self, about: dict[str, Any], request: Request, prefix_id: str) -> Prefix:
+        """Take blocks for a prefix that the workers have read.
+
+        Args:
+            about: what `describe` said of it.
+            request: one whose prompt it is.
+            prefix_id: as the workers call it.
+
+        Raises:
+            KVCompressionError: there is no room, or its name is taken.
+        """
+        manager, pool = self._manager, self._manager.block_pool
+        num_kept, num_source = about["kept_blocks"], about["boundary"] // manager.block_size
+        needed = num_kept + len(request.block_hashes) - num_source
+        while pool.get_num_free_blocks() < needed and self._prefixes.make_room():
+            pass
+        if pool.get_num_free_blocks() < needed:
+            raise KVCompressionError(
+                f"the prefix takes {needed} blocks, and {pool.get_num_free_blocks()} are free"
+            )
+        blocks = pool.get_new_blocks(needed)
+        prefix = Prefix(
+            id=prefix_id,
+            name=about["name"],
+            config=KVCompressionConfig.parse(about["config"]),
+            hashes=tuple(request.block_hashes),
+            tokens=_tokens_of(request, request.num_tokens),
+            plan=Plan(about["boundary"], num_source, num_kept),
+            kept=about["kept"],
+            compacted=tuple(blocks[:num_kept]),
+            tail=tuple(blocks[num_kept:]),
+            salt=about["salt"],
+        )
+        problem = self._unnameable(prefix)
+        if problem is None:
+            self._prefixes.keep(prefix)
+            ids = [block.block_id for block in blocks]
+            self._loaded.append(Loaded(prefix_id, tuple(ids[:num_kept]), tuple(ids[num_kept:])))
+        pool.free_blocks(reversed(blocks))  # a prefix has references of its own
+        if problem is not None:
+            raise KVCompressionError(problem)
+        return prefix
+
+    def new_id(self) -> str:
+        """For a prefix that is to be loaded."""
+        return self._prefixes.new_id()
+
+    def take_kept(self) -> dict[str, str]:
+        """Drain the requests, by the prefix that each has left since the last call."""
+        kept, self.kept = self.kept, {}
+        return kept
+
+    def take_loaded(self) -> list[Loaded]:
+        """Drain the prefixes that were loaded since the last call."""
+        loaded, self._loaded = self._loaded, []
+        return loaded
+
+    def _unnameable(self, prefix: Prefix) -> str | None:
+        """Why a prefix may not be kept until it is deleted; None if it may."""
+        assert prefix.name is not None
+        if self._prefixes.named(prefix.name, prefix.salt) is not None:
+            return TAKEN
+        pool, block_size = self._manager.block_pool, self._manager.block_size
+        usable, longest = pool.num_gpu_blocks - 1, -(-self._scheduler.max_model_len // block_size)
+        own, others = len(prefix.blocks), self._prefixes.named_blocks
+        if usable - others - own >= longest:  # of whom vLLM has promised to serve
+            return None
+        return (
+            f"its {own} blocks and {others} of other names would leave fewer of {usable} than {longest}, for "
+            "--max-model-len; delete a prefix or lower it"
+        )
+
+
+def _tokens_of(request: Request, num_tokens: int) -> tuple[int, ...] | None:
+    if request.prompt_embeds is not None or request.mm_features:
+        return None
+    return tuple(request.all_token_ids[:num_tokens])
+
+
+def _uncompacted(tracked: Tracked | None, config: KVCompressionConfig) -> str:
+    """Why a request that ends was not compacted."""
+    if tracked is None or (tracked.held is None and tracked.point is None):
+        least = config.min_freed_tokens
+        return f"the prompt is short: compacting it would free fewer than min_freed_tokens={least} tokens"
+    if tracked.late:
+        return "the pool had no room to compact the prompt; try again when fewer requests run"
+    return "the request ended before its prompt was compacted"
