@@ -1,4 +1,4 @@
-"""Windows beside compacted layers under tensor and pipeline parallelism: as in one process."""
+"""Windows and states beside compacted layers under tensor and pipeline parallelism: as in one process."""
 
 import multiprocessing
 import os
@@ -8,23 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import NUM_BLOCKS, external_id, first_difference, sampling, start
+from harness import NUM_BLOCKS, STATEFUL, external_id, first_difference, sampling, start
 
+# vLLM 0.32 does not load a pipeline rank's weights of Granite 4 without experts.
+KINDS = {"gemma3": ["tensor", "pipeline"], "lfm2": ["tensor", "pipeline"], "granite": ["tensor"]}
 NUM_TOKENS = 40  # so that windows move on
 METHODS = {
     "snapkv": "snapkv:budget=0.25",
-    "snapkv, again": "snapkv:budget=0.4,recompact_every=8",
+    "snapkv, again": "snapkv:budget=0.3,recompact_every=8",
     "h2o": "h2o:budget=0.4",
     "kivi": "kivi:recompact_every=8",
     "off": "off",
 }
 
 
-def serve(folder: Path, model: str, kind: str) -> None:
+def serve(folder: Path, model: str, name: str, kind: str) -> None:
     """All requests in one batch on two workers."""
     prompts = pickle.loads((folder / "prompts").read_bytes())
-    size = {f"{kind}_parallel_size": 2}
-    llm = start(Path(model), **size, additional_config={"kv_compression": "snapkv:budget=0.25"})
+    options = STATEFUL.get(name, {}) | {f"{kind}_parallel_size": 2}
+    llm = start(Path(model), **options, additional_config={"kv_compression": "snapkv:budget=0.25"})
     core = llm.llm_engine.engine_core.engine_core
     scheduler, sent, outputs = core.scheduler, [], {}
     schedule = scheduler.schedule
@@ -53,13 +55,13 @@ def warm_up(wrapper) -> None:
     wrapper.worker.model_runner._dummy_run(1)
 
 
-def main(folder: str, model: str) -> None:
+def main(folder: str, model: str, name: str) -> None:
     from vllm.v1.executor import multiproc_executor
 
     fork = multiprocessing.get_context("fork")  # see `test_parallel`
     multiproc_executor.get_mp_context = lambda: fork
-    for kind in ("tensor", "pipeline"):
-        process = fork.Process(target=serve, args=(Path(folder), model, kind))
+    for kind in KINDS[name]:
+        process = fork.Process(target=serve, args=(Path(folder), model, name, kind))
         process.start()
         process.join()
         assert process.exitcode == 0, kind
@@ -70,8 +72,18 @@ def prompts(long_ids) -> dict[str, list[int]]:
     return {name: long_ids(301 + 9 * index, seed=500 + index) for index, name in enumerate(METHODS)}
 
 
+@pytest.fixture(scope="module", params=KINDS)
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def parallel(hybrids, prompts, tmp_path_factory) -> dict:
+def model(name, hybrids, stateful) -> Path:
+    return (hybrids | stateful)[name]
+
+
+@pytest.fixture(scope="module")
+def parallel(name, model, prompts, tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("parallel")
     (folder / "prompts").write_bytes(pickle.dumps(prompts))
     environment = {
@@ -83,21 +95,18 @@ def parallel(hybrids, prompts, tmp_path_factory) -> dict:
         "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
     }
     script = "import sys, test_hybrids_parallel; test_hybrids_parallel.main(*sys.argv[1:])"
-    command = [sys.executable, "-c", script, str(folder), str(hybrids["gemma3"])]
+    command = [sys.executable, "-c", script, str(folder), str(model), name]
     run = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-8000:]
-    return {kind: pickle.loads((folder / kind).read_bytes()) for kind in ("tensor", "pipeline")}
+    return {kind: pickle.loads((folder / kind).read_bytes()) for kind in KINDS[name]}
 
 
-@pytest.mark.parametrize("kind", ["tensor", "pipeline"])
-def test_answers_are_those_of_one_process_and_every_block_comes_back(
-    parallel, engines, hybrids, prompts, kind
-):
-    single = engines(hybrids["gemma3"], "snapkv:budget=0.25")
+def test_answers_are_those_of_one_process_and_every_block_comes_back(parallel, engines, name, model, prompts):
+    single = engines(model, "snapkv:budget=0.25", **STATEFUL.get(name, {}))
     single.forget_prefixes()
-    sent, outputs, rows, free = parallel[kind]
     alone = single.run_all((prompt, sampling(NUM_TOKENS, METHODS[name])) for name, prompt in prompts.items())
-    assert set(sent) == {*METHODS} - {"off"} and sent.count("snapkv, again") > 1
-    for name, output in zip(prompts, alone, strict=True):
-        assert first_difference(outputs[name], output) is None, name
-    assert rows == [0, 0, 0] and free == NUM_BLOCKS - 1
+    for kind, (sent, outputs, rows, free) in parallel.items():
+        assert set(sent) == {*METHODS} - {"off"} and sent.count("snapkv, again") > 1
+        for request, output in zip(prompts, alone, strict=True):
+            assert first_difference(outputs[request], output) is None, (kind, request)
+        assert rows == [0, 0, 0] and free == NUM_BLOCKS - 1
