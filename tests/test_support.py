@@ -132,9 +132,14 @@ REFUSED = {
     "speculative decoding with the draft model of medusa; use ngram": {
         "speculative_config": SimpleNamespace(method="medusa")
     },
-    "a draft model beside windows, chunks or latents (MLA); use ngram": {
+    "a draft model beside chunks or latents (MLA); use ngram": {
         "speculative_config": SimpleNamespace(method="eagle"),
         "model_config__hf_text_config__layer_types": ["full_attention", "chunked_attention"],
+    },
+    "a draft model of its own beside windows, as vLLM gives it the blocks of these; use EAGLE": {
+        "speculative_config": SimpleNamespace(method="draft_model"),
+        "model_config__hf_text_config__layer_types": ["full_attention", "sliding_attention"],
+        "model_config__get_sliding_window": lambda: 128,
     },
     "a draft model and pipeline parallelism; remove": {
         "speculative_config": SimpleNamespace(method="draft_model"),

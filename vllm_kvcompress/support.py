@@ -168,12 +168,8 @@ def _beside_drafts(config: KVCompressionConfig) -> str | None:
     what = None
     if config.observes_all or config.repeats:  # some of a draft model's queries come twice, others never
         what = f"{config.method} (it watches every query)"
-    elif config.record_format is not None:
-        what = f"format {config.record_format.name}"
     elif config.threshold is not None:
         what = "threshold"
-    elif isinstance(config.build_allocation(), Profile):
-        what = "head profiles"
     return what and f"{what} with a draft model; use another method"
 
 
@@ -407,9 +403,15 @@ def _refusals(config: VllmConfig):
         "use ngram speculation or none",
     )
     yield (
-        drafts and (slides or chunks or model.use_mla),
-        "a draft model beside windows, chunks or latents (MLA)",
+        drafts and (chunks or model.use_mla),
+        "a draft model beside chunks or latents (MLA)",
         "use ngram speculation or none",
+    )
+    yield (
+        # Which vLLM 0.32 has written with the blocks of the first cache group, whichever it is in.
+        drafts and slides and speculative.method == "draft_model",
+        "a draft model of its own beside windows, as vLLM gives it the blocks of these",
+        "use EAGLE, MTP, ngram speculation or none",
     )
     yield (
         drafts and config.parallel_config.pipeline_parallel_size > 1,

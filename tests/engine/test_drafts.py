@@ -18,6 +18,7 @@ from test_families import VOCABULARY, family, write
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.model_loader import dummy_loader
 
+from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.metrics import CompressionMetrics
 from vllm_kvcompress.paging.statistics import CompressionStats
@@ -51,6 +52,12 @@ METHODS = {
     "adakv": "adakv:budget=0.3",
     "pyramidkv": "pyramidkv:budget=0.3",
     "kv_compress, again": "kv_compress:budget=0.25,recompact_every=8",
+    "kivi": "kivi:recompact_every=8",
+    "snapkv+k4v3, again": "snapkv+k4v3:budget=0.25,recompact_every=8",
+    "kv_compress+auto": "kv_compress+auto:budget=0.2",
+    "mixed_dim_kv": "mixed_dim_kv:budget=0.2",
+    "profile": "snapkv:budget=0.25,allocation=profile:of-random",
+    "mixed_dim_kv_h": "mixed_dim_kv_h:budget=0.2,allocation=profile:of-random",
     "off": "off",
 }
 
@@ -103,10 +110,21 @@ def plain(engines, checkpoints) -> Engine:
 
 SERVED = [
     *(("model", name) for name in ("snapkv", "streaming_llm, again", "tova", "streaming")),
+    *(("model", name) for name in ("kivi", "snapkv+k4v3, again")),
     *(("half", name) for name in ("adakv", "pyramidkv", "kv_compress, again", "off")),
+    *(("half", name) for name in ("kivi", "kv_compress+auto", "mixed_dim_kv", "profile", "mixed_dim_kv_h")),
     *(("eagle", name) for name in ("snapkv", "kv_compress, again", "keydiff")),
     *(("eagle3", name) for name in ("snapkv", "kv_compress, again")),
 ]
+
+
+@pytest.fixture(autouse=True)
+def profile(tmp_path, monkeypatch):
+    """One of those that come with the package, of the model."""
+    shares = [[[0.5, 1.5, 1.0], [1.0, 1.0, 1.0], [2.0, 0.5, 0.5], [1.0, 1.0, 1.0]]]
+    content = {"version": 1, "model": "random", "num_layers": LAYERS, "num_kv_heads": 3, "budgets": [0.25]}
+    (tmp_path / "of-random.json").write_text(json.dumps({**content, "shares": shares}))
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)
 
 
 @pytest.fixture
@@ -218,13 +236,63 @@ def test_a_models_own_head_for_more_tokens_changes_neither_a_token_nor_what_is_k
     drafting.check_nothing_left()
 
 
+@pytest.fixture(scope="module")
+def sliding(hybrids, checkpoints, tokenizer, tmp_path_factory) -> dict[str, Path]:
+    """A model like gpt-oss, of three layers that slide a window and three that do not, and one of EAGLE-3's
+    kind for it, whose layer does not; its weights are vLLM's dummies."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig.from_pretrained(hybrids["gpt-oss"])
+    config.num_hidden_layers, config.layer_types = 6, config.layer_types[:2] * 3
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.weight.data *= 0.4
+        layer.self_attn.sinks.data = 6.0 + 4 * torch.rand(4)
+    folders = {name: tmp_path_factory.mktemp("models") / name for name in ("model", "eagle3")}
+    model.save_pretrained(folders["model"])
+    folders["eagle3"].mkdir()
+    draft = json.loads((checkpoints["eagle3"] / "config.json").read_text())
+    draft |= {name: getattr(config, name) for name in ("hidden_size", "intermediate_size", "head_dim")}
+    draft |= {name: getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads")}
+    draft["target_hidden_size"] = config.hidden_size
+    (folders["eagle3"] / "config.json").write_text(json.dumps(draft))
+    for folder in folders.values():
+        tokenizer.save_pretrained(folder)
+    return folders
+
+
+def test_beside_windows_a_draft_model_of_full_attention_changes_neither_a_token_nor_what_is_kept(
+    engines, sliding, long_ids
+):
+    plain = engines(sliding["model"], "snapkv:budget=0.25")
+    speculative = dict(method="eagle3", model=str(sliding["eagle3"]), num_speculative_tokens=NUM_DRAFTS)
+    speculative["draft_load_config"] = DUMMY
+    drafting = engines(sliding["model"], "snapkv:budget=0.25", speculative_config=speculative)
+    assert [type(manager) for manager in drafting.managers] == [type(manager) for manager in plain.managers]
+    assert drafting.worker.compactor.grid.num_layers == plain.worker.compactor.grid.num_layers + 1 == 4
+    for method in ("snapkv", "kv_compress, again", "snapkv+k4v3, again", "off"):
+        expected, its, _ = serve(plain, METHODS[method], long_ids)
+        answers, own, drafts = serve(drafting, METHODS[method], long_ids)
+        assert drafts.total() > 20
+        for answer, other in zip(answers, expected, strict=True):
+            assert first_difference(answer, other) is None, method
+        for request, compactions in its.items():
+            assert bool(compactions) == (method != "off")
+            for one, other in zip(own[request], compactions, strict=True):
+                assert torch.equal(one.counts[:3], other.counts)
+                assert one.positions()[:3] == other.positions()
+    drafting.check_nothing_left(), drafting.check_accounts()
+    assert drafting.free == NUM_BLOCKS - 1
+
+
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
         ("h2o", r"support h2o \(it watches every query\) with a draft model; use another"),
         ("kvzip", r"support kvzip \(it watches every query\) with"),
-        ("kivi", "support format kivi4 with"),
-        ("snapkv+k4v3", "support format k4v3 with"),
+        ("attention_matching", r"support attention_matching \(it watches every query\) with"),
+        ("kvzip:threshold=0.1,budget=0.5", r"support kvzip \(it watches every query\) with"),
         ("snapkv:prefix=p", "support compacted prefixes with a draft model; leave prefix and"),
         ("expected_attention", "has a draft model, whose layers are not tried for it; use another method"),
         ("criticalkv", "has a draft model, whose layers are not tried for it; use another method"),

@@ -272,8 +272,7 @@ class Compactor:
             capacity = ((together.num_scored - together.padding) // self.grid.block_size).view(shape)
         allocation, sinks = jobs[0].config.build_allocation(), jobs[0].config.sink_tokens
         widths = [each.num_scored for each in own]
-        allocate = self.cache.allocate if not self._num_drafting else self._allocate_beside_drafts
-        counts = allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
+        counts = self._allocate(allocation, scores.view(*shape, -1), num_pages, widths, sinks, capacity)
         if type(tasks[0].policy).refine is not Policy.refine:
             self._refine(tasks, together, scores, counts * self.grid.block_size)
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
@@ -287,7 +286,15 @@ class Compactor:
                 kept, rows = kept - (together.num_scored - held.num_scored), rows - index * len(held.pages)
             yield self._finish(task, held, counts[index], kept, rows)
 
-    def _allocate_beside_drafts(
+    def _shares(self, allocation: Allocation) -> list[tuple[slice, Allocation]]:
+        """Layers that share a part of each block, and how: a model and its draft model apart, so that it
+        keeps what it would without."""
+        num_layers = self.grid.num_layers
+        edge = num_layers - self._num_drafting
+        model = slice(0, edge), allocation
+        return [model] if edge == num_layers else [model, (slice(edge, num_layers), Uniform())]
+
+    def _allocate(
         self,
         allocation: Allocation,
         scores: Tensor,
@@ -296,10 +303,12 @@ class Compactor:
         sinks: int,
         capacity: Tensor | None,
     ) -> Tensor:
-        """As `PagedCache.allocate`, for a model and its draft model apart, so that it keeps what it would."""
+        """As `PagedCache.allocate`, for each share apart."""
+        shares, counts = self._shares(allocation), []
+        if len(shares) == 1:
+            return self.cache.allocate(allocation, scores, num_pages, widths, sinks, capacity)
         assert isinstance(num_pages, list)
-        edge, counts = self.grid.num_layers - self._num_drafting, []
-        for layers, own in ((slice(0, edge), allocation), (slice(edge, None), Uniform())):
+        for layers, own in shares:
             seen = scores[:, layers]
             share = [pages // self.grid.num_layers * seen.shape[1] for pages in num_pages]  # of whole blocks
             most = None if capacity is None else capacity[:, layers]
@@ -468,26 +477,28 @@ class Compactor:
         job, parts = task.work.job, format.parts
         old = held.pages[:, :0] if held.records is None else held.records
         width = old.shape[1]
-        present = (old >= 0).sum(1) + num_raw // RECORD
         shape = self.grid.num_layers, self.grid.num_heads
+        present = ((old >= 0).sum(1) + num_raw // RECORD).view(shape)
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
-        whole = torch.cat([alike, scores[:, width * RECORD :]], 1)
-        most = num_blocks * self.grid.pages_per_block
-        per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
-        capacity = (present + per_page - 1) // per_page
-        if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
-            per_page = self.cache.records_per_page(parts[0])
-            capacity = (present + per_page - 1) // per_page
-            total = int(capacity.sum())
-        in_page = per_page * RECORD
-        missing = -whole.shape[1] % in_page  # pages need not be full
-        # Pages that are not full have room for what would else need new ones.
-        padded = torch.nn.functional.pad(whole, (missing, 0), value=-torch.inf).view(*shape, -1)
-        allocation = job.config.build_allocation()
-        counts = allocation.allocate(padded, min(most, total), in_page, capacity.view(shape))
+        whole = torch.cat([alike, scores[:, width * RECORD :]], 1).view(*shape, -1)
+        pages, tokens = [], []
+        for layers, allocation in self._shares(job.config.build_allocation()):
+            most = num_blocks * present[layers].numel()
+            per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
+            capacity = (present[layers] + per_page - 1) // per_page
+            if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
+                per_page = self.cache.records_per_page(parts[0])
+                capacity = (present[layers] + per_page - 1) // per_page
+                total = int(capacity.sum())
+            in_page = per_page * RECORD
+            missing = -whole.shape[2] % in_page  # pages need not be full
+            # Pages that are not full have room for what would else need new ones.
+            padded = torch.nn.functional.pad(whole[layers], (missing, 0), value=-torch.inf)
+            counts = allocation.allocate(padded, min(most, total), in_page, capacity)
+            pages.append(counts), tokens.append(counts * in_page)
         if type(task.policy).refine is not Policy.refine:
-            self._refine([task], held, scores, counts[None] * in_page)
-        return counts.flatten()
+            self._refine([task], held, scores, torch.cat(tokens)[None])
+        return torch.cat(pages).flatten()
 
     # -------------------------------------------------------------------- ranks
 
@@ -509,10 +520,11 @@ class Compactor:
             split = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
         if task.policy.gives_losses:
             losses = self._losses(task, held, format)
-            if isinstance(allocation, Profile):
-                allocation.check_model(self.grid.num_layers, self.grid.num_heads)
-                weight = allocation.importance(job.config.budget or 1.0, losses.device)
-                losses *= weight.flatten()[:, None]
+            for layers, own in self._shares(allocation):
+                if isinstance(own, Profile):
+                    own.check_model(layers.stop - layers.start, self.grid.num_heads)
+                    weight = own.importance(job.config.budget or 1.0, losses.device).flatten()
+                    losses[:, : len(weight)] *= weight[:, None]
         else:
             alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
             losses = format.losses_by_rank(torch.cat([alike, scores[:, width * RECORD :]], 1), basis.errors)
@@ -525,10 +537,13 @@ class Compactor:
         of_records = of_records.masked_fill(kept, torch.inf)
         of_raw = losses[:, :, width * RECORD :]
         of_raw[1:].masked_fill_(protected[:, width * RECORD :], torch.inf)
-        page_bytes = self.cache.content.shape[1]
-        pages = num_blocks * self.grid.pages_per_block if split is None else split
-        keep, part, counts = format.choose(of_raw, of_records, known, pages, size, page_bytes)
-        return _Choice(keep, part, counts)
+        page_bytes, heads, chosen = self.cache.content.shape[1], self.grid.num_heads, []
+        for layers, _ in self._shares(allocation):
+            rows = slice(layers.start * heads, layers.stop * heads)
+            pages = num_blocks * (rows.stop - rows.start) if split is None else split[rows]
+            own = of_raw[:, rows], of_records[rows], known[rows]
+            chosen.append(format.choose(*own, pages, size, page_bytes))
+        return _Choice(*(torch.cat(each) for each in zip(*chosen, strict=True)))
 
     def _losses(self, task: _Task, held: _Candidates, format: MixedDim) -> Tensor:
         """What the policy says of all heads' columns, `[P + 1, X, T]` float64."""
