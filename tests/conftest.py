@@ -161,7 +161,8 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     """Random models some of whose layers slide a window over 128 tokens, with SmolLM2's tokenizer.
 
-    Those like gpt-oss have sinks; those of Llama 4 attend within chunks of 128 tokens.
+    Those like gpt-oss have sinks; those of Llama 4 attend within chunks of 128 tokens. Of "mostly-full" and
+    "padded" vLLM has the layers that attend to all tokens in several groups, of the latter unlike many.
     """
     import torch
     from drawn import draw_scorer
@@ -189,18 +190,27 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
         eos_token_id=0,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    gemma3 = Gemma3ForCausalLM(
-        Gemma3TextConfig(
-            **common,
-            num_hidden_layers=6,
-            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-            query_pre_attn_scalar=32,
-            initializer_range=0.15,
+
+    def like_gemma3(layer_types: list[str]) -> Gemma3ForCausalLM:
+        torch.manual_seed(0)
+        model = Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **common,
+                num_hidden_layers=len(layer_types),
+                layer_types=layer_types,
+                query_pre_attn_scalar=32,
+                initializer_range=0.15,
+            )
         )
-    )
-    for layer, sharpness in zip(gemma3.model.layers[2::3], (1.0, 2.0), strict=True):
-        layer.self_attn.k_norm.weight.data.fill_(sharpness - 1)
+        full = (layer for layer in model.model.layers if layer.self_attn.layer_type == "full_attention")
+        for index, layer in enumerate(full):
+            layer.self_attn.k_norm.weight.data.fill_(index % 2)
+        return model
+
+    sliding, attends = "sliding_attention", "full_attention"
+    mostly_full = like_gemma3([attends, sliding, attends, attends, sliding, attends])
+    padded = like_gemma3([attends, sliding, attends, attends, attends, sliding, attends])
+    gemma3 = like_gemma3([sliding, sliding, attends] * 2)
     gpt_oss = GptOssForCausalLM(
         GptOssConfig(
             **common,
@@ -247,6 +257,7 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     )
     made = {}
     models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4}
+    models |= {"mostly-full": mostly_full, "padded": padded}
     for name, model in models.items():
         made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
         model.save_pretrained(made[name])

@@ -124,12 +124,12 @@ def test_streaming_without_prompt_logprobs_is_served(streaming):
     assert asked(streaming, 1000, logprobs=5)
 
 
-def test_blocks_of_windows_count_in_what_a_streamed_request_needs(smollm2, monkeypatch):
+def test_blocks_of_windows_and_of_all_groups_count_in_what_a_streamed_request_needs(smollm2, monkeypatch):
     register()
     processor = processor_of(smollm2, **STREAMING.engine_kwargs())
     cache, additional = processor.vllm_config.cache_config, processor.vllm_config.additional_config
-    monkeypatch.setitem(additional, GROUP, {"block_size": 64, "beside": 20})
-    needed = peak_blocks(STREAMING, 3000, 3008, 64) + 20
+    monkeypatch.setitem(additional, GROUP, {"block_size": 64, "beside": 20, "groups": 3})
+    needed = 3 * peak_blocks(STREAMING, 3000, 3008, 64) + 20
     monkeypatch.setattr(cache, "num_gpu_blocks", needed + 1)
     assert asked(processor, 3000)
     monkeypatch.setattr(cache, "num_gpu_blocks", needed)

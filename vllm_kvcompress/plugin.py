@@ -29,7 +29,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside
+from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside, num_groups
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
 from vllm_kvcompress.support import (
@@ -263,20 +263,21 @@ def _with_lacks_received(apply_ready_response):
 
 
 def _group(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, int]:
-    """What a front end must know of the compacted group, where there are others; see `paging.groups`."""
-    from vllm_kvcompress.paging.spec import compactable_group  # registers a spec where it is imported
+    """What a front end must know of the compacted groups, where there are others; see `paging.groups`."""
+    from vllm_kvcompress.paging.spec import compactable_groups  # registers a spec where it is imported
 
-    index = compactable_group(kv_cache_config)
+    own = compactable_groups(kv_cache_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    if len(specs) == 1 and specs[index].kernel_block_size is None:
+    compacted = specs[own[0]]
+    if len(specs) == 1 and compacted.kernel_block_size is None:
         return {}
     beside = sum(
         -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
-        for spec in specs
-        if spec is not specs[index]
+        for index, spec in enumerate(specs)
+        if index not in own
     )
-    found = {"block_size": specs[index].block_size, "beside": beside}
-    found["tokens_of_page"] = specs[index].tokens_of_page
+    found = {"block_size": compacted.block_size, "beside": beside, "groups": len(own)}
+    found["tokens_of_page"] = compacted.tokens_of_page
     return found | ({"states": 1} if kv_cache_config.has_mamba_layers else {})
 
 
@@ -394,7 +395,7 @@ def _check_length(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         beside = not current_platform.is_cpu()
         in_page = encoded_tokens(config, vllm_config)
         needed = peak_blocks(config, num_prompt, num_tokens, block_size(vllm_config), beside, in_page)
-        needed += blocks_beside(vllm_config)
+        needed = needed * num_groups(vllm_config) + blocks_beside(vllm_config)
         usable = num_blocks - 1
         if needed > usable > 0:
             problem = (

@@ -523,6 +523,7 @@ TABLE: dict[str, Touched] = {
         reads="index_to_req_id",
     ),
     "vllm.v1.worker.utils:AttentionGroup": Touched(
+        reads="kv_cache_group_id",
         calls={
             "get_metadata_builder": "(self, ubatch_id=...)",
         },

@@ -130,7 +130,7 @@ def test_a_compacted_request_decodes_into_new_blocks():
     engine.compact("a", 3 * BLOCK_SIZE, [[1, 3], [2, 2]])
     for _ in range(48):
         engine.step({"a": 1})
-    assert engine.state.tables["a"].num_tail == 3
+    assert engine.state.tables["a"].num_tail == [3]
 
 
 def test_rows_come_go_change_places_and_are_compacted_again():
@@ -168,7 +168,7 @@ def test_chunks_of_queries_go_over_a_tail_that_outgrows_its_table(chunk):
     engine.compact("a", 3 * BLOCK_SIZE, [[1, 3], [2, 2]])
     engine.compact("b", 2 * BLOCK_SIZE, [[1, 1], [1, 1]])
     width = engine.state.tables["a"].pages.shape[-1]
-    while engine.state.tables["a"].num_tail <= SPARE_COLUMNS:
+    while engine.state.tables["a"].num_tail[0] <= SPARE_COLUMNS:
         engine.step({"b": 1, "a": chunk} if engine.lengths["b"] % 2 else {"a": chunk, "b": 1})
     engine.step({"a": 1, "b": 2})
     assert engine.state.tables["a"].pages.shape[-1] > width
@@ -182,7 +182,7 @@ def test_a_dummy_batch_is_the_stock_one_while_requests_are_tracked():
     engine.state.live = False
     metadata = engine.builder.build(0, engine.metadata({"a": 1}))
     assert type(metadata).__name__ == "CPUAttentionMetadata"
-    assert engine.state.tables["a"].num_tail == 0, "what it shows is no request's"
+    assert engine.state.tables["a"].num_tail == [0], "what it shows is no request's"
     engine.state.live = True
     engine.step({"a": 1})
 

@@ -47,6 +47,7 @@ CASES = {
     ),
     "windows": Case("hybrids", "gemma3", pool=90),
     "chunks": Case("hybrids", "llama4", pool=90),
+    "several groups": Case("hybrids", "padded", pool=150),
     "states": Case("stateful", "lfm2", prompt=600, options=STATEFUL["lfm2"]),
     "latents": Case("deepseek", pool=80, options={"block_size": 16}),
 }

@@ -286,6 +286,17 @@ def test_beside_windows_a_draft_model_of_full_attention_changes_neither_a_token_
     assert drafting.free == NUM_BLOCKS - 1
 
 
+def test_a_draft_model_by_which_there_are_several_groups_is_refused_at_start(engines, hybrids, sliding):
+    # Of three layers of full attention and two that slide a window.
+    speculative = dict(method="eagle3", model=str(sliding["eagle3"]), num_speculative_tokens=NUM_DRAFTS)
+    speculative["draft_load_config"] = DUMMY
+    with pytest.raises(
+        KVCompressionError, match="a draft model where .* in several cache groups; use"
+    ) as error:
+        engines(hybrids["gpt-oss"], "snapkv", speculative_config=speculative)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("method", "reason"),
     [

@@ -17,7 +17,7 @@ from crowd import (
     serve,
     tolerate,
 )
-from harness import BLOCK_SIZE, Engine, sampling, tokens
+from harness import BLOCK_SIZE, Engine, first_difference, sampling, tokens
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -26,11 +26,14 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.manager import CompactingManager
 
 SLIDING = 128  # tokens of a window
-HYBRIDS = ["gemma3", "gpt-oss"]
-POOL = 110  # blocks; a prompt of 700 tokens needs 22 of full attention and, at most, 42 of windows
+HYBRIDS = ["gemma3", "gpt-oss", "padded"]
+STARTED = {"padded": dict(max_model_len=2048)}  # of the engine: it holds three blocks of others' one
+# Blocks; a prompt of 700 tokens needs 22 of each group of full attention and, at most, 42 of windows.
+POOL = {"gemma3": 110, "gpt-oss": 110, "padded": 200}
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
@@ -41,7 +44,7 @@ def name(request) -> str:
 @pytest.fixture
 def engine(engines, hybrids, name):
     """With an empty prefix cache; afterwards nothing may be left in it."""
-    found = engines(hybrids[name], "snapkv:budget=0.25")
+    found = engines(hybrids[name], "snapkv:budget=0.25", **STARTED.get(name, {}))
     found.forget_prefixes()
     found.sent.clear(), found.compactions.clear(), found.outputs.clear()
     free = found.free
@@ -52,7 +55,7 @@ def engine(engines, hybrids, name):
 
 @pytest.fixture
 def stock(engines, hybrids, name, engine):
-    found = engines(hybrids[name])
+    found = engines(hybrids[name], **STARTED.get(name, {}))
     found.forget_prefixes()
     return found
 
@@ -140,32 +143,65 @@ def held(engine: Engine, request: str) -> list[int]:
 def test_full_attention_gives_blocks_back_and_windows_go_on_as_in_stock(engine, stock, long_ids):
     prompt, params = long_ids(1201, seed=2), sampling(80)
     whole, ours = stock.add(prompt, params), engine.add(prompt, params)
-    freed, steps = 0, 0
+    freed, steps, own = 0, 0, engine.manager.num_groups
     while engine.llm.llm_engine.has_unfinished_requests():
         engine.step(), stock.step()
         if not engine.llm.llm_engine.has_unfinished_requests():
             break
         plain, found = held(stock, whole), held(engine, ours)
+        job = engine.compactions[-1].job if engine.compactions else None
+        compacted_to = len(engine.manager.compacted.get(engine.live(ours).request_id, ()))
+        assert compacted_to == (len(job.destination) if job else 0)
+        gone = -compacted_to
         for index, manager in enumerate(engine.managers):
-            if manager is not engine.manager:
+            if not isinstance(manager, CompactingManager):
                 assert found[index] == plain[index] <= 512 // BLOCK_SIZE + SLIDING // BLOCK_SIZE + 1
                 continue
-            job = engine.compactions[-1].job if engine.compactions else None
-            compacted_to = len(engine.manager.compacted.get(engine.live(ours).request_id, ()))
-            assert compacted_to == (len(job.destination) if job else 0)
-            gone = plain[index] - found[index] - compacted_to
-            freed = max(freed, gone)
+            gone += plain[index] - found[index]
+        freed = max(freed, gone)
         engine.check_accounts()
         steps += 1
     stock.finish()
-    assert freed == 36 - 9 and steps > 80  # of 1,168 tokens below the window a quarter stays
+    assert freed == (36 - 9) * own and steps > 80  # of 1,168 tokens below the window a quarter stays
+
+
+def test_layers_of_several_groups_share_one_destination(engines, hybrids, long_ids):
+    engine = engines(hybrids["padded"], "snapkv:budget=0.25", **STARTED["padded"])
+    engine.forget_prefixes()
+    own = [m.kv_cache_group_id for m in (engine.manager, *engine.manager.others)]
+    config = engine.scheduler.kv_cache_config
+    assert [len(config.kv_cache_groups[group].layer_names) for group in own] == [2, 2, 1]
+    grid = engine.worker.compactor.grid
+    assert grid.groups == (0, 1, 2, 0, 1) and grid.slots == (0, 0, 0, 1, 1)
+    prompt = long_ids(640, seed=14)
+    request = engine.add(prompt, sampling(40, "kv_compress:budget=0.25"))
+    compaction = engine.step_until_compacted(request)
+    # Of 19 blocks below the window five of each group stay, where there is room for two layers.
+    assert len(compaction.job.destination) == 5 * 3 and compaction.counts.sum() == 5 * 3 * 2 * 2
+    assert compaction.counts.sum(1).unique().numel() > 1, "layers of all groups compete"
+    engine.check_accounts(), engine.finish()
+    # Room for all of them: what no raw page fills is not filled by anything.
+    whole = engine.run(prompt, sampling(40, "off"))
+    for options in (
+        "snapkv:budget=0.9",
+        "snapkv:budget=0.9,recompact_every=8",
+        "kv_compress+kivi8:budget=0.8",
+    ):
+        answer = engine.run(prompt, sampling(40, options))
+        kept = engine.compactions[-1].counts
+        assert len(kept) == 5
+        if "kivi" not in options:
+            assert first_difference(answer, whole) is None
+            assert (kept == engine.compactions[-1].job.boundary // BLOCK_SIZE).all()
+    engine.check_nothing_left()
 
 
 def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in_any_group(
     engines, hybrids, name, long_ids
 ):
     # Windows, too, have every block cached, where vLLM is asked to.
-    engine = engines(hybrids[name], "snapkv:budget=0.25", prefix_cache_retention_interval=BLOCK_SIZE)
+    options = STARTED.get(name, {}) | {"prefix_cache_retention_interval": BLOCK_SIZE}
+    engine = engines(hybrids[name], "snapkv:budget=0.25", **options)
     prompt = long_ids(400, seed=3)
     point, end = len(prompt) // BLOCK_SIZE, (len(prompt) + 199) // BLOCK_SIZE
 
@@ -263,6 +299,34 @@ def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_move
     assert engine.free == free
 
 
+@pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="which vLLM's CPU kernel takes for it")
+def test_a_quantized_cache_in_several_groups_is_refused_in_one_line(engines, hybrids):
+    with pytest.raises(
+        KVCompressionError, match="support --kv-cache-dtype fp8 where .* groups; use"
+    ) as error:
+        engines(hybrids["padded"], "snapkv", **STARTED["padded"], kv_cache_dtype="fp8")
+    assert "\n" not in str(error.value)
+
+
+def test_under_pressure_room_is_made_in_all_groups(engines, hybrids, long_ids):
+    engine = engines(hybrids["padded"], "snapkv:budget=0.25", **STARTED["padded"])
+    engine.forget_prefixes()
+    engine.sent.clear(), engine.compactions.clear(), engine.outputs.clear()
+    free, preempted = engine.free, engine.preemptions
+    with engine.squeezed(leave=160):
+        for index in range(6):
+            engine.add(
+                long_ids(700, seed=500 + index), sampling(30, "knorm:budget=0.125,when=pressure,window=32")
+            )
+        while engine.llm.llm_engine.has_unfinished_requests():
+            engine.step()
+            engine.check_accounts()
+    assert len(engine.outputs) == 6 and len(engine.compactions) >= 3 and engine.preemptions == preempted
+    assert engine.sent == [compaction.job for compaction in engine.compactions]
+    engine.check_nothing_left()
+    assert engine.free == free
+
+
 # ---------------------------------------------------------------------- the crowd
 
 OPTIONS = [
@@ -281,9 +345,9 @@ OPTIONS = [
 ]
 
 
-def test_a_crowd_in_a_small_pool_leaves_nothing_and_nobody_disturbs_another(engine, stock, long_ids):
+def test_a_crowd_in_a_small_pool_leaves_nothing_and_nobody_disturbs_another(engine, stock, name, long_ids):
     members = members_of_small_crowd(long_ids, OPTIONS, 50, (40, 700, 100))
-    run = serve(engine, members, POOL, random.Random(8))
+    run = serve(engine, members, POOL[name], random.Random(8))
     assert run.free_after == run.free_before
     assert run.sent == [compaction.job for compaction in run.compactions]
     assert run.preemptions > 0 and len(run.compactions) > 20 and run.most_running > 3

@@ -85,6 +85,8 @@ OF_HYBRIDS = [
     "kvzip",
 ]
 HYBRIDS = ["gemma3", "gpt-oss"]
+# With one of which vLLM has those that do not in two groups.
+OF_GROUPS = ["snapkv", "kv_compress", "pyramidkv", "h2o, adaptive", "criticalkv, global", "kvzip"]
 CHUNKED = "chunked_attention"  # layers that attend within chunks of the context
 OF_CHUNKED = ["snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global", "kvzip"]
 # With random models some of whose layers keep a state, in blocks of three pages.
@@ -646,6 +648,7 @@ class Case:
         *(("random", name) for name in CASES),
         *(("smollm2", name) for name in REAL),
         *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
+        *(("mostly-full", name) for name in OF_GROUPS),
         *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
         *(("llama4", name) for name in OF_CHUNKED),
         *OF_STATEFUL,
@@ -691,7 +694,8 @@ def case(request, engines, models, long_ids, tokenizer):
 def test_page_counts_are_those_of_the_allocation(case):
     scores, allocation, blocks, compaction = case.scores, case.allocation, case.blocks, case.compaction
     layers, heads, num_tokens = scores.shape
-    assert len(compaction.job.destination) * case.parts == case.most
+    groups = 1 + len(compaction.job.other_sources)
+    assert len(compaction.job.destination) * case.parts == case.most * groups
     assert compaction.job.boundary == num_tokens
     assert compaction.counts.shape == (layers, heads)
     assert int(compaction.counts.sum()) == blocks * layers * heads
@@ -775,7 +779,7 @@ ENCODED = [
         *(("random", form) for form in ENCODED),
         ("smollm2", ENCODED[3]),
         ("gemma3", ENCODED[0]),
-        *((hybrid, form) for hybrid in HYBRIDS for form in (ENCODED[3], ENCODED[6])),
+        *((hybrid, form) for hybrid in (*HYBRIDS, "mostly-full") for form in (ENCODED[3], ENCODED[6])),
     ],
 )
 def test_logits_over_encoded_tokens_are_those_of_attention_over_what_was_written(

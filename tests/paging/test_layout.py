@@ -30,3 +30,25 @@ def test_positional_pages_keep_each_layer_and_head_in_its_slot(layers, heads, bl
     for layer in range(layers):
         own = grid.layer_pages(slice(layer, layers), ids).view(-1, heads, 2)
         assert torch.equal(own, cache[layer:, ids].transpose(1, 2))
+
+
+GROUPED = PageGrid(5, 12, 2, block_size=32, num_groups=3, groups=(0, 1, 2, 0, 1), slots=(0, 0, 0, 1, 1))
+
+
+def test_layers_of_several_groups_have_slots_together_and_blocks_of_their_own():
+    cache = torch.arange(2 * 12 * 2).view(2, 12, 2)
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8], [9, 10, 11]])
+    pages = GROUPED.positional_pages(ids)
+    for layer, (group, slot) in enumerate(zip(GROUPED.groups, GROUPED.slots, strict=True)):
+        assert torch.equal(pages[layer], cache[slot, ids[group]].T)
+        own = GROUPED.layer_pages(slice(layer, layer + 1), ids[group])
+        assert torch.equal(own, pages[layer])
+    assert torch.equal(GROUPED.layer_pages(slice(1, 4), ids), pages[1:4].flatten(0, 1))
+    assert len(pages.unique()) == pages.numel()
+
+
+def test_a_compacted_page_of_any_group_may_be_in_any_slot_of_any_block():
+    cache = torch.arange(2 * 12 * 2).view(2, 12, 2)
+    chosen = torch.tensor([9, 2])
+    linear = GROUPED.linear_pages(chosen)
+    assert torch.equal(linear, cache[:, chosen].transpose(0, 1).flatten())

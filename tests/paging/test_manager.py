@@ -12,13 +12,18 @@ from vllm_kvcompress.paging.spec import CompactableSpec
 BLOCK = 32
 
 
-def manager_of(num_blocks: int):
+def manager_of(num_blocks: int, others: int = 0):
+    """A manager, which has taken in others of the same pool."""
     spec = CompactableSpec(block_size=BLOCK, num_kv_heads=2, head_size=64, dtype=torch.float32)
     pool = BlockPool(num_blocks, enable_caching=True, hash_block_size=BLOCK)
     from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
     cls = KVCacheSpecRegistry.get_manager_class(spec)
-    return cls(spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=BLOCK)
+    given = dict(block_pool=pool, enable_caching=True, scheduler_block_size=BLOCK)
+    manager = cls(spec, kv_cache_group_id=0, **given)
+    for group in range(1, 1 + others):
+        manager.take_in(cls(spec, kv_cache_group_id=group, **given))
+    return manager
 
 
 def request_of(request_id: str, num_tokens: int, salt: str = ""):
@@ -164,3 +169,32 @@ def test_a_request_that_is_compacted_on_the_way_asks_for_its_peak_alone():
     manager.peak_blocks["a"] = 12
     assert manager.get_num_blocks_to_allocate("a", 100 * BLOCK, **asked) == 12
     assert manager.get_num_blocks_to_allocate("a", 5 * BLOCK, **asked) == 5
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_blocks_of_several_groups_are_swapped_together_and_all_come_back(roomy):
+    manager = manager_of(60 if roomy else 31, others=2)
+    managers, pool = (manager, *manager.others), manager.block_pool
+    free, request = pool.get_num_free_blocks(), request_of("a", 12 * BLOCK)
+    for each in managers:
+        admit(each, request, 10 * BLOCK)
+    rows = [[block.block_id for block in row[:8]] for row in manager.rows("a")]
+    previous, source, destination = manager.compact("a", 0, 8, 2)
+    assert not previous and list(source) == sum(rows, []) and len(destination) == 6
+    assert set(destination).isdisjoint(source) == roomy
+    assert manager.held_blocks("a") == 6 + 3 * 2 == free - pool.get_num_free_blocks()
+    for each in managers:
+        assert all(block.is_null for block in each.req_to_blocks["a"][:8])
+        each.allocate_new_blocks("a", 12 * BLOCK, 12 * BLOCK)
+        each.cache_blocks(request, 12 * BLOCK, replay_boundaries=())
+        group = [each.kv_cache_group_id]
+        assert pool.get_cached_block(request.block_hashes[9], group) is not None
+        assert pool.get_cached_block(request.block_hashes[10], group) is None
+    again, source, destination = manager.compact("a", 8, 11, 3)
+    assert len(again) == 6 and len(source) == 9 and len(destination) == 9
+    manager.shrink("a", 1)
+    assert manager.held_blocks("a") == 3 + 3 == free - pool.get_num_free_blocks()
+    for each in managers[::-1]:
+        each.free("a")
+    assert pool.get_num_free_blocks() == free
+    assert manager.take_released() == ["a"] and not any(each.take_released() for each in managers)

@@ -11,7 +11,7 @@ from vllm_kvcompress import KVCompressionConfig
 from vllm_kvcompress.attention.cpu import CompressedCPUAttentionBackend
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.job import Job
-from vllm_kvcompress.paging.spec import CompactableSpec, compactable_group
+from vllm_kvcompress.paging.spec import CompactableSpec, compactable_groups
 
 SHAPE = dict(num_kv_heads=2, head_size=32, dtype=torch.float32)
 PLAIN = FullAttentionSpec(block_size=96, **SHAPE)
@@ -26,6 +26,10 @@ def test_a_job_in_smaller_blocks_names_all_of_each_block_and_of_the_last_what_ho
     assert split.destination == (6, 7, 8, 15, 16, 17)
     assert split.tail == (21, 22)  # of 42 tokens
     assert replace(split, previous=(4,), source=(9, 2), tail=(7,), destination=(2, 5)) == job
+    several = replace(job, other_sources=((3, 1),), other_tails=((6,),))
+    assert several.raw == [(9, 2, 7), (3, 1, 6)] and several.freed == {4, 9, 2, 3, 1}
+    others = several.split(3, 32)
+    assert others.raw == [split.source + split.tail, (9, 10, 11, 3, 4, 5, 18, 19)]
 
 
 def test_a_spec_keeps_how_its_blocks_are_split():
@@ -38,14 +42,25 @@ def test_a_spec_keeps_how_its_blocks_are_split():
     assert sizes(SPLIT) == [32] and sizes(PLAIN) == sizes() != [32]
 
 
-def test_padded_blocks_are_refused_in_one_line():
-    def groups(spec):
-        return SimpleNamespace(
-            kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in (PLAIN, spec)]
-        )
+def groups(*specs) -> SimpleNamespace:
+    """vLLM's configuration of a cache with such groups behind one of its own."""
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=each) for each in (PLAIN, *specs)])
 
-    assert compactable_group(groups(SPLIT)) == 1
+
+def test_groups_that_are_alike_are_compacted_together():
+    assert compactable_groups(groups(SPLIT, PLAIN, replace(SPLIT))) == [1, 3]
+    with pytest.raises(
+        KVCompressionError, match="of one shape .* has them of several shapes; serve"
+    ) as error:
+        compactable_groups(groups(SPLIT, CompactableSpec.of(PLAIN)))
+    assert "\n" not in str(error.value)
+    with pytest.raises(KVCompressionError, match="has none, or of several shapes; serve"):
+        compactable_groups(groups())
+
+
+def test_padded_blocks_are_refused_in_one_line():
+    assert compactable_groups(groups(SPLIT)) == [1]
     padded = replace(SPLIT, page_size_padded=SPLIT.page_size_bytes + 4096)
     with pytest.raises(KVCompressionError, match="has them in blocks that are padded, .*; serve it") as error:
-        compactable_group(groups(padded))
+        compactable_groups(groups(padded))
     assert "\n" not in str(error.value)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.requests.tables import SPARE_COLUMNS, BatchTables, RequestTable
+from vllm_kvcompress.requests.tables import SPARE_COLUMNS, BatchTables, RequestTable, extend
 
 BLOCK_SIZE = 4
 
@@ -57,7 +57,7 @@ def test_each_heads_pages_are_its_run_and_then_its_share_of_every_raw_block(coun
         next_block += size
         table.append_tail(torch.tensor(new))
         tail += new
-        assert table.num_tail == len(tail)
+        assert table.num_tail == [len(tail)]
     for layer, row in enumerate(counts):
         for head, count in enumerate(row):
             wanted = owned[layer][head] + [page(table.grid, layer, block, head) for block in tail]
@@ -177,3 +177,28 @@ def test_physical_lengths_are_what_was_kept_and_the_raw_tail():
     lengths = batch.seq_lens(torch.tensor([70, 45]))
     assert lengths.dtype == torch.int32
     assert lengths.tolist() == [[4 + 6, 12 + 6, 8 + 13, 8 + 13], [8 + 6, 8 + 6, 4 + 13, 12 + 13]]
+
+
+def test_each_group_of_layers_shows_its_own_raw_blocks_as_it_hears_of_them():
+    groups, slots = (0, 1, 0), (0, 0, 1)
+    grid = PageGrid(3, 50, 2, BLOCK_SIZE, num_groups=2, groups=groups, slots=slots)
+    counts = torch.tensor([[1, 2], [3, 1], [1, 2]])
+    table = RequestTable(grid, torch.tensor([7, 4, 9]), counts, 8, None)
+    every = grid.linear_pages(table.destination).tolist()
+    tails, batch = {0: [20, 21, 22], 1: [30, 31, 32]}, BatchTables()
+    seq_lens = torch.tensor([8 + 3 * BLOCK_SIZE])
+    for group in (0, 1):
+        extend({0: table}, seq_lens, torch.tensor([[0, 0, *tails[group]]]), group)
+        batch.update([table])
+        begin = 0
+        for layer, row in enumerate(counts.tolist()):
+            for head, count in enumerate(row):
+                run, begin = every[begin : begin + count], begin + count
+                known = groups[layer] <= group
+                tail = tails[groups[layer]] if known else [0] * 3
+                wanted = run + [page(grid, slots[layer], block, head) if known else 0 for block in tail]
+                for pages in (table.pages[layer, head], batch.pages[layer, head]):
+                    assert pages[: count + 3].tolist() == wanted and not pages[count + 3 :].any()
+    assert table.num_tail == [3, 3] and table.num_blocks == 3
+    extend({0: table}, seq_lens, torch.tensor([[0, 0, *tails[0]]]), 0)
+    assert table.num_tail == [3, 3]

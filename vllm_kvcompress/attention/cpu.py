@@ -98,6 +98,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
 
     state: CompressionState | None = None  # set by the worker once the cache exists
     has_sinks = False  # likewise: whether any layer has them
+    group = 0  # likewise: of the layers that are compacted, see `PageGrid`
 
     @functools.cached_property
     def _readers(self) -> dict[Format, tuple[RecordAttention, BatchTables]]:
@@ -125,7 +126,7 @@ class CompressedCPUAttentionMetadataBuilder(CPUAttentionMetadataBuilder):
             rest = super().build(common_prefix_len, _only_rows(common, others, rest_tokens), fast_build)
         else:
             rest = _no_rows(common)
-        extend(tables, common.seq_lens, common.block_table_tensor)
+        extend(tables, common.seq_lens, common.block_table_tensor, self.group)
         by_format: dict[Format | None, dict[int, RequestTable]] = {}
         for row, table in tables.items():
             by_format.setdefault(table.format, {})[row] = table
@@ -235,7 +236,7 @@ class CompressedCPUAttentionImpl(OwnLayer, CPUAttentionBackendImpl):
 
     stock = CPUAttentionBackendImpl
     PLACE = "layer_index", "pages"
-    pages: Tensor  # `[L·B·H, 1, 2N, D]`, every page of every layer; set by the worker once the cache exists
+    pages: Tensor  # `[S·B·H, 1, 2N, D]`, every page; set by the worker once the cache exists
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

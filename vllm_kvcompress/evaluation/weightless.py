@@ -32,7 +32,7 @@ from vllm.v1.request import Request
 
 from vllm_kvcompress.config import METHODS, KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.findings import Finding, Held, LayerGroup
-from vllm_kvcompress.paging.spec import CompactableLatentSpec, CompactableSpec, compactable_group
+from vllm_kvcompress.paging.spec import CompactableLatentSpec, CompactableSpec, compactable_groups
 from vllm_kvcompress.plan import Plan, is_ever_compacted, next_point
 from vllm_kvcompress.requests.layers import DRAFTS_LACK
 from vllm_kvcompress.support import check_method
@@ -77,7 +77,7 @@ class _Executor(UniProcExecutor):
 
     def initialize_from_config(self, kv_cache_configs: list[KVCacheConfig]) -> None:
         config = kv_cache_configs[0]
-        spec = config.kv_cache_groups[compactable_group(config)].kv_cache_spec
+        spec = config.kv_cache_groups[compactable_groups(config)[0]].kv_cache_spec
         found = lacks_of_shape(spec.num_kv_heads, spec.head_size, self.vllm_config)
         worker = self.driver_worker.worker
         worker.lacks = found | (
@@ -207,7 +207,7 @@ class EngineWithoutWeights:
     def _grows(self, request: Request, config: KVCompressionConfig, num_output: int) -> bool:
         """Have a request computed and compacted to its end; False where the pool ends before."""
         manager, compacting = self.scheduler.kv_cache_manager, self.scheduler.compacting_manager
-        block_size, in_page = compacting.block_size, self.scheduler._page_tokens(config)
+        block_size, in_page = compacting.block_size, self.scheduler._compactions.page_tokens(config)
         num_prompt, held, point = request.num_prompt_tokens, None, None
         end = num_prompt + num_output - 1  # the last token is never computed
         if is_ever_compacted(config, num_prompt, end + 1, block_size, in_page):
@@ -245,7 +245,7 @@ class EngineWithoutWeights:
             begin,
             plan.boundary // manager.block_size,
             plan.kept_blocks,
-            self.scheduler._in_place(plan),
+            self.scheduler._compactions.in_place(plan),
         )
         return held if swapped is None else plan
 

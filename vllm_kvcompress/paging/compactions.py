@@ -1,5 +1,6 @@
 """What it takes to compact a request: a Job, blocks to compact into, and a place among the step's others."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vllm.platforms import current_platform
@@ -22,17 +23,21 @@ class Compactions:
     """
 
     def __init__(
-        self, group: KVCacheGroupSpec, manager: CompactingManager, prefixes: Prefixes, most_read: int
+        self,
+        groups: Sequence[KVCacheGroupSpec],
+        manager: CompactingManager,
+        prefixes: Prefixes,
+        most_read: int,
     ) -> None:
         """
         Args:
-            group: the layers that are compacted.
+            groups: the layers that are compacted.
             manager: of their blocks.
             prefixes: which go where there is no room to compact into.
             most_read: tokens that the compactions of a step may read, unless it is one alone.
         """
-        self._spec = group.kv_cache_spec
-        self.block_bytes = self._spec.page_size_bytes * len(group.layer_names)
+        self._spec = groups[0].kv_cache_spec
+        self.block_bytes = self._spec.page_size_bytes * max(len(group.layer_names) for group in groups)
         self._manager, self._prefixes, self._most_read = manager, prefixes, most_read
         self._read = 0  # tokens, in this step
 
@@ -54,15 +59,21 @@ class Compactions:
         shape = spec.tokens_of_page, spec.head_size, spec.dtype.itemsize
         return page_tokens(config, spec.block_size, *shape)
 
+    def kept_blocks(self, plan: Plan) -> int:
+        """Blocks of the pool that a request is compacted into: those of the plan, for each group."""
+        return plan.kept_blocks * self._manager.num_groups
+
     def in_place(self, plan: Plan) -> bool:
         """Whether a compaction may write blocks that it reads."""
-        return current_platform.is_cpu() or plan.kept_blocks * self.block_bytes <= STAGED_BYTES
+        return current_platform.is_cpu() or self.kept_blocks(plan) * self.block_bytes <= STAGED_BYTES
 
     def job(self, request: Request, tracked: Tracked, point: int, plan: Plan) -> Job:
         """What compacting a request is, without the blocks that it is compacted into."""
         manager, held = self._manager, tracked.held
         begin = held.source_blocks if held else 0
-        row = [block.block_id for block in manager.req_to_blocks[request.request_id]]
+        rows = [[block.block_id for block in row] for row in manager.rows(request.request_id)]
+        source, *sources = (tuple(row[begin : plan.source_blocks]) for row in rows)
+        tail, *tails = (tuple(row[plan.source_blocks : -(-point // manager.block_size)]) for row in rows)
         return Job(
             request_id=request.request_id,
             config=tracked.config,
@@ -70,9 +81,11 @@ class Compactions:
             boundary=plan.boundary,
             previous_boundary=held.boundary if held else 0,
             previous=(),
-            source=tuple(row[begin : plan.source_blocks]),
-            tail=tuple(row[plan.source_blocks : -(-point // manager.block_size)]),
+            source=source,
+            tail=tail,
             destination=(),
+            other_sources=tuple(sources),
+            other_tails=tuple(tails),
         )
 
     def swapped(self, job: Job, tracked: Tracked, plan: Plan) -> Job | None:

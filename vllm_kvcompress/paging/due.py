@@ -1,5 +1,6 @@
 """The requests that are due: which of them are compacted in a step, which wait, and which go on raw."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -132,7 +133,8 @@ class Due:
             return False
         if self._tracked[name].config.prefix is not None:  # it is there for that alone
             return True
-        full = name in manager.peak_blocks and manager.held_blocks(name) >= manager.peak_blocks[name]
+        peak = manager.peak_blocks.get(name, math.inf) * manager.num_groups
+        full = manager.held_blocks(name) >= peak
         return request.is_prefill_chunk or full
 
     def _for_longest(self) -> list[Request]:
@@ -175,13 +177,13 @@ class Due:
             return None
         reads = tokens_read(point, block_size, held)
         if not self._compactions.bears(reads):
-            self.deferred[request.request_id] = plan.kept_blocks
+            self.deferred[request.request_id] = self._compactions.kept_blocks(plan)
             solving.pass_on(request.request_id)
             return None
         swapped = self._compactions.swapped(job, tracked, plan)
         if swapped is None:  # it is tried again at the next step
             if not self._compactions.in_place(plan):
-                self.deferred[request.request_id] = plan.kept_blocks
+                self.deferred[request.request_id] = self._compactions.kept_blocks(plan)
             solving.pass_on(request.request_id)
             return None
         solving.release(request.request_id)

@@ -1,4 +1,4 @@
-"""What front ends must know of the cache group that is compacted, where it is one of several."""
+"""What front ends must know of the cache groups that are compacted, where there are others or several."""
 
 from vllm.config import VllmConfig
 
@@ -13,6 +13,11 @@ def block_size(vllm_config: VllmConfig) -> int:
 def blocks_beside(vllm_config: VllmConfig) -> int:
     """Blocks that a request holds at most of groups that are not compacted, which have the same pool."""
     return _group(vllm_config).get("beside", 0)
+
+
+def num_groups(vllm_config: VllmConfig) -> int:
+    """Groups that are compacted: a request has blocks of its own in each."""
+    return _group(vllm_config).get("groups", 1)
 
 
 def tokens_of_page(vllm_config: VllmConfig) -> int:

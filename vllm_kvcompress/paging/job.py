@@ -21,6 +21,8 @@ class Job:
         destination: block ids that receive the kept pages; may overlap `previous` and `source`. With a
             threshold, as many as may be needed.
         solved: whether biases and values of what is kept are solved for before it is run.
+        other_sources: where layers are in several cache groups of vLLM's, `source` of each other group.
+        other_tails: likewise, `tail`.
     """
 
     request_id: str
@@ -33,6 +35,19 @@ class Job:
     tail: tuple[int, ...]
     destination: tuple[int, ...]
     solved: bool = False
+    other_sources: tuple[tuple[int, ...], ...] = ()
+    other_tails: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def raw(self) -> list[tuple[int, ...]]:
+        """Block ids of the raw tokens, of each group: equally many."""
+        sources, tails = (self.source, *self.other_sources), (self.tail, *self.other_tails)
+        return [source + tail for source, tail in zip(sources, tails, strict=True)]
+
+    @property
+    def freed(self) -> set[int]:
+        """Block ids that are freed once it has run, unless they are of the destination."""
+        return {block for blocks in (self.previous, self.source, *self.other_sources) for block in blocks}
 
     def split(self, num_parts: int, block_size: int) -> "Job":
         """The same in smaller blocks.
@@ -45,12 +60,15 @@ class Job:
         def parts(ids: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(id * num_parts + part for id in ids for part in range(num_parts))
 
+        num_tail = -(-(self.num_tokens - self.boundary) // block_size)
         return replace(
             self,
             previous=parts(self.previous),
             source=parts(self.source),
-            tail=parts(self.tail)[: -(-(self.num_tokens - self.boundary) // block_size)],
+            tail=parts(self.tail)[:num_tail],
             destination=parts(self.destination),
+            other_sources=tuple(map(parts, self.other_sources)),
+            other_tails=tuple(parts(tail)[:num_tail] for tail in self.other_tails),
         )
 
 

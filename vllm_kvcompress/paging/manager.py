@@ -16,6 +16,12 @@ class CompactingManager(FullAttentionManager):
     A request's row of blocks stays positional: position i of the row is block i of its tokens. Compacted
     positions hold the null block, as sliding-window rows do, and the blocks that really hold the kept
     pages are kept beside the row in `compacted`.
+
+    Where vLLM has the layers in several groups, a request has as many rows, and one destination for all: of
+    their managers one compacts and keeps the books of all.
+
+    Attributes:
+        others: managers of the other groups, whose blocks are compacted with these.
     """
 
     def __init__(self, kv_cache_spec: KVCacheSpec, **kwargs) -> None:
@@ -25,11 +31,27 @@ class CompactingManager(FullAttentionManager):
         self.borrowers: set[str] = set()  # requests that read another one's blocks and leave nothing behind
         self.attaching: dict[str, Prefix] = {}  # by requests that take one over if they are admitted
         self._released: set[str] = set()
+        self.others: list[CompactingManager] = []
+
+    def take_in(self, other: "CompactingManager") -> None:
+        """Compact the blocks of another group with these, and keep its books."""
+        self.others.append(other)
+        other.compacted, other.peak_blocks, other.attaching = self.compacted, self.peak_blocks, self.attaching
+        other.borrowers, other._released = self.borrowers, self._released
+
+    @property
+    def num_groups(self) -> int:
+        """Groups whose blocks are compacted together."""
+        return 1 + len(self.others)
+
+    def rows(self, request_id: str) -> list[list[KVCacheBlock]]:
+        """A request's rows of blocks, of each group."""
+        return [manager.req_to_blocks[request_id] for manager in (self, *self.others)]
 
     def compact(
         self, request_id: str, begin: int, end: int, num_kept: int, in_place: bool = True
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
-        """Swap a request's compacted blocks and the raw ones `[begin, end)` of its row for `num_kept` blocks.
+        """Swap a request's compacted blocks and the raw ones `[begin, end)` of its rows for new blocks.
 
         What is no longer needed is freed at once. That is safe because the worker runs the Job before any
         write of the step that is now being scheduled. Raw blocks keep their prefix-cache hashes until they
@@ -37,21 +59,22 @@ class CompactingManager(FullAttentionManager):
 
         Args:
             request_id: the request.
-            begin: first raw block of its row that is compacted.
+            begin: first raw block of its rows that is compacted.
             end: one past the last.
-            num_kept: blocks of the destination.
+            num_kept: blocks of the destination, for each group.
             in_place: whether the request's own blocks may be written where the pool has too few free ones.
 
         Returns:
-            Block ids of the previous compaction, of the raw source and of the destination; or None while
-            neither the pool nor, in place, the request's own unshared blocks can provide the destination.
+            Block ids of the previous compaction, of the raw source, group by group, and of the destination;
+            or None while neither the pool nor, in place, the request's own unshared blocks can provide that.
         """
-        row = self.req_to_blocks[request_id]
-        previous, source = self.compacted.get(request_id, []), row[begin:end]
-        destination = self._take_destination(previous, source, num_kept, in_place)
+        rows = self.rows(request_id)
+        previous, source = self.compacted.get(request_id, []), [b for row in rows for b in row[begin:end]]
+        destination = self._take_destination(previous, source, num_kept * self.num_groups, in_place)
         if destination is None:
             return None
-        row[begin:end] = [self._null_block] * (end - begin)
+        for row in rows:
+            row[begin:end] = [self._null_block] * (end - begin)
         reused = {block.block_id for block in destination}
         self.block_pool.free_blocks(
             block for block in (*previous, *reversed(source)) if block.block_id not in reused
@@ -61,8 +84,8 @@ class CompactingManager(FullAttentionManager):
         return next(ids), next(ids), next(ids)
 
     def shrink(self, request_id: str, num_kept: int) -> None:
-        """Free what of a request's compacted blocks holds nothing: all but the first `num_kept`."""
-        destination = self.compacted[request_id]
+        """Free what of a request's compacted blocks holds nothing: all but the first `num_kept` per group."""
+        destination, num_kept = self.compacted[request_id], num_kept * self.num_groups
         self.block_pool.free_blocks(destination[num_kept:])
         self.compacted[request_id] = destination[:num_kept]
 
@@ -111,8 +134,9 @@ class CompactingManager(FullAttentionManager):
             self.compacted[request_id] = list(prefix.compacted)
 
     def held_blocks(self, request_id: str) -> int:
-        """Blocks of the pool that the request holds: its raw blocks and its compacted ones."""
-        raw = sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+        """Blocks of the pool that the request holds, of all groups: its raw blocks and its compacted ones."""
+        rows = (manager.req_to_blocks.get(request_id, ()) for manager in (self, *self.others))
+        raw = sum(not block.is_null for row in rows for block in row)
         return raw + len(self.compacted.get(request_id, ()))
 
     def may_be_cached(self, request_id: str) -> bool:
@@ -128,7 +152,8 @@ class CompactingManager(FullAttentionManager):
 
     def take_released(self) -> list[str]:
         """Drain the ids of requests that were released since the last call."""
-        released, self._released = sorted(self._released), set()
+        released = sorted(self._released)
+        self._released.clear()
         return released
 
     def cache_blocks(

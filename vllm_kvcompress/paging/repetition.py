@@ -9,7 +9,7 @@ from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressionConfig
-from vllm_kvcompress.paging.groups import block_size, blocks_beside, shares_contexts
+from vllm_kvcompress.paging.groups import block_size, blocks_beside, num_groups, shares_contexts
 from vllm_kvcompress.paging.job import Repetition
 
 # The authors' words.
@@ -47,7 +47,8 @@ def longest_repetition(vllm_config: VllmConfig, num_context: int, num_blocks: in
     usable -= int(vllm_config.scheduler_config.watermark * num_blocks)
     of_context = -(-num_context // size)
     # Computed again, it has blocks of its own.
-    left = usable - of_context * (1 if shares_contexts(vllm_config) else 2) - 2 * blocks_beside(vllm_config)
+    left = (usable - 2 * blocks_beside(vllm_config)) // num_groups(vllm_config)
+    left -= of_context * (1 if shares_contexts(vllm_config) else 2)
     return min(longest, left * size - num_context % size)
 
 

@@ -24,7 +24,7 @@ from vllm_kvcompress.paging.prefixes import Prefixes
 from vllm_kvcompress.paging.repetition import Repetitions
 from vllm_kvcompress.paging.rings import Rings, memory_for_rings
 from vllm_kvcompress.paging.solving import Solving
-from vllm_kvcompress.paging.spec import compactable_group
+from vllm_kvcompress.paging.spec import compactable_groups
 from vllm_kvcompress.paging.statistics import CompressionStats
 from vllm_kvcompress.paging.telling import Telling
 from vllm_kvcompress.paging.tracked import Tracked, TrackedRequests
@@ -45,24 +45,26 @@ class _Compression(Telling):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.compression = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        index, coordinator = compactable_group(self.kv_cache_config), self.kv_cache_manager.coordinator
-        manager = coordinator.single_type_managers[index]
+        own, coordinator = compactable_groups(self.kv_cache_config), self.kv_cache_manager.coordinator
+        manager, *others = (coordinator.single_type_managers[index] for index in own)
         assert isinstance(manager, CompactingManager)
+        for other in others:
+            manager.take_in(other)
         self.compacting_manager = manager
         self._is_hybrid = len(coordinator.single_type_managers) > 1
         if self._is_hybrid:
             coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
         coordinator.get_num_blocks_to_allocate = self._noting_blocks(coordinator.get_num_blocks_to_allocate)
         self.kv_cache_manager.allocate_slots = self._or_compact(self.kv_cache_manager.allocate_slots)
-        group = self.kv_cache_config.kv_cache_groups[index]
+        groups = [self.kv_cache_config.kv_cache_groups[index] for index in own]
         self._asked = 0  # blocks, last
         self._stats = CompressionStats()
         self._tracked = tracked = TrackedRequests(has_drafts=self.num_spec_tokens > 0)
         self._prefixes = prefixes = Prefixes(self.kv_cache_manager.block_pool, self.compression.prefix_share)
         self._attaching = Attaching(self, manager, tracked, prefixes)
-        self.leaving = Leaving(self, index, manager, tracked, prefixes)
+        self.leaving = Leaving(self, own[0], manager, tracked, prefixes)
         most_read = self.compression.max_compaction_tokens or self.scheduler_config.max_num_batched_tokens
-        self._compactions = Compactions(group, manager, prefixes, most_read)
+        self._compactions = Compactions(groups, manager, prefixes, most_read)
         self._yielding = Yielding(self, manager, tracked, prefixes, self._compactions)
         self._repetitions = Repetitions(self.vllm_config)
         self._solving = Solving(self.vllm_config)
@@ -77,8 +79,8 @@ class _Compression(Telling):
             self._turns,
             self._repeat,
         )
-        num_tokens = self.kv_cache_config.num_blocks * manager.block_size
-        of_what = self.max_num_running_reqs, num_tokens, group.kv_cache_spec.dtype
+        num_tokens = self.kv_cache_config.num_blocks // len(own) * manager.block_size
+        of_what = self.max_num_running_reqs, num_tokens, groups[0].kv_cache_spec.dtype
         self._rings = Rings(memory_for_rings(self.vllm_config, self.compression, *of_what))
 
     def _unless_compacted(self, cache_blocks: Callable[[Request, int], None]) -> Callable[..., None]:

@@ -58,21 +58,23 @@ class CompactableLatentSpec(CompactableSpec, MLAAttentionSpec):
     head_size_v: int = 0  # vLLM's own default for latents, not the one of keys and values
 
 
-def compactable_group(kv_cache_config: KVCacheConfig) -> int:
-    """Which of the groups is compacted; the others are vLLM's own affair.
+def compactable_groups(kv_cache_config: KVCacheConfig) -> list[int]:
+    """Which of the groups are compacted, together; the others are vLLM's own affair.
 
     Raises:
-        KVCompressionError: none is, or several would have to be.
+        KVCompressionError: none is, or they are not alike.
     """
     groups = kv_cache_config.kv_cache_groups
     own = [index for index, group in enumerate(groups) if isinstance(group.kv_cache_spec, CompactableSpec)]
-    if len(own) == 1 and groups[own[0]].kv_cache_spec.page_size_padded is None:
-        return own[0]
-    what = f"has them in {len(own)}" if own else "has none, or of several shapes"
-    if len(own) == 1:
+    what = None if own else "has none, or of several shapes"
+    if any(groups[index].kv_cache_spec != groups[own[0]].kv_cache_spec for index in own):
+        what = "has them of several shapes"
+    elif any(groups[index].kv_cache_spec.page_size_padded is not None for index in own):
         what = "has them in blocks that are padded, as others are larger"
+    if what is None:
+        return own
     raise KVCompressionError(
-        "kv-compression needs layers of full attention in one group of vLLM's KV cache, "
+        "kv-compression needs layers of full attention of one shape in vLLM's KV cache, "
         f"and this model {what}; serve it without --kv-compression"
     )
 

@@ -77,11 +77,12 @@ class CompressionStats:
         for job in jobs:
             self.compactions += 1
             self.compacted_requests += not job.previous
-            self.freed_blocks += len(job.previous) + len(job.source) - len(job.destination)
+            num_source = len(job.source) * (1 + len(job.other_sources))
+            self.freed_blocks += len(job.previous) + num_source - len(job.destination)
 
-    def add_request(self, num_tokens: int, held: Plan | None, block_size: int) -> None:
-        """Add a running request, by what it was compacted to last."""
-        raw_blocks, held_blocks = blocks_of(num_tokens, held, block_size)
+    def add_request(self, num_tokens: int, held: Plan | None, block_size: int, num_groups: int = 1) -> None:
+        """Add a running request, by what it was compacted to last; arguments as of `blocks_of`."""
+        raw_blocks, held_blocks = blocks_of(num_tokens, held, block_size, num_groups)
         self.raw += held is None
         self.compacted += held is not None
         self.raw_blocks += raw_blocks
@@ -203,7 +204,15 @@ def shown_id(request_id: str) -> str:
     return f"{request_id[: ID_LENGTH - end - 1]}…{request_id[-end:]}"
 
 
-def blocks_of(num_tokens: int, held: Plan | None, block_size: int) -> tuple[int, int]:
-    """Blocks that a request would hold, were it raw, and those that it holds, by its last compaction."""
+def blocks_of(num_tokens: int, held: Plan | None, block_size: int, num_groups: int = 1) -> tuple[int, int]:
+    """Blocks that a request would hold, were it raw, and those that it holds, by its last compaction.
+
+    Args:
+        num_tokens: computed so far.
+        held: its last compaction.
+        block_size: tokens per block.
+        num_groups: groups of layers that have blocks of their own.
+    """
     whole = -(-num_tokens // block_size)
-    return whole, whole if held is None else whole - held.source_blocks + held.kept_blocks
+    holds = whole if held is None else whole - held.source_blocks + held.kept_blocks
+    return whole * num_groups, holds * num_groups

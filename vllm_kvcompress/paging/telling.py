@@ -57,7 +57,8 @@ class Telling:
         for request in self.running:
             tracked = self._tracked.get(request.request_id)
             held = None if tracked is None else tracked.held
-            stats.add_request(request.num_computed_tokens, held, self.compacting_manager.block_size)
+            manager = self.compacting_manager
+            stats.add_request(request.num_computed_tokens, held, manager.block_size, manager.num_groups)
             if tracked is not None and tracked.config.when == "pressure":
                 steps.append(tracked.steps_down / len(tracked.config.ladder_steps))
         stats.pressure = sum(steps) / len(steps) if steps else 0.0
@@ -91,9 +92,9 @@ class Telling:
         tracked = self._tracked.get(request.request_id)
         held = None if tracked is None else tracked.held
         repeats = self._repetitions.of(request.request_id) is not None
-        raw_blocks, held_blocks = blocks_of(
-            request.num_computed_tokens, held, self.compacting_manager.block_size
-        )
+        manager = self.compacting_manager
+        shape = manager.block_size, manager.num_groups
+        raw_blocks, held_blocks = blocks_of(request.num_computed_tokens, held, *shape)
         yields = tracked is not None and tracked.config.when == "pressure"
         return RequestState(
             id=shown_id(request.request_id),

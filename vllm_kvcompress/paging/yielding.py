@@ -85,7 +85,7 @@ class Yielding:
             return
         givers = self._givers()
         ends = [found[-1].plan for _, found in givers]
-        large = [plan.kept_blocks for plan in ends if not self._compactions.in_place(plan)]
+        large = [self._compactions.kept_blocks(plan) for plan in ends if not self._compactions.in_place(plan)]
         if large and free - growth < min(large):
             self._give(givers, growth)
 
@@ -94,8 +94,8 @@ class Yielding:
     ) -> None:
         """Compact requests until so many blocks are free, if there can be; those that would exceed the bound
         of a step in one of the next."""
-        block_size = self._manager.block_size
-        for descent in least_loss(givers, lacking, block_size):
+        block_size, num_groups = self._manager.block_size, self._manager.num_groups
+        for descent in least_loss(givers, -(-lacking // num_groups), block_size):
             tracked = self._tracked[descent.request.request_id]
             reads = tokens_read(descent.point, block_size, tracked.held)
             if bounded and not self._compactions.bears(reads):
@@ -125,9 +125,11 @@ class Yielding:
         every = descents(
             request, tracked.config, point, tracked.step, tracked.held, block_size, in_page, shared
         )
-        free = self._manager.block_pool.get_num_free_blocks()
+        compactions, free = self._compactions, self._manager.block_pool.get_num_free_blocks()
         return [
-            each for each in every if self._compactions.in_place(each.plan) or each.plan.kept_blocks <= free
+            each
+            for each in every
+            if compactions.in_place(each.plan) or compactions.kept_blocks(each.plan) <= free
         ]
 
     def descend(self, descent: Descent, tracked: Tracked) -> bool:

@@ -56,19 +56,19 @@ class PagedCache(ABC):
     def head_size(self) -> int:
         """D."""
 
-    def on_device(self, numbers: Sequence[int]) -> Tensor:
-        """Numbers as int64 where the pages are."""
+    def on_device(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Numbers, or rows of equally many, as int64 where the pages are."""
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
     @property
     @abstractmethod
     def block_bytes(self) -> int:
-        """Bytes of a block of all layers."""
+        """Bytes of a block of all slots."""
 
     @property
     @abstractmethod
     def content(self) -> Tensor:
-        """`[L·B·H, page_bytes]` uint8, the pages as bytes; a view."""
+        """`[S·B·H, page_bytes]` uint8, the pages as bytes; a view."""
 
     @property
     def packed_orders(self) -> tuple[Tensor, ...]:
@@ -105,7 +105,7 @@ class PagedCache(ABC):
         Kernels multiply what is behind a row's last token with 0, and bytes may stand for infinity.
         """
         grid = self.grid
-        self.content.view(grid.num_layers, grid.num_blocks, -1).index_fill_(1, blocks, 0)
+        self.content.view(grid.num_slots, grid.num_blocks, -1).index_fill_(1, blocks, 0)
 
     def _records(self, format: RecordFormat) -> Tensor:
         """`[L·B·H, records, record_bytes]`, a view."""
@@ -263,7 +263,7 @@ class PagedCache(ABC):
         Args:
             layers: which.
             table: what the request is compacted to; None if it is not.
-            raw: `[n]` int64, block ids of the raw tokens.
+            raw: `[G, n]` int64, block ids of the raw tokens in each group; `[n]` of the layers' own.
 
         Returns:
             `[l·H, W]` int64, -1 where a head has no page.

@@ -249,7 +249,7 @@ class RowContext:
         cache: every page.
         layers: the layers' constants.
         table: what the request is compacted to, if it is.
-        blocks: `[n]` int64, its raw blocks.
+        blocks: `[n]` int64, its raw blocks; or `[G, n]`, those of each group of layers.
     """
 
     cache: PagedCache
@@ -259,7 +259,8 @@ class RowContext:
 
     def num_pages(self, layer: int) -> int:
         """Pages of a layer's columns."""
-        return len(self.blocks) + (0 if self.table is None else self.table.longest(slice(layer, layer + 1)))
+        own = slice(layer, layer + 1)
+        return self.blocks.shape[-1] + (0 if self.table is None else self.table.longest(own))
 
     def observe(
         self, layer: int, queries: Tensor, num_tokens: int, read_keys: bool = True
@@ -269,7 +270,7 @@ class RowContext:
         block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
         boundary = 0 if self.table is None else self.table.boundary
         raw = num_tokens - boundary
-        width = (pages.shape[1] - len(self.blocks)) * block_size + raw
+        width = (pages.shape[1] - self.blocks.shape[-1]) * block_size + raw
         keys = torch.empty(heads, width, 0, device=queries.device)
         if read_keys:
             keys = self.cache.read_keys(pages)[:, :width]
@@ -377,7 +378,7 @@ class Observer:
         observed = self._observed.get(job.request_id)
         if observed is None or not observed.drafts:
             return
-        blocks = torch.tensor(job.source + job.tail, dtype=torch.int64, device=self.cache.device)
+        blocks = torch.tensor(job.raw, dtype=torch.int64, device=self.cache.device)
         context = RowContext(self.cache, self.layers, self.tables.get(job.request_id), blocks)
         for layer, (_, waiting) in list(observed.drafts.items()):
             observed.accumulate(layer, job.num_tokens, waiting[:0], 0, context)

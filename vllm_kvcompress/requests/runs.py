@@ -25,10 +25,11 @@ class RunArrays:
             max_blocks: that one of them can be compacted to.
             device: of the cache.
         """
-        parts = max_requests, max(len(format.parts) for format in FORMATS.values()), grid.pages_per_block
+        heads = grid.num_layers * grid.num_heads
+        parts = max_requests, max(len(format.parts) for format in FORMATS.values()), heads
         self.arrays = Runs(
             destination=torch.zeros(max_requests, max_blocks, dtype=torch.int32, device=device),
-            start=torch.zeros(max_requests, grid.pages_per_block + 1, dtype=torch.int32, device=device),
+            start=torch.zeros(max_requests, heads + 1, dtype=torch.int32, device=device),
             boundary=torch.zeros(max_requests, dtype=torch.int32, device=device),
             format=torch.zeros(max_requests, dtype=torch.int32, device=device),
             encoded=torch.zeros(parts, dtype=torch.int32, device=device),

@@ -40,14 +40,15 @@ class RequestTable:
     Attributes:
         grid: the cache's geometry.
         destination: `[n]` int64, its compacted blocks.
-        counts: `[L, H]` int64, pages of each head; they sum to `n·L·H`, or less with a format.
+        counts: `[L, H]` int64, pages of each head; they sum to `n·S·H`, or less with a format, or where
+            blocks have room that no layer of theirs fills.
         boundary: first raw token, a multiple of the block size; tokens below it are in the runs.
         positions: `[units, unit_tokens]` int32, the kept tokens' positions in the sequence, in run order;
             None if nobody will ask.
         records: what the pages hold; None for raw tokens.
         units: `[L, H]` int64, units of each head; of a format its last page may hold fewer than it could.
         unit_tokens: of a unit.
-        num_tail: raw blocks that `pages` shows.
+        num_tail: raw blocks that `pages` shows, of each group of layers.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class RequestTable:
         self.records = records
         self.units = counts if records is None else records.counts.sum(0)
         self.unit_tokens = grid.block_size if records is None else RECORD
-        self.num_tail = 0
+        self.num_tail = [0] * grid.num_groups
         self._holders = [1]  # of the pages, as many tables
         self._on_host = torch.cat([counts.amax(1), self.units.amax(1), counts.sum()[None]])
         self._arrived: torch.cuda.Event | None = None
@@ -79,7 +80,7 @@ class RequestTable:
     def shared(self) -> "RequestTable":
         """The same pages for another holder, with a raw tail of its own."""
         other = copy(self)
-        other.num_tail = 0
+        other.num_tail = [0] * self.grid.num_groups
         other.__dict__.pop("pages", None)
         self._holders[0] += 1
         return other
@@ -208,15 +209,20 @@ class RequestTable:
         """Blocks that the raw tail of a sequence of `seq_len` tokens spans."""
         return -(-(seq_len - self.boundary) // self.grid.block_size)
 
-    def append_tail(self, block_ids: Tensor) -> None:
-        """Add the next raw blocks (`[m]` int64) to every head's row."""
-        columns = self.counts[..., None] + self.num_tail + torch.arange(len(block_ids))
-        pages = self.pages
-        self.num_tail += len(block_ids)
+    def append_tail(self, block_ids: Tensor, group: int = 0) -> None:
+        """Add a group's next raw blocks (`[m]` int64) to the rows of all heads of its layers."""
+        columns = self.counts[..., None] + self.num_tail[group] + torch.arange(len(block_ids))
+        pages, raw = self.pages, self.grid.positional_pages(block_ids).to(torch.int32)
+        self.num_tail[group] += len(block_ids)
         missing = int(columns.max()) + 1 - pages.shape[-1]
         if missing > 0:
             pages = torch.nn.functional.pad(pages, (0, missing + SPARE_COLUMNS))
-        self.pages = pages.scatter_(2, columns, self.grid.positional_pages(block_ids).to(torch.int32))
+        if self.grid.groups:
+            own = list(self.grid.layers_of_groups[group])
+            pages[own] = pages[own].scatter_(2, columns[own], raw[own])
+        else:
+            pages.scatter_(2, columns, raw)
+        self.pages = pages
 
 
 def tables_of(
@@ -232,19 +238,20 @@ def tables_of(
     return {row: table for row, table in found if table is not None}
 
 
-def extend(tables: Mapping[int, RequestTable], seq_lens: Tensor, block_table: Tensor) -> None:
+def extend(tables: Mapping[int, RequestTable], seq_lens: Tensor, block_table: Tensor, group: int = 0) -> None:
     """Show tables the raw blocks that their requests have by now.
 
     Args:
         tables: by row of the batch.
         seq_lens: `[R]`, tokens of each row.
         block_table: `[R, W]`, vLLM's blocks by position.
+        group: of layers, whose blocks they are.
     """
     for (row, table), seq_len in zip(tables.items(), seq_lens[list(tables)].tolist(), strict=True):
         first = table.boundary // table.grid.block_size
         num_tail = table.num_tail_blocks(seq_len)
-        if num_tail > table.num_tail:
-            table.append_tail(block_table[row, first + table.num_tail : first + num_tail].to(torch.int64))
+        if num_tail > (shown := table.num_tail[group]):
+            table.append_tail(block_table[row, first + shown : first + num_tail].to(torch.int64), group)
 
 
 class BatchTables:
@@ -261,12 +268,12 @@ class BatchTables:
     """
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[int, int], ...] = ()
+        self._key: tuple[tuple[int, ...], ...] = ()
         self._tables: list[RequestTable] = []
 
     def update(self, tables: Sequence[RequestTable]) -> None:
         """Show the given requests, one row of H sequences each, in order."""
-        key = tuple((id(table), table.num_tail) for table in tables)
+        key = tuple((id(table), *table.num_tail) for table in tables)
         if key == self._key:
             return
         self._key = key

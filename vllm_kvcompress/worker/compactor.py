@@ -50,7 +50,7 @@ class _Task:
     Attributes:
         work: what to do.
         policy: which scores.
-        raw: `[n]` int64, block ids of the Job's raw tokens, on the cache's device.
+        raw: `[G, n]` int64, block ids of the Job's raw tokens in each group, on the cache's device.
         destination: `[m]` int64, likewise, of its destination.
     """
 
@@ -191,8 +191,9 @@ class Compactor:
             assert choice.raw is not None
             self._solutions[name] = _Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
         solution, heads = self._solutions[name], self.grid.num_heads
+        total = self.grid.num_layers * heads
         for share in solve.shares:  # one by one: what is solved must not hang on how many a step has
-            begin, end = (self.grid.pages_per_block * edge // solve.num_shares for edge in (share, share + 1))
+            begin, end = (total * edge // solve.num_shares for edge in (share, share + 1))
             for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
                 some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
                 self._fit(task, solution, layer, some)
@@ -247,7 +248,7 @@ class Compactor:
                 yield group
                 group, reads, num_blocks = [], set(), len(job.destination)
             group.append(work)
-            reads.update(job.previous, job.source)
+            reads |= job.freed
         if group:
             yield group
 
@@ -260,11 +261,12 @@ class Compactor:
         together = _aligned(own, self.grid.block_size)
         shape = len(jobs), self.grid.num_layers, self.grid.num_heads
         scores = self._scores(tasks, together)
-        most_pages = [len(job.destination) * self.grid.pages_per_block for job in jobs]
+        most_pages = [self._num_pages(job, each) for job, each in zip(jobs, own, strict=True)]
         num_pages: list[int] | Tensor = most_pages
         if (threshold := jobs[0].config.threshold) is not None:
             blocks = self.cache.num_blocks_above(scores, threshold, len(jobs[0].destination))
-            num_pages = self.cache.numbers(self._largest(blocks) * self.grid.pages_per_block)
+            enough = self._largest(blocks) * self.grid.pages_per_block
+            num_pages = self.cache.numbers(enough if self._fills else enough.clamp(max=most_pages[0]))
         known = num_pages if isinstance(num_pages, list) else None
         room = known or most_pages  # pages of each
         capacity = None
@@ -277,7 +279,7 @@ class Compactor:
             self._refine(tasks, together, scores, counts * self.grid.block_size)
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
         target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))[: sum(room)]
-        overlaps = any(not {*job.previous, *job.source}.isdisjoint(job.destination) for job in jobs)
+        overlaps = any(not job.freed.isdisjoint(job.destination) for job in jobs)
         self.cache.rewrite(Kept(together.pages, row, columns), target, overlaps)
         parts = columns.split(room), row.split(room)
         for index, (task, held, kept, rows) in enumerate(zip(tasks, own, *parts, strict=True)):
@@ -286,6 +288,19 @@ class Compactor:
                 kept, rows = kept - (together.num_scored - held.num_scored), rows - index * len(held.pages)
             yield self._finish(task, held, counts[index], kept, rows)
 
+    def _num_pages(self, job: Job, held: _Candidates) -> int:
+        """Pages of a Job's destination that can be filled."""
+        num_pages = len(job.destination) * self.grid.pages_per_block
+        if self._fills:
+            return num_pages
+        empty = 0 if held.padding is None else int(held.padding.sum())
+        return min(num_pages, (len(held.pages) * held.num_scored - empty) // self.grid.block_size)
+
+    @property
+    def _fills(self) -> bool:
+        """Whether raw pages fill all blocks: groups of layers may have slots that no layer of theirs has."""
+        return self.grid.num_layers == self.grid.num_groups * self.grid.num_slots
+
     def _shares(self, allocation: Allocation) -> list[tuple[slice, Allocation]]:
         """Layers that share a part of each block, and how: a model and its draft model apart, so that it
         keeps what it would without."""
@@ -293,6 +308,15 @@ class Compactor:
         edge = num_layers - self._num_drafting
         model = slice(0, edge), allocation
         return [model] if edge == num_layers else [model, (slice(edge, num_layers), Uniform())]
+
+    def _pages_of(self, num_blocks: int, layers: slice) -> int:
+        """What of the pages of so many blocks is these layers'."""
+        return self._share_of(num_blocks * self.grid.pages_per_block, layers)
+
+    def _share_of(self, num_pages: int, layers: slice) -> int:
+        """What of so many pages is these layers'; no page is left over."""
+        before, end = (num_pages * edge // self.grid.num_layers for edge in (layers.start, layers.stop))
+        return end - before
 
     def _allocate(
         self,
@@ -310,7 +334,7 @@ class Compactor:
         assert isinstance(num_pages, list)
         for layers, own in shares:
             seen = scores[:, layers]
-            share = [pages // self.grid.num_layers * seen.shape[1] for pages in num_pages]  # of whole blocks
+            share = [self._share_of(pages, layers) for pages in num_pages]
             most = None if capacity is None else capacity[:, layers]
             counts.append(self.cache.allocate(own, seen, share, widths, sinks, most))
         return torch.cat(counts, 1)
@@ -325,7 +349,7 @@ class Compactor:
             listener(job, counts, positions)
         again = job.config.compacts_again
         remembered = positions.to(torch.int32) if job.config.remembers else None
-        destination = task.destination[: len(columns) // self.grid.pages_per_block]
+        destination = task.destination[: -(-len(columns) // self.grid.pages_per_block)]
         new = RequestTable(self.grid, destination, counts, job.boundary, remembered)
         if observed is not None and again:
             self._carry(task, new, columns - held.num_scored)
@@ -369,7 +393,7 @@ class Compactor:
 
         first_page, units = pages.cumsum(0) - pages, counts.sum(0)
         begin = units.cumsum(0) - units + counts.cumsum(0) - counts  # `[P, X]`, in run order
-        overlaps = not {*job.previous, *job.source}.isdisjoint(job.destination)
+        overlaps = not job.freed.isdisjoint(job.destination)
         staged: list[tuple[Tensor, Tensor, RecordFormat]] = []
         rows = torch.arange(len(old), device=device)
         if format.basis is not None and held.bases is not None:
@@ -483,7 +507,7 @@ class Compactor:
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1).view(*shape, -1)
         pages, tokens = [], []
         for layers, allocation in self._shares(job.config.build_allocation()):
-            most = num_blocks * present[layers].numel()
+            most = self._pages_of(num_blocks, layers)
             per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
             capacity = (present[layers] + per_page - 1) // per_page
             if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
@@ -540,7 +564,7 @@ class Compactor:
         page_bytes, heads, chosen = self.cache.content.shape[1], self.grid.num_heads, []
         for layers, _ in self._shares(allocation):
             rows = slice(layers.start * heads, layers.stop * heads)
-            pages = num_blocks * (rows.stop - rows.start) if split is None else split[rows]
+            pages = self._pages_of(num_blocks, layers) if split is None else split[rows]
             own = of_raw[:, rows], of_records[rows], known[rows]
             chosen.append(format.choose(*own, pages, size, page_bytes))
         return _Choice(*(torch.cat(each) for each in zip(*chosen, strict=True)))
@@ -658,10 +682,11 @@ class Compactor:
     def _tasks(self, group: list[Work]) -> list[_Task]:
         policy, jobs = group[0].job.config.build_policy(), [work.job for work in group]
         policy = policy.later if policy.matches and not jobs[0].solved else policy
-        lists = [blocks for job in jobs for blocks in (job.source + job.tail, job.destination)]
+        lists = [blocks for job in jobs for blocks in (sum(job.raw, ()), job.destination)]
         sent = self.cache.on_device([block for blocks in lists for block in blocks])
         blocks = iter(sent.split([len(blocks) for blocks in lists]))
-        return [_Task(work, policy, next(blocks), next(blocks)) for work in group]
+        groups = self.grid.num_groups
+        return [_Task(work, policy, next(blocks).view(groups, -1), next(blocks)) for work in group]
 
     def _candidates(self, task: _Task, layers: slice) -> _Candidates:
         job, table = task.work.job, task.work.table

@@ -67,6 +67,11 @@ class CompressionGPUWorker(CompressionWorker):
                 f"kv-compression cannot read the cache of {type(builder).__name__}; use "
                 "--attention-backend FLASH_ATTN or TRITON_ATTN"
             )
+        if grid.num_groups > 1:
+            raise KVCompressionError(
+                "kv-compression does not support layers of full attention in several cache groups on a GPU; "
+                "serve this model without --kv-compression"
+            )
         size = layers[0].impl.head_size
         pages = every_page(layers)
         # Else Triton would have our kernels read fewer than 16 bytes of a thread at once, and say nothing.

@@ -49,7 +49,7 @@ class PlainCache(PagedCache):
     def block_bytes(self) -> int:
         return 2 * self.grid.pages_per_block * self.keys[0].nbytes
 
-    def on_device(self, numbers: Sequence[int]) -> Tensor:
+    def on_device(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return self._sent(torch.tensor(numbers, dtype=torch.int64))
 
     def read_keys(self, pages: Tensor) -> Tensor:

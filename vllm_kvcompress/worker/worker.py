@@ -30,7 +30,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.paging.spec import CompactableSpec, compactable_group
+from vllm_kvcompress.paging.spec import CompactableSpec, compactable_groups
 from vllm_kvcompress.requests import saved
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.latents import latent_layers
@@ -97,35 +97,55 @@ class CompressionWorker(Worker):
         return spec if size == spec.block_size else replace(spec, kernel_block_size=size)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        index = compactable_group(kv_cache_config)
+        indices = compactable_groups(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         # Reads its files.
         config = KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
-        group = self.model_runner.kv_cache_config.kv_cache_groups[index]
+        groups = [self.model_runner.kv_cache_config.kv_cache_groups[index] for index in indices]
+        number_of = {name: number for number, group in enumerate(groups) for name in group.layer_names}
         context = self.compilation_config.static_forward_context
-        all_layers: list[Attention] = [context[name] for name in group.layer_names]
+        all_layers: list[Attention] = [layer for name, layer in context.items() if name in number_of]
         # Others read what these write.
-        layers = sorted(
-            (layer for layer in all_layers if owner_of(layer) is None),
-            key=lambda layer: layer.kv_cache.data_ptr(),
-        )
+        layers = [layer for layer in all_layers if owner_of(layer) is None]
         if not layers:
             raise KVCompressionError(
                 "kv-compression needs layers of full attention on every pipeline rank; "
                 "use fewer, or run this model without --kv-compression"
             )
+        if len(groups) == 1:
+            layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
         num_drafting = self._num_drafting(layers)
-        groups = self.model_runner.attn_groups[index]
+        if num_drafting and len(groups) > 1:  # with it the model would keep more
+            raise KVCompressionError(
+                "kv-compression does not support a draft model where full attention is in several cache "
+                "groups; use ngram speculation or none"
+            )
+        attn_groups = [self.model_runner.attn_groups[index] for index in indices]
         num_blocks, num_heads, block_size, _ = cache_of(layers[0]).shape
-        if len(groups) != 1 or block_size != group.kv_cache_spec.tokens_of_page:
+        if max(map(len, attn_groups)) > 1 or block_size != groups[0].kv_cache_spec.tokens_of_page:
             raise KVCompressionError(
                 "kv-compression needs one attention backend whose blocks are the scheduler's; "
                 "use a smaller --block-size, or run this model without --kv-compression"
             )
         self._num_parts = num_blocks // kv_cache_config.num_blocks
         grid = PageGrid(len(layers), num_blocks, num_heads, block_size)
-        self.builder = groups[0].get_metadata_builder(0)
+        if len(groups) > 1:
+            places = sorted({layer.kv_cache.data_ptr() for layer in layers})
+            grid = replace(
+                grid,
+                num_groups=len(groups),
+                groups=tuple(number_of[layer.layer_name] for layer in layers),
+                slots=tuple(places.index(layer.kv_cache.data_ptr()) for layer in layers),
+            )
+        # One of each group of which there are layers here.
+        builders = {number: own[0].get_metadata_builder(0) for number, own in enumerate(attn_groups) if own}
+        self.builder = next(iter(builders.values()))
         cache = self.make_cache(grid, layers, self.builder)
+        if cache.float8 is not None and len(groups) > 1:
+            raise KVCompressionError(
+                f"kv-compression does not support --kv-cache-dtype {self.cache_config.cache_dtype} where "
+                "full attention is in several cache groups; use --kv-cache-dtype auto"
+            )
         for layer in all_layers:
             if (owner := owner_of(layer)) is not None:
                 layer.impl.share(context[owner].impl)
@@ -153,13 +173,18 @@ class CompressionWorker(Worker):
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
-        self.compression = self.builder.state = CompressionState(rows, observer)
+        self.compression = CompressionState(rows, observer)
         # Latents are on every rank, query heads on one each.
         agree = agreed_by_ranks if self.model_config.use_mla else None
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree, num_drafting)
-        for group in self._draft_groups():
-            builder = group.get_metadata_builder()
-            builder.state, builder.has_sinks = self.compression, self.builder.has_sinks
+        own = list(builders.items())
+        own += [
+            (indices.index(group.kv_cache_group_id), group.get_metadata_builder())
+            for group in self._draft_groups()
+        ]
+        has_sinks = getattr(self.builder, "has_sinks", False)
+        for number, builder in own:
+            builder.state, builder.group, builder.has_sinks = self.compression, number, has_sinks
         self._stopwatch, self._compacting = Stopwatch.of(cache.device), Stopwatch.of(cache.device)
 
     def _draft_groups(self) -> list[AttentionGroup]:
@@ -315,8 +340,8 @@ class CompressionWorker(Worker):
             return output
         tables, self._counting = self._counting, MappingProxyType({})
         if isinstance(output, AsyncModelRunnerOutput):
-            return _ReportedLater(output, tables, self._num_parts, seconds, compacting)
-        return _with_report(output, tables, self._num_parts, seconds, compacting)
+            return _ReportedLater(output, tables, self._parts_of_groups, seconds, compacting)
+        return _with_report(output, tables, self._parts_of_groups, seconds, compacting)
 
     def _execute(self, scheduler_output: SchedulerOutput):
         step: CompressionStep | None = getattr(scheduler_output, "kv_compression", None)
@@ -367,11 +392,16 @@ class CompressionWorker(Worker):
         observer = self.compression.observer
         with self._stopwatch.parts(sum(len(solve.shares) for solve in solves)):
             for solve in solves:
-                name, num_blocks = solve.job.request_id, solve.num_blocks * self._num_parts
+                name, num_blocks = solve.job.request_id, solve.num_blocks * self._parts_of_groups
                 own = replace(solve, job=self._split(solve.job), num_blocks=num_blocks)
                 self.compactor.solve(own, observer.of(name))
                 if solve.shares.stop == solve.num_shares:
                     observer.drop_states(name)
+
+    @property
+    def _parts_of_groups(self) -> int:
+        """Blocks of attention kernels in a block of each group."""
+        return self._num_parts * self.compactor.grid.num_groups
 
     def _split(self, job: Job) -> Job:
         """A Job in blocks as attention kernels see them."""
@@ -506,12 +536,13 @@ def cache_of(layer: Attention) -> Tensor:
 
 
 def every_page(layers: Sequence[Attention]) -> torch.Tensor:
-    """One tensor `[L·B·H, N·C]` over the caches `[B, H, N, C]` of layers in address order.
+    """One tensor `[S·B·H, N·C]` over the caches `[B, H, N, C]` of layers, in address order; see `PageGrid`.
 
     Raises:
         KVCompressionError: they are not one array.
     """
-    caches = [cache_of(layer) for layer in layers]
+    by_place = {layer.kv_cache.data_ptr(): cache_of(layer) for layer in layers}
+    caches = [by_place[place] for place in sorted(by_place)]
     first = caches[0]
     stride = first.numel() * first.element_size()
     contiguous = all(

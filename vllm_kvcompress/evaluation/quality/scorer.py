@@ -159,7 +159,7 @@ class _Watch:
         (work,) = works
         cache, job = self.compactor.cache, work.job
         self.taken = []
-        raw = cache.on_device(job.source + job.tail)
+        raw = cache.on_device(job.raw)
         for index, (attention, state) in enumerate(
             zip(self.compactor.layers, work.observed.states, strict=True)
         ):
