@@ -10,6 +10,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.groups import GROUP
 from vllm_kvcompress.support import check_method, check_supported, check_watched
 
 
@@ -341,7 +342,7 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
     path.write_text(json.dumps({**content, "budgets": [0.25], "shares": [[[1], [2]]]}))
     compression = KVCompressionConfig.parse(f"snapkv:allocation=profile:{path}")
 
-    def engine(layers, heads, window=None, types=None):
+    def engine(layers, heads, window=None, types=None, group=None):
         model = SimpleNamespace(
             get_num_layers=lambda _: layers,
             get_num_kv_heads=lambda _: heads,
@@ -351,18 +352,21 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
             is_hybrid=False,
             max_model_len=4096,
         )
+        additional = {} if group is None else {GROUP: group}
         return SimpleNamespace(
-            model_config=model, parallel_config=None, additional_config={}, speculative_config=None
+            model_config=model, parallel_config=None, additional_config=additional, speculative_config=None
         )
 
     check_method(compression, engine(2, 1))
     with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 30 of 3; use"):
         check_method(compression, engine(30, 3))
     check_method(compression, engine(2, 1, 4096))
-    with pytest.raises(KVCompressionError, match="some of this one slide a window; use another allocation"):
-        check_method(compression, engine(2, 1, 128))
-    with pytest.raises(KVCompressionError, match="some of this one attend within chunks; use another"):
-        check_method(compression, engine(2, 1, types=["chunked_attention", "full_attention"]))
+    # Of whose layers not all are compacted: which are is known once the engine has its groups.
+    check_method(compression, engine(30, 3, 128))
+    check_method(compression, engine(30, 3, 128, group={"layers": 2, "heads": 1}))
+    check_method(compression, engine(30, 3, types=["chunked_attention", "full_attention"]))
+    with pytest.raises(KVCompressionError, match="is for 2 layers of 1 KV heads, but .* has 5 of 2; use"):
+        check_method(compression, engine(30, 3, 128, group={"layers": 5, "heads": 2}))
 
 
 @pytest.mark.parametrize(
@@ -414,6 +418,7 @@ def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
             get_head_size=lambda: 64,
             dtype=torch.bfloat16,
             skip_tokenizer_init=False,
+            is_hybrid=False,
             get_sliding_window=lambda: None,
             max_model_len=4096,
         )
@@ -442,6 +447,7 @@ def test_a_repetition_needs_a_place_and_cannot_return_auxiliary_outputs():
             get_num_layers=lambda parallel: 2,
             get_num_kv_heads=lambda parallel: 2,
             skip_tokenizer_init=False,
+            is_hybrid=False,
             get_sliding_window=lambda: window,
             max_model_len=4096,
         )

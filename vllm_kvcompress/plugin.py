@@ -264,7 +264,10 @@ def _with_lacks_received(apply_ready_response):
 
 def _group(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str, int]:
     """What a front end must know of the compacted groups, where there are others; see `paging.groups`."""
-    from vllm_kvcompress.paging.spec import compactable_groups  # registers a spec where it is imported
+    # The second registers a spec where it is imported.
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from vllm_kvcompress.paging.spec import compactable_groups
 
     own = compactable_groups(kv_cache_config)
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
@@ -277,7 +280,10 @@ def _group(kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> dict[str,
         if index not in own
     )
     found = {"block_size": compacted.block_size, "beside": beside, "groups": len(own)}
-    found["tokens_of_page"] = compacted.tokens_of_page
+    found["tokens_of_page"], found["heads"] = compacted.tokens_of_page, compacted.num_kv_heads
+    total = vllm_config.model_config.get_total_num_hidden_layers()  # behind which a draft model's are
+    names = [name for index in own for name in kv_cache_config.kv_cache_groups[index].layer_names]
+    found["layers"] = sum(extract_layer_index(name) < total for name in names)
     return found | ({"states": 1} if kv_cache_config.has_mamba_layers else {})
 
 

@@ -11,12 +11,11 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_kvcompress.allocation import Profile
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
-from vllm_kvcompress.paging.groups import block_size, blocks_beside, tokens_of_page
+from vllm_kvcompress.paging.groups import block_size, blocks_beside, compacted_shape, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -117,14 +116,12 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
         raise KVCompressionError(
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
-    allocation = config.build_allocation()
-    if isinstance(allocation, Profile) and (others := _other_layers(model)) is not None:
-        raise KVCompressionError(
-            "kv-compression: head profiles are of models all of whose layers are compacted, and some of this "
-            f"one {others}; use another allocation"
-        )
+    shape = compacted_shape(vllm_config)
+    if shape is None and _other_layers(model) is None:
+        shape = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
     try:
-        allocation.check_model(model.get_num_layers(parallel), model.get_num_kv_heads(parallel))
+        if shape is not None:  # else it is asked again once the engine has its groups
+            config.build_allocation().check_model(*shape)
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
     if config.prefix is not None or config.prefix_share:

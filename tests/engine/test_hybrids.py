@@ -3,6 +3,7 @@
 What is kept, and the answers, are compared with an oracle in `test_oracle.py`.
 """
 
+import json
 import random
 from collections import Counter
 
@@ -18,6 +19,7 @@ from crowd import (
     tolerate,
 )
 from harness import BLOCK_SIZE, Engine, first_difference, sampling, tokens
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -26,6 +28,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
+from vllm_kvcompress import profiles
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.manager import CompactingManager
 
@@ -325,6 +328,23 @@ def test_under_pressure_room_is_made_in_all_groups(engines, hybrids, long_ids):
     assert engine.sent == [compaction.job for compaction in engine.compactions]
     engine.check_nothing_left()
     assert engine.free == free
+
+
+def test_a_head_profile_is_of_the_layers_that_are_compacted(
+    engines, hybrids, long_ids, tmp_path, monkeypatch
+):
+    engine = engines(hybrids["gemma3"], "snapkv:budget=0.25")
+    monkeypatch.setattr(profiles, "FOLDER", tmp_path)  # of those that come with the package
+    pages = [[8, 4], [6, 2]]
+    for name, own in {"full": pages, "every": pages * 3}.items():
+        content = {"version": 1, "model": "random", "num_layers": len(own), "num_kv_heads": 2}
+        shares = [[[each / 5 for each in layer] for layer in own]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(content | {"budgets": [0.25], "shares": shares}))
+    # Of 19 blocks five stay, 20 pages.
+    engine.run(long_ids(640, seed=15), sampling(4, "snapkv:budget=0.25,allocation=profile:full"))
+    assert engine.compactions[-1].counts.tolist() == pages
+    with pytest.raises(VLLMValidationError, match="every is for 6 layers of 2 KV heads, but .* has 2 of 2"):
+        engine.add(long_ids(640), sampling(4, "snapkv:budget=0.25,allocation=profile:every"))
 
 
 # ---------------------------------------------------------------------- the crowd

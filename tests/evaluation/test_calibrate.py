@@ -17,6 +17,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -64,6 +66,10 @@ def tiny(config=LlamaConfig, model=LlamaForCausalLM, vocab_size=64, **options):
     return model(config(attn_implementation="eager", **settings)).eval()
 
 
+SLIDING = dict(sliding_window=16, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+HYBRID = (Gemma3TextConfig, Gemma3ForCausalLM, SLIDING | {"num_hidden_layers": 3})
+
+
 def text(num_document=60, num_continuation=10) -> Text:
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(3, 64, (num_document + num_continuation,), generator=draw).tolist()
@@ -89,7 +95,10 @@ def log_probabilities(model, sample: Text, hidden=None, layer=None) -> torch.Ten
         special[0, :, begin:, :begin].masked_fill_(hidden[:, None], -torch.inf)
 
     def replace(module, args, kwargs):
-        return args, {**kwargs, "attention_mask": special if module.layer_idx == layer else mask}
+        own = special if module.layer_idx == layer else mask
+        if (window := getattr(module, "sliding_window", None)) is not None:
+            own = own + torch.full_like(causal, -torch.inf).tril(-window)
+        return args, {**kwargs, "attention_mask": own}
 
     hooks = [
         block.self_attn.register_forward_pre_hook(replace, with_kwargs=True) for block in model.model.layers
@@ -140,22 +149,40 @@ def test_sensitivity_is_that_of_a_separate_masked_run():
     assert len(calls) == 3  # 8 variants, 3 at once
 
 
+def test_of_a_model_that_slides_windows_the_layers_that_do_not_are_measured():
+    config, model, options = HYBRID
+    sample, probe = text(), Probe(tiny(config, model, **options))
+    assert (probe.num_layers, probe.num_kv_heads) == (1, HEADS)
+    reference = tiny(config, model, **options)
+    full = log_probabilities(reference, sample)
+    cost = sensitivity(probe, sample, Keeping.of(f"streaming_llm:window={WINDOW}"), [0.3])
+    num_scored = len(sample.document) - WINDOW
+    last = num_scored - (round(0.3 * num_scored) - SINKS)
+    for head in range(HEADS):
+        hidden = torch.zeros(HEADS * GROUP, len(sample.document), dtype=torch.bool)
+        hidden[head * GROUP : (head + 1) * GROUP, SINKS:last] = True
+        masked = log_probabilities(reference, sample, hidden, 1)
+        expected = float((full.exp() * (full - masked)).sum(-1).mean())
+        assert expected > 1e-4 and float(cost[0, head, 0]) == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize(
-    ("config", "model"),
+    ("config", "model", "options"),
     [
-        (LlamaConfig, LlamaForCausalLM),
-        (Qwen3Config, Qwen3ForCausalLM),
-        (Gemma2Config, Gemma2ForCausalLM),  # soft-capped logits, its own scale
+        (LlamaConfig, LlamaForCausalLM, {}),
+        (Qwen3Config, Qwen3ForCausalLM, {}),
+        (Gemma2Config, Gemma2ForCausalLM, {}),  # soft-capped logits, its own scale
+        HYBRID,
     ],
 )
-def test_a_probe_that_keeps_everything_is_the_model(config, model):
+def test_a_probe_that_keeps_everything_is_the_model(config, model, options):
     sample = text()
     with torch.inference_mode():
         tokens = torch.tensor([sample.document + sample.continuation])
-        plain = tiny(config, model)(tokens).logits[0, len(sample.document) :].log_softmax(-1)
-    probe = Probe(tiny(config, model))
+        plain = tiny(config, model, **options)(tokens).logits[0, len(sample.document) :].log_softmax(-1)
+    probe = Probe(tiny(config, model, **options))
     probe.read(sample.document)
-    everything = torch.ones(2, LAYERS, HEADS, len(sample.document), dtype=torch.bool)
+    everything = torch.ones(2, probe.num_layers, HEADS, len(sample.document), dtype=torch.bool)
     for row in probe.continue_with(sample.continuation, everything):
         assert torch.allclose(row, plain, atol=1e-4)
 

@@ -20,6 +20,13 @@ def num_groups(vllm_config: VllmConfig) -> int:
     return _group(vllm_config).get("groups", 1)
 
 
+def compacted_shape(vllm_config: VllmConfig) -> tuple[int, int] | None:
+    """Layers of the model that are compacted and their KV heads, on a rank, where others are not; None if
+    that is not known."""
+    group = _group(vllm_config)
+    return (group["layers"], group["heads"]) if "layers" in group else None
+
+
 def tokens_of_page(vllm_config: VllmConfig) -> int:
     """Tokens of a page; fewer than a block's where vLLM enlarges blocks for the sake of states."""
     return _group(vllm_config).get("tokens_of_page", block_size(vllm_config))

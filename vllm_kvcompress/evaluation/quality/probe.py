@@ -12,7 +12,7 @@ from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.policies import LayerObservation, Policy
 
 ATTENTION = "kvcompress_probe"  # its name among the attention functions of transformers
-OTHER_ATTENTION = {"sliding_window": "a sliding window", "s_aux": "sinks", "position_bias": "a position bias"}
+OTHER_ATTENTION = {"s_aux": "sinks", "position_bias": "a position bias"}
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,13 @@ class LayerContext:
 class Probe:
     """A model and the one prompt that it holds.
 
+    Where some layers slide a window that the model's longest text outgrows and others do not, the others are
+    measured.
+
     Attributes:
-        context: of each layer, of the prompt held.
-        num_layers: L.
-        num_kv_heads: H.
+        context: of each layer of the model, of the prompt held.
+        num_layers: L, that are measured.
+        num_kv_heads: H, of these.
     """
 
     def __init__(self, model: Any) -> None:
@@ -48,10 +51,11 @@ class Probe:
 
         Raises:
             KVCompressionError: it does not compute its attention through transformers' attention interface,
-                or its layers differ in their KV heads.
+                or the layers that are measured differ in their KV heads.
         """
         self._model = model
         self.context: dict[int, LayerContext] = {}
+        self._windows: dict[int, int | None] = {}  # of the layers
         self._kept: Tensor | None = None
         try:
             self.read([0, 1])
@@ -60,15 +64,25 @@ class Probe:
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             raise KVCompressionError(f"cannot measure the heads of {_name(model)}: {reason}") from None
-        layers = model.config.get_text_config().num_hidden_layers
-        shapes = {context.keys.shape for context in self.context.values()}
-        if sorted(self.context) != list(range(layers)) or len(shapes) != 1:
+        config = model.config.get_text_config()
+        measured = self._measured
+        shapes = {self.context[layer].keys.shape for layer in measured}
+        unlike = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+        unlike |= bool(getattr(config, "num_kv_shared_layers", 0))
+        if sorted(self.context) != list(range(config.num_hidden_layers)) or len(shapes) != 1 or unlike:
             raise KVCompressionError(
                 f"cannot measure the heads of {_name(model)}: calibration needs softmax attention in each "
-                "layer, through transformers' attention interface, with as many KV heads as in the others"
+                "layer, to all tokens or within a window, through transformers' attention interface, over "
+                "keys of its own, with as many KV heads in each layer that attends to all"
             )
-        self.num_layers = layers
-        self.num_kv_heads = self.context[0].keys.shape[0]
+        self.num_layers = len(measured)
+        self.num_kv_heads = self.context[measured[0]].keys.shape[0]
+
+    @property
+    def _measured(self) -> list[int]:
+        """The layers whose heads are measured: those that slide no window, if there are such."""
+        full = [layer for layer, window in self._windows.items() if window is None]
+        return full or list(self._windows)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Probe":
@@ -98,14 +112,15 @@ class Probe:
 
         Args:
             tokens: K tokens of the text, all of them given to the model.
-            kept: `[B, L, H, C]` bool, the prompt's tokens that each head attends to, for each of B variants.
+            kept: `[B, L, H, C]` bool, the prompt's tokens that each measured head attends to, for each of B
+                variants.
 
         Returns:
             `[B, K, V]` log-probabilities of what comes after each token.
         """
         self._kept = kept
         begin = kept.shape[-1]
-        assert begin == self.context[0].keys.shape[1]
+        assert begin == self.context[self._measured[0]].keys.shape[1]
         positions = torch.arange(begin, begin + len(tokens))[None]
         logits = self._forward(torch.tensor([tokens]).expand(len(kept), -1), position_ids=positions)
         return logits.float().log_softmax(-1)
@@ -130,7 +145,7 @@ class Probe:
             `[L, H, T]` float32, higher = keep.
         """
         rows = []
-        for layer in range(self.num_layers):
+        for layer in self._measured:
             context = self.context[layer]
             length = context.keys.shape[1]
             queries = context.queries[:, length - policy.window :].transpose(0, 1)
@@ -165,31 +180,40 @@ class Probe:
         batch, heads, new, size = key.shape
         scale, cap = size**-0.5 if scaling is None else scaling, softcap or 0.0
         kept = self._kept
-        num_tokens = new if kept is None else new + kept.shape[-1]
-        for name, words in OTHER_ATTENTION.items():
-            given = others.get(name)
-            if given is not None and not (name == "sliding_window" and given >= num_tokens):
-                raise KVCompressionError(
-                    f"cannot measure the heads of {_name(self._model)}: its attention has {words}"
-                )
+        before = 0 if kept is None else kept.shape[-1]
+        config, window = self._model.config.get_text_config(), others.get("sliding_window")
+        slides = window is not None and window < config.max_position_embeddings
+        self._windows[module.layer_idx] = window if slides else None
+        every = len(self._windows) == config.num_hidden_layers
+        refused = [words for name, words in OTHER_ATTENTION.items() if others.get(name) is not None]
+        if every and window is not None and window < before + new and module.layer_idx in self._measured:
+            refused.append("a sliding window in every layer")
+        if refused:
+            raise KVCompressionError(
+                f"cannot measure the heads of {_name(self._model)}: its attention has {refused[0]}"
+            )
         grouped = query.reshape(batch, heads, -1, new, size)  # [B, H, G, q, D]
 
         def logits_of(keys: Tensor) -> Tensor:
             logits = (grouped @ keys.transpose(-1, -2)).mul_(scale)
             return logits.div_(cap).tanh_().mul_(cap) if cap else logits
 
-        future = torch.ones(new, new, dtype=torch.bool).triu(1)
-        logits = logits_of(key[:, :, None]).masked_fill_(future, -torch.inf)
+        # How far each token is behind each that asks.
+        behind = torch.arange(before, before + new)[:, None] - torch.arange(before + new)
+        hidden = (behind < 0) | (behind >= (window or len(behind) + before))
+        logits = logits_of(key[:, :, None]).masked_fill_(hidden[:, before:], -torch.inf)
         if kept is None:
             self.context[module.layer_idx] = LayerContext(key[0], value[0], query[0], scale, cap)
             output = logits.softmax(-1) @ value[:, :, None]
         else:
             context = self.context[module.layer_idx]
-            absent = ~kept[:, module.layer_idx, :, None, None]
+            absent = hidden[:, :before]
+            if module.layer_idx in self._measured:
+                absent = ~kept[:, self._measured.index(module.layer_idx), :, None, None]
             past = logits_of(context.keys[:, None]).masked_fill_(absent, -torch.inf)
             weights = torch.cat([past, logits], -1).softmax(-1)
-            before, now = weights.split([kept.shape[-1], new], -1)
-            output = before @ context.values[:, None] + now @ value[:, :, None]
+            of_past, now = weights.split([before, new], -1)
+            output = of_past @ context.values[:, None] + now @ value[:, :, None]
         return output.flatten(1, 2).transpose(1, 2).contiguous(), None
 
 
