@@ -262,7 +262,8 @@ TABLE: dict[str, Touched] = {
         reads=(
             "__init__ current_step has_mamba_layers kv_cache_config kv_cache_manager kv_holding_waiting "
             "max_model_len max_num_active_reqs max_num_running_reqs max_num_scheduled_tokens num_spec_tokens "
-            "num_waiting_for_streaming_input requests running scheduler_config vllm_config waiting"
+            "num_waiting_for_streaming_input pause_state requests running scheduler_config "
+            "vllm_config waiting"
         ),
         calls={
             "get_request_counts": "(self)",
@@ -280,6 +281,7 @@ TABLE: dict[str, Touched] = {
             "_reserve_prefill_lookahead": "(self, request, num_computed_tokens, num_new_tokens)",
             "add_request": "(self, request)",
             "finish_requests": "(self, request_ids, finished_status)",
+            "has_finished_requests": "(self)",
             "make_stats": (
                 "(self, spec_decoding_stats=..., kv_connector_stats=..., cudagraph_stats=..., "
                 "perf_stats=..., ec_connector_stats=...)"
@@ -303,6 +305,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler": Touched(reads="__init__"),
+    "vllm.v1.core.sched.interface:PauseState": Touched(reads="UNPAUSED"),
     "vllm.v1.core.sched.output:SchedulerOutput": Touched(
         reads=(
             "finished_req_ids num_scheduled_tokens scheduled_cached_reqs scheduled_new_reqs "

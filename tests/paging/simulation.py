@@ -520,7 +520,13 @@ class Simulation:
         told: request that has ended to what its response carries beside them.
     """
 
-    def __init__(self, compression: str = "snapkv:budget=0.25", num_blocks: int = 200, **options) -> None:
+    def __init__(
+        self,
+        compression: str = "snapkv:budget=0.25",
+        num_blocks: int = 200,
+        log_stats: bool = False,
+        **options,
+    ) -> None:
         vllm_config = configured(compression, num_blocks, **options)
         spec = CompactableSpec(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
         kind = AsyncCompressionScheduler if options.get("asynchronous") else CompressionScheduler
@@ -533,6 +539,7 @@ class Simulation:
             ),
             structured_output_manager=StructuredOutputManager(vllm_config),
             block_size=BLOCK,
+            log_stats=log_stats,
         )
         self.worker = FakeWorker(self.scheduler)
         self.manager = self.scheduler.compacting_manager

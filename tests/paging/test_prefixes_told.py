@@ -6,6 +6,7 @@ import pytest
 from simulation import BLOCK, Simulation, prompt_of
 from test_prefixes import KEEPS, PINS, forget_raw, pin
 from test_scheduler import MODES
+from vllm.v1.core.sched.interface import PauseState
 
 BLOCK_BYTES = BLOCK * 2 * 2 * 16 * 4  # tokens, keys and values, heads, channels, bytes of float32
 DOCUMENT = prompt_of(40 * BLOCK + 5)
@@ -222,4 +223,52 @@ def test_prefixes_and_hits_are_counted_and_shared_blocks_once(mode):
     assert (again.prefix_hits, again.prefix_hit_tokens) == (0, 0) and again.prefixes == stats.prefixes
     sim.scheduler.reset_prefix_cache()
     assert sim.scheduler._take_stats().prefix_blocks == 0
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_told_last_is_how_things_stand_once_nothing_runs(mode):
+    """An engine core steps, and tells, while its scheduler says that there is something to do."""
+    engine = "knorm:budget=0.125,when=pressure,min_freed_tokens=16"
+    sim = Simulation(engine, num_blocks=90, log_stats=True, max_model_len=1280, **mode)
+    told = []
+
+    def step_on() -> dict:
+        while sim.scheduler.has_requests():
+            output = sim.scheduler.schedule()
+            outputs = sim.scheduler.update_from_output(output, sim.worker.execute(output))
+            told.append(outputs[0].scheduler_stats.kv_connector_stats["kv_compression"])
+        return told[-1]
+
+    for seed in range(3):
+        sim.add(prompt_of(30 * BLOCK, seed), max_tokens=60)
+    last = step_on()
+    assert max(each["pressure"] for each in told) > 0 and max(each["compacted"] for each in told) > 0
+    nothing = {"raw": 0, "compacted": 0, "raw_blocks": 0, "held_blocks": 0, "pressure": 0.0}
+    assert last.items() >= (nothing | {"prefixes": 0, "prefix_blocks": 0}).items()
+    name = sim.add(prompt_of(30 * BLOCK, 4), max_tokens=60)
+    sim.scheduler.schedule()
+    sim.abort(name)
+    assert step_on().items() >= nothing.items()
+    sim.add(prompt_of(30 * BLOCK, 5), "knorm:budget=0.25,prefix=document", 2)
+    last = step_on()
+    (prefix,) = sim.scheduler._prefixes
+    assert last.items() >= (nothing | {"prefixes": 1, "prefix_blocks": len(prefix.blocks)}).items()
+    num = len(told)
+    assert sim.scheduler.delete_prefix("document", None)
+    assert step_on().items() >= (nothing | {"prefixes": 0, "prefix_blocks": 0}).items()
+    assert len(told) == num + 1 and not sim.worker.prefixes, "workers hear of it, too"
+
+
+def test_an_engine_that_is_paused_makes_no_step_for_what_it_could_tell():
+    sim = Simulation(PINS, max_model_len=1280)
+    pin(sim, DOCUMENT)
+    sim.step()
+    sim.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    sim.scheduler.reset_prefix_cache()
+    assert not sim.scheduler.has_requests()
+    sim.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert sim.scheduler.has_requests()
+    sim.step()
+    assert not sim.scheduler.has_requests()
     sim.check_nothing_left()

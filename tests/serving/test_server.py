@@ -241,6 +241,9 @@ def test_metrics_tell_of_running_requests_and_so_does_the_log(server, complete, 
         assert time.monotonic() < deadline
         time.sleep(0.5)
     assert "running requests compacted" in log
+    for state in ("compacted", "raw"):  # since the last one has ended nothing runs
+        assert server.metrics(f'state="{state}"')["vllm:kv_compression_requests"] == 0
+    assert server.metrics()["vllm:kv_compression_kept_fraction"] == 1
 
 
 def test_the_dashboard_asks_for_all_that_is_told_and_nothing_else(server):
@@ -262,7 +265,7 @@ PREFIXES = "/v1/kv_compression/prefixes"
 
 
 @pytest.fixture
-def asked(server, complete):
+def asked(server):
     """`asked(method, path, body)`: status and JSON of a path; what is kept is deleted after the test."""
 
     def ask(method: str, path: str = "", body: object = None, api_key: str | None = API_KEY):
@@ -280,7 +283,6 @@ def asked(server, complete):
     for salt in ("", "?cache_salt=mine"):
         for prefix in ask("GET", salt)[1]["prefixes"]:
             assert ask("DELETE", f"/{urllib.parse.quote(prefix['name'])}{salt}")[0] == 200
-    complete("Netherfield Park is let", max_tokens=2)  # with which the server tells what it holds
 
 
 def test_a_text_is_compacted_once_and_many_ask(server, client, asked, prompt):
@@ -323,6 +325,12 @@ def test_a_text_is_compacted_once_and_many_ask(server, client, asked, prompt):
     assert asked("DELETE", "/the%20novel")[0] == 404
     assert asked("DELETE", "/the%20novel?cache_salt=mine") == (200, {"deleted": "the novel"})
     assert asked("DELETE", "/the%20novel?cache_salt=mine")[0] == 404
+    # Nothing runs meanwhile.
+    holds = ["vllm:kv_compression_prefixes", "vllm:kv_compression_prefix_blocks", "vllm:kv_cache_usage_perc"]
+    deadline = time.monotonic() + 10
+    while any((now := server.metrics())[name] for name in holds):
+        assert time.monotonic() < deadline, {name: now[name] for name in holds}
+        time.sleep(0.1)
 
 
 def test_a_system_message_is_compacted_as_its_chats_begin(server, client, asked, long_texts):

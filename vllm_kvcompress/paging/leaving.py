@@ -160,6 +160,11 @@ class Leaving:
         """For a prefix that is to be loaded."""
         return self._prefixes.new_id()
 
+    @property
+    def has_loaded(self) -> bool:
+        """Whether there is something for `take_loaded`."""
+        return bool(self._loaded)
+
     def take_kept(self) -> dict[str, str]:
         """Drain the requests, by the prefix that each has left since the last call."""
         kept, self.kept = self.kept, {}

@@ -184,6 +184,11 @@ class Prefixes:
         """Blocks of prefixes that have a name."""
         return len({block.block_id for each in self if each.name is not None for block in each.blocks})
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether there is something for `take_dropped`."""
+        return bool(self._dropped)
+
     def take_dropped(self) -> list[str]:
         """Drain the ids of prefixes that were dropped since the last call."""
         dropped, self._dropped = self._dropped, []

@@ -7,6 +7,7 @@ from vllm.platforms import current_platform
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutputs
@@ -365,6 +366,14 @@ class _Compression(Telling):
         self._attaching.configs.pop(request.request_id, None)
         self._repetitions.ended(request.request_id)
         self._solving.release(request.request_id)
+
+    def has_finished_requests(self) -> bool:
+        # vLLM steps once more after the last request, with nothing to compute: workers hear of its end, and
+        # gauges are right. So it must be of prefixes that come and go while nothing runs.
+        if super().has_finished_requests():
+            return True
+        untold = self._prefixes.has_dropped or self.leaving.has_loaded
+        return untold and self.pause_state == PauseState.UNPAUSED  # an engine that sleeps makes no step
 
     def reset_prefix_cache(self, *args, **kwargs) -> bool:
         for prefix in list(self._prefixes):
