@@ -161,12 +161,15 @@ def random_model(tokenizer, tmp_path_factory) -> Path:
 def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     """Random models some of whose layers slide a window over 128 tokens, with SmolLM2's tokenizer.
 
-    Those like gpt-oss have sinks; those of Llama 4 attend within chunks of 128 tokens. Of "mostly-full" and
-    "padded" vLLM has the layers that attend to all tokens in several groups, of the latter unlike many.
+    Those like gpt-oss have sinks and those of Gemma 2 a cap of their logits; those of Llama 4 attend within
+    chunks of 128 tokens. Of "mostly-full" and "padded" vLLM has the layers that attend to all tokens in
+    several groups, of the latter unlike many.
     """
     import torch
     from drawn import draw_scorer
     from transformers import (
+        Gemma2Config,
+        Gemma2ForCausalLM,
         Gemma3ForCausalLM,
         Gemma3TextConfig,
         Gemma4ForCausalLM,
@@ -255,8 +258,20 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
             initializer_range=0.15,
         )
     )
+    gemma2 = Gemma2ForCausalLM(
+        Gemma2Config(
+            **common,
+            num_hidden_layers=4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+            query_pre_attn_scalar=32,
+            attn_logit_softcapping=6.0,
+            initializer_range=0.15,
+        )
+    )
+    for layer in gemma2.model.layers:
+        layer.self_attn.k_proj.weight.data *= torch.tensor([0.4, 1.0]).repeat_interleave(32)[:, None]
     made = {}
-    models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4}
+    models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4, "gemma2": gemma2}
     models |= {"mostly-full": mostly_full, "padded": padded}
     for name, model in models.items():
         made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"

@@ -280,8 +280,11 @@ def test_blocks_of_all_groups_come_back_after_an_abort_and_a_preemption(engine, 
         assert engine.free == free
 
 
-def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_moved_on(engine, long_ids):
-    prompt, params = long_ids(640, seed=9), sampling(260, "kvzip:budget=0.25,chunk=300")
+@pytest.mark.parametrize("method", ["kvzip:", "attention_matching:waits=true,references=64,"])
+def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_moved_on(
+    engine, long_ids, method
+):
+    prompt, params = long_ids(640, seed=9), sampling(260, method + "budget=0.25,chunk=300")
     alone = engine.run_fresh(prompt, params)
     kept, free = engine.compactions[-1], engine.free
     assert kept.num_computed == len(prompt) and len(alone.outputs[0].token_ids) == 260
@@ -361,6 +364,7 @@ OPTIONS = [
     "kv_compress:budget=0.25,when=streaming,recompact_every=96",
     "kivi:recompact_every=8",
     "kvzip:budget=0.3,chunk=128",
+    "attention_matching:budget=0.3,chunk=128,references=64,waits=true",
     "off",
 ]
 

@@ -87,6 +87,7 @@ OF_HYBRIDS = [
 HYBRIDS = ["gemma3", "gpt-oss"]
 # With one of which vLLM has those that do not in two groups.
 OF_GROUPS = ["snapkv", "kv_compress", "pyramidkv", "h2o, adaptive", "criticalkv, global", "kvzip"]
+OF_CAPPED = ["kv_compress", "tova", "h2o, adaptive", "kvzip"]  # whose layers cap their logits
 CHUNKED = "chunked_attention"  # layers that attend within chunks of the context
 OF_CHUNKED = ["snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global", "kvzip"]
 # With random models some of whose layers keep a state, in blocks of three pages.
@@ -117,6 +118,7 @@ class Attention:
         values: per layer `[H, tokens, D]`, likewise.
         sinks: per layer `[Hq]`, the logits of its sinks, if it has any.
         scale: of the softmax.
+        cap: logits are cap · tanh(logits / cap); None for none.
         bias: per layer `[H, tokens]`, added to the logits of a KV head's tokens: -inf where it dropped one;
             None for full attention.
         seen: tokens after this pass.
@@ -127,6 +129,7 @@ class Attention:
     values: dict[int, Tensor]
     sinks: dict[int, Tensor] = field(default_factory=dict)
     scale: float = 1.0
+    cap: float | None = None
     bias: Tensor | None = None
     seen: int = 0
 
@@ -142,12 +145,28 @@ def full_layers(config) -> list[int]:
     return [number for number, kind in enumerate(types) if kind in ("full_attention", "attention")]
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, sliding_window=None, s_aux=None, **_):
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def eager_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling,
+    sliding_window=None,
+    s_aux=None,
+    softcap=None,
+    **_,
+):
     """Causal attention `[1, Hq, q, D]` over `[1, H, k, D]`, with each KV head's biases.
 
     Args:
         sliding_window: tokens that a query sees, itself included; None for all.
         s_aux: `[Hq]`, one more logit of each head, to which no value belongs.
+        softcap: see `Attention`; biases and sinks are not capped.
     """
     group, num_queries, num_keys = module.num_key_value_groups, query.shape[2], key.shape[2]
     mask = torch.zeros(query.shape[1], num_queries, num_keys)
@@ -165,13 +184,13 @@ def eager_attention(module, query, key, value, attention_mask, scaling, sliding_
         layer = full.index(module.layer_idx) if module.layer_idx in full else len(full) - 1
         if module.layer_idx in full:
             ATTENTION.queries[layer], ATTENTION.keys[layer] = query[0], key[0]
-            ATTENTION.values[layer], ATTENTION.scale = value[0], scaling
+            ATTENTION.values[layer], ATTENTION.scale, ATTENTION.cap = value[0], scaling, softcap
             if s_aux is not None:
                 ATTENTION.sinks[layer] = s_aux.detach()
         if ATTENTION.bias is not None:
             bias = ATTENTION.bias[layer].repeat_interleave(group, 0)
             mask[:, :, : bias.shape[1]] += bias[:, None]
-    logits = query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling + mask
+    logits = capped(query @ key.repeat_interleave(group, 1).transpose(2, 3) * scaling, softcap) + mask
     if s_aux is not None:
         logits = torch.cat([logits, s_aux.view(1, -1, 1, 1).expand(1, -1, num_queries, 1)], -1)
     weights = logits.softmax(-1)[..., :num_keys]
@@ -203,8 +222,13 @@ class Prompt:
     values: dict[int, Tensor]
     sinks: dict[int, Tensor]
     scale: float
+    cap: float | None
     cache: DynamicCache
     first_logits: Tensor
+
+    def logits(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Of queries `[..., D]` and a head's keys `[k, D]`, before any mask, bias or sink."""
+        return capped(queries @ keys.T * self.scale, self.cap)
 
 
 @dataclass(frozen=True)
@@ -230,6 +254,7 @@ class Model:
                 dict(ATTENTION.values),
                 dict(ATTENTION.sinks),
                 ATTENTION.scale,
+                ATTENTION.cap,
                 out.past_key_values,
                 out.logits[0, -1],
             )
@@ -287,7 +312,7 @@ def attention_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
         total = torch.zeros(heads, boundary, dtype=torch.float64)
         for query_head in range(heads * group):
             window = queries[query_head, num_prompt - WINDOW :].double()
-            logits = window @ keys[query_head // group].double().T * prompt.scale
+            logits = prompt.logits(window, keys[query_head // group].double())
             for i in range(WINDOW):
                 logits[i, num_prompt - WINDOW + i + 1 :] = -torch.inf
             weights = attention(prompt, layer, query_head, logits)[:, : num_prompt - WINDOW]
@@ -307,7 +332,7 @@ def last_query_scores(prompt: Prompt, boundary: int) -> Tensor:
         last = prompt.queries[layer][:, len(prompt.ids) - 1].double()
         paid = []
         for query_head, query in enumerate(last):
-            logits = keys[query_head * heads // len(last)].double() @ query * prompt.scale
+            logits = prompt.logits(query, keys[query_head * heads // len(last)].double())
             paid.append(attention(prompt, layer, query_head, logits))
         layers.append((sum(paid) / len(paid))[:boundary].expand(heads, -1))
     return torch.stack(layers).clone()
@@ -338,7 +363,7 @@ def all_queries_scores(prompt: Prompt, boundary: int, squared: bool) -> Tensor:
         total = torch.zeros(heads, num_prompt, dtype=torch.float64)
         for query_head, query in enumerate(queries):
             head = query_head * heads // len(queries)
-            logits = query.double() @ keys[head].double().T * prompt.scale
+            logits = prompt.logits(query.double(), keys[head].double())
             weights = attention(prompt, layer, query_head, logits.masked_fill(future, -torch.inf))
             total[head] += (weights**2 if squared else weights).sum(0)
         layers.append(total[:, :boundary])
@@ -456,7 +481,7 @@ def repeated_parts(reference, tokenizer, prompt: Prompt) -> Iterator[Part]:
             own = len(repetition)
             for query_head, query in enumerate(queries):
                 head = query_head * heads // len(queries)
-                logits = query @ seen[head].T * prompt.scale
+                logits = prompt.logits(query, seen[head])
                 logits[:, -own:] += torch.full((own, own), -torch.inf).triu(1)
                 seen_part = slice(len(sinks), len(sinks) + end - begin)
                 paid[layer, query_head] = attention(prompt, layer, query_head, logits)[:, seen_part]
@@ -649,6 +674,7 @@ class Case:
         *(("smollm2", name) for name in REAL),
         *((hybrid, name) for hybrid in HYBRIDS for name in OF_HYBRIDS),
         *(("mostly-full", name) for name in OF_GROUPS),
+        *(("gemma2", name) for name in OF_CAPPED),
         *(("gemma4", name) for name in ("snapkv", "kv_compress", "h2o, adaptive", "criticalkv, global")),
         *(("llama4", name) for name in OF_CHUNKED),
         *OF_STATEFUL,
@@ -838,6 +864,8 @@ MATCHED = {  # model and options, in the bytes of a tenth
     "the prompt's own": ("random", REPEATED.replace(f"chunk={CHUNK}", "queries=prompt")),
     "pursued": ("random", REPEATED + ",keys=omp"),
     "sinks": ("gpt-oss", REPEATED),
+    "windows": ("gemma3", REPEATED),
+    "soft cap": ("gemma2", REPEATED),
 }
 CODED = 1e-3  # relative: the engine takes any query that pays as much as the best one but for this
 
@@ -850,7 +878,7 @@ def own_attention(prompt: Prompt) -> Part:
     for layer, keys in prompt.keys.items():
         for query_head, query in enumerate(prompt.queries[layer]):
             head = query_head * len(keys) // len(prompt.queries[layer])
-            logits = query.double() @ keys[head].double().T * prompt.scale
+            logits = prompt.logits(query.double(), keys[head].double())
             masked = logits.masked_fill(future, -torch.inf)
             paid[layer, query_head] = attention(prompt, layer, query_head, masked)
     queries = {layer: own.double() for layer, own in prompt.queries.items()}
@@ -949,7 +977,7 @@ def solve(
         queries.append(asked[chosen][None])
         limits.append(chosen % (len(asked) // group) + 1)
         asking.append(members[chosen // (len(asked) // group)])
-    logits = torch.cat(queries) @ keys.T * prompt.scale
+    logits = prompt.logits(torch.cat(queries), keys)
     if causal:
         logits.masked_fill_(torch.arange(boundary) >= torch.tensor(limits)[:, None], -torch.inf)
     of_sinks = prompt.sinks.get(layer, torch.full((max(asking) + 1,), -torch.inf))[asking, None].double()
@@ -1198,7 +1226,7 @@ def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_a
     # Solved in float32, and what lies between two codes may be written either way.
     assert off(expected) < 5e-2
     for other in (without_biases, without_values, without_both):
-        assert off(other) > 1
+        assert off(other) > 0.5
 
 
 AGAIN = 72  # tokens of output
@@ -1247,7 +1275,7 @@ class AgainCase:
         total = torch.zeros(len(columns), dtype=torch.float64)
         for query_head in range(head * group, head * group + group):
             queries = self.queries[layer][query_head, -WINDOW:].double()
-            logits = queries @ self.keys[layer][head, seen].double().T * self.prompt.scale
+            logits = self.prompt.logits(queries, self.keys[layer][head, seen].double())
             if biased:
                 logits += self.bias[layer, head, seen].double()
             for row, position in enumerate(window):
