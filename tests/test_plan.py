@@ -150,6 +150,9 @@ def test_a_ring_holds_the_window_and_what_drafts_may_overwrite():
     assert ring_tokens(parse("snapkv:window=32")) == 64
     assert ring_tokens(parse("snapkv:window=100")) == 132
     assert ring_tokens(parse("knorm")) == 0
+    assert ring_tokens(parse("attention_matching")) == 0
+    assert ring_tokens(parse("attention_matching:recompact_every=64")) == 64 + 64, "and what is recalled"
+    assert ring_tokens(parse("attention_matching:recompact_every=64,recalled=10")) == 64 + 10
 
 
 def test_memory_for_rings():

@@ -187,8 +187,11 @@ def peak_blocks(
 
 
 def ring_tokens(config: KVCompressionConfig) -> int:
-    """Queries that are kept of a request for its policy's window; 0 without one."""
-    return config.observed_window + SPARE_QUERIES if config.observed_window else 0
+    """Queries that are kept of a request for its policy's window, those that it recalls included; 0 without
+    one."""
+    if not config.observed_window:
+        return 0
+    return config.observed_window + SPARE_QUERIES + config.build_policy().recalled
 
 
 def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens: int, group: int) -> int:

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 from harness import first_difference, same_kept, sampling, tokens
 from vllm.v1.request import RequestStatus
 
 from vllm_kvcompress import profiles
+from vllm_kvcompress.policies.attention_matching import Attended
 
 OPTIONS = "attention_matching:budget=0.05,chunk=600,references=256,waits="
 RAW, WAITS = OPTIONS + "false", OPTIONS + "true"
@@ -226,10 +228,22 @@ def test_what_is_matched_is_compacted_again_alone_or_beside_others_or_after_a_pr
         engine.outputs.pop(other)
 
 
-def test_nothing_of_a_context_is_noted_any_more_once_it_is_solved_for(engine, long_ids):
-    name = engine.add(long_ids(640, seed=3), sampling(60, WAITS + ",recompact_every=48"))
-    engine.step_until_compacted(name)
+@pytest.mark.parametrize("recalled", [0, 20, 64])
+def test_of_a_context_that_is_solved_for_recalled_queries_alone_are_kept(engine, long_ids, recalled):
+    options = WAITS + f",recompact_every=48,recalled={recalled}"
+    name, sampled = engine.add(long_ids(640, seed=3), sampling(60, options)), []
+    engine.step_until_due(name)
     observed = engine.worker.compression.observer.of(engine.live(name).request_id)
-    assert observed.states == [None] * 4 and observed.ring.shape[1] == 64
+    while engine.compaction_of(name) is None:
+        if isinstance(observed.states[0], Attended):
+            sampled[:] = [state.sample for state in observed.states]
+        engine.step()
+    assert observed.ring.shape[1] == 64
+    if not recalled:
+        assert observed.states == [None] * 4
+    else:
+        expected = [sample[:: -(-len(sample) // recalled)] for sample in sampled]
+        assert all(torch.equal(*both) for both in zip(observed.states, expected, strict=True))
+        assert 0 < len(observed.states[0]) <= recalled
     engine.finish()
     engine.outputs.clear()

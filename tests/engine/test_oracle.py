@@ -946,6 +946,14 @@ class Solved:
     plain: float
 
 
+def sampled(num_positions: int, group: int) -> range:
+    """The positions whose queries are fitted to: as many as there are references, half of them at least."""
+    stride = 1
+    while -(-num_positions // stride) > REFERENCES // group:
+        stride *= 2
+    return range(0, num_positions, stride)
+
+
 @torch.inference_mode()
 def solve(
     parts: list[Part], prompt: Prompt, boundary: int, layer: int, head: int, kept: list[int], by, causal: bool
@@ -959,11 +967,7 @@ def solve(
     keys, values = (of[layer][head, :boundary].double() for of in (prompt.keys, prompt.values))
     group = len(parts[0].queries[layer]) // len(prompt.keys[layer])
     members = range(head * group, head * group + group)
-    num_positions = sum(part.queries[layer].shape[1] for part in parts)
-    stride = 1
-    while -(-num_positions // stride) > REFERENCES // group:
-        stride *= 2
-    at = range(0, num_positions, stride)
+    at = sampled(sum(part.queries[layer].shape[1] for part in parts), group)
     queries = [torch.cat([part.queries[layer][member] for part in parts])[at] for member in members]
     limits = [position + 1 for _ in members for position in at]
     asking = [member for member in members for _ in at]
@@ -1230,6 +1234,7 @@ def test_logits_over_what_is_matched_are_those_of_attention_with_solved_biases_a
 
 
 AGAIN = 72  # tokens of output
+RECALLED = 64  # sampled positions of the repetition that are kept
 
 
 @dataclass(frozen=True)
@@ -1244,6 +1249,7 @@ class AgainCase:
             the first boundary that a head dropped, and the raw tail.
         bias: `[L, H, tokens]`, -inf for what a head dropped.
         queries: per layer `[Hq, tokens of output, D]`.
+        recalled: per layer `[Hq, m, D]`, of the repetition.
         cache: of transformers, likewise.
         logits: by token of the output until then.
     """
@@ -1256,6 +1262,7 @@ class AgainCase:
     values: dict[int, Tensor]
     bias: Tensor
     queries: dict[int, Tensor]
+    recalled: dict[int, Tensor]
     cache: DynamicCache
     logits: Tensor
 
@@ -1266,8 +1273,11 @@ class AgainCase:
             for head, (first, again) in enumerate(zip(*of_heads, strict=True)):
                 yield layer, head, first, again
 
-    def scores(self, layer: int, head: int, columns: list[int], biased: bool = True) -> Tensor:
-        """What the last queries pay to a head's tokens, squared, pooled and summed, `[columns]`."""
+    def scores(
+        self, layer: int, head: int, columns: list[int], biased: bool = True, recalls: bool = True
+    ) -> Tensor:
+        """What the last queries pay to a head's tokens, squared, pooled and summed, and recalled ones, not
+        pooled, `[columns]`."""
         end = self.keys[layer].shape[1]
         window = range(end - WINDOW, end)
         seen = [*columns, *range(columns[-1] + 1, end)]
@@ -1283,15 +1293,26 @@ class AgainCase:
             paid = (logits.softmax(-1) ** 2).sum(0)[: len(seen) - WINDOW]
             around = torch.nn.functional.pad(paid, (3, 3), value=-1.0).unfold(0, 7, 1)
             total += around.amax(-1)[: len(columns)]
+            if recalls:
+                keys = self.keys[layer][head, columns].double()
+                logits = self.prompt.logits(self.recalled[layer][query_head], keys)
+                if biased:
+                    logits += self.bias[layer, head, columns].double()
+                total += (logits.softmax(-1) ** 2).sum(0)
         total[:SINKS] = torch.inf
         return total
 
 
 @pytest.fixture(scope="module")
 @torch.inference_mode()
-def again(engines, models, long_ids) -> AgainCase:
+def again(engines, models, long_ids, tokenizer) -> AgainCase:
     model, engine = models["random"], engines(models["random"].path, "snapkv:budget=0.25")
     prompt = model.prompt(long_ids(640, seed=7))
+    parts, recalled = list(repeated_parts(model.reference, tokenizer, prompt)), {}
+    for layer in prompt.keys:
+        asked = torch.cat([part.queries[layer] for part in parts], 1)
+        at = sampled(asked.shape[1], len(asked) // len(prompt.keys[layer]))
+        recalled[layer] = asked[:, at][:, :: -(-len(at) // RECALLED)]
     options = REPEATED.replace("0.1", "0.09") + f",recompact_every={AGAIN}"
     engine.forget_prefixes()
     name = engine.add(prompt.ids, sampling(AGAIN + NUM_TOKENS, options, logprobs=5))
@@ -1322,7 +1343,8 @@ def again(engines, models, long_ids) -> AgainCase:
         ATTENTION.bias = None
     logits = torch.cat([prompt.first_logits[None], out.logits[0]])
     now = (dict(each) for each in (ATTENTION.keys, ATTENTION.values))
-    return AgainCase(prompt, compactions, written, output, *now, bias, dict(ATTENTION.queries), cache, logits)
+    queries = dict(ATTENTION.queries)
+    return AgainCase(prompt, compactions, written, output, *now, bias, queries, recalled, cache, logits)
 
 
 def test_a_matched_prompt_is_compacted_again_by_what_is_paid_to_it_with_its_biases(again):
@@ -1332,13 +1354,13 @@ def test_a_matched_prompt_is_compacted_again_by_what_is_paid_to_it_with_its_bias
         (640 + AGAIN, 672, False),
     ]
     assert len(jobs[0].destination) == len(jobs[1].destination) == 2, "of 19, and of 21"
-    in_page, other, pages = matched_in_page(32), 0, 0
+    in_page, unbiased, unrecalled, pages = matched_in_page(32), 0, 0, 0
     dearest, cheapest = 0.0, math.inf
     for layer, head, first, kept in again.heads():
         columns = [*first, *range(608, 672)]
         best: list[list[int]] = []
-        for biased in (True, False):
-            scores = again.scores(layer, head, columns, biased)
+        for biased, recalls in ((True, True), (False, True), (True, False)):
+            scores = again.scores(layer, head, columns, biased, recalls)
             records = [(float(own.mean()), index) for index, own in enumerate(scores[: len(first)].split(32))]
             order = scores[len(first) :].sort(descending=True, stable=True)
             raw = [float(own.mean()) for own in order.values.split(32)]
@@ -1349,7 +1371,7 @@ def test_a_matched_prompt_is_compacted_again_by_what_is_paid_to_it_with_its_bias
             stay = [first[32 * n : 32 * n + 32] for n in chosen if n < len(records)]
             new = order.indices[: 32 * sum(n >= len(records) for n in chosen)] + 608
             best.append(sorted([*(token for own in stay for token in own), *new.tolist()]))
-            if biased:  # what pages hold
+            if biased and recalls:  # what pages hold
                 alike = [mean for mean, n in records for _ in range(32)] + scores[len(first) :].tolist()
                 ranked, count = sorted(alike, reverse=True), -(-len(kept) // in_page)
                 pages += count
@@ -1358,9 +1380,10 @@ def test_a_matched_prompt_is_compacted_again_by_what_is_paid_to_it_with_its_bias
                 if count > 1:
                     cheapest = min(cheapest, ranked[(count - 1) * in_page])
         assert sorted(kept) == best[0], (layer, head)
-        other += best[1] != best[0]
+        unbiased += best[1] != best[0]
+        unrecalled += best[2] != best[0]
     assert pages == 2 * 12 and dearest <= cheapest * (1 + NEAR_TIE)
-    assert other >= 3, "without biases others would be kept"
+    assert unbiased >= 3 and unrecalled >= 3, "others would be kept without biases, and by the window alone"
 
 
 def test_what_was_matched_stays_byte_for_byte_and_what_is_new_has_no_bias(again):

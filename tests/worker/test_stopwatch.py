@@ -110,7 +110,7 @@ def test_all_that_is_done_is_added_up_once(device, monkeypatch):
 def test_a_step_reports_what_the_device_has_done_by_then_also_of_steps_before(device, monkeypatch):
     class Bare(CompressionWorker):
         def __init__(self):
-            observer = SimpleNamespace(of=lambda name: None, drop_states=lambda name: None, num_drafts={})
+            observer = SimpleNamespace(of=lambda name: None, recall=lambda name: None, num_drafts={})
             self.compression = SimpleNamespace(observer=observer, live=False)
             self.compactor = SimpleNamespace(solve=lambda solve, observed: device.queued.append(0.5))
             self._stopwatch, self._compacting = DeviceStopwatch(), DeviceStopwatch()

@@ -59,6 +59,9 @@ class Log:
     def drop_states(self, request_id):
         self.done.append(("drop states", request_id))
 
+    def recall(self, request_id):
+        self.done.append(("recall", request_id))
+
     def watch(self, request_id, policy):
         self.done.append(("watch", request_id, policy))
         self.records[request_id] = Record(f"record of {request_id}")
@@ -208,7 +211,7 @@ def test_what_was_noted_is_dropped_once_all_is_solved_or_nothing_will_be(worker)
         ("forget what is solved", "c"),
         ("solve", "a", "record of a"),
         ("solve", "a", "record of a"),
-        ("drop states", "a"),
+        ("recall", "a"),
         ("pause", "c"),
     ]
     assert not state.observer.records["b"].paused, "its output may be compacted yet"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vllm_kvcompress.matching import Fit, Own, Problem, fit_by_parts, peak_bytes, select_by_parts
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
-from vllm_kvcompress.policies.kv_compress import KVCompress
+from vllm_kvcompress.policies.recalling import Recalling
 from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns that are solved for at once
@@ -76,7 +76,8 @@ class AttentionMatching(Policy):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens of the context that every part's attention includes.
         answer_tokens: of each of the four answers of a self-study, at most.
-        window: last queries by which a request is compacted again, see `later`; 0 if it never is.
+        recalled: sampled positions whose queries are kept for when a request is compacted again, at most.
+        window: last queries by which it is, too; 0 if it never is.
     """
 
     name: ClassVar[str] = "attention_matching"
@@ -96,13 +97,14 @@ class AttentionMatching(Policy):
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
     answer_tokens: int = 128
+    recalled: int = 64  # type: ignore[misc]
     window: int = 0
 
     def __post_init__(self) -> None:
         for name in ("references", "chunk", "answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("ridge", "sinks"):
+        for name in ("ridge", "sinks", "recalled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
@@ -121,8 +123,14 @@ class AttentionMatching(Policy):
     @property
     def later(self) -> Policy:
         """What was matched stays as it was written, keys, values and biases, or goes, by what the last
-        queries of the output pay to it, and so does the output, which nothing is solved for."""
-        return KVCompress(window=self.window)
+        queries of the output and some of the sample pay to it, and so does the output, which nothing is
+        solved for."""
+        return Recalling(window=self.window)
+
+    def recall(self, state: Attended | None) -> Tensor | None:
+        if state is None or not self.window or not self.recalled:
+            return None
+        return state.sample[:: -(-len(state.sample) // self.recalled)].clone()
 
     def observe(self, observation: LayerObservation) -> Attended:
         width = observation.keys.shape[1]

@@ -136,6 +136,7 @@ class Policy(ABC):
             says. A policy must say what it needs, so that it is refused where a model has it not.
         gives_losses: True if it answers `losses`.
         window: w, the number of last queries it needs; 0 for none.
+        recalled: positions whose queries are kept of what it noted of a context (see `recall`), at most.
     """
 
     name: ClassVar[str]
@@ -159,6 +160,7 @@ class Policy(ABC):
     chunk: ClassVar[int] = 2048
     study_tokens: ClassVar[int] = 0
     sinks: ClassVar[int] = 4
+    recalled: ClassVar[int] = 0
 
     @property
     def window(self) -> int:
@@ -272,6 +274,11 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def recall(self, state: Any) -> Any:
+        """What is kept of a layer's state, for `later`, once all that it is noted for is solved; None for
+        nothing. It takes no more memory than the queries `[recalled, H, G, D]`."""
+        return None
+
     def carry(self, state: Any, kept: Tensor) -> Any:
         """The state after a compaction; of several layers at once where `score` sees several.
 
@@ -324,8 +331,8 @@ class Policy(ABC):
         return scores
 
 
-def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
-    """Causal attention of the newest queries over all W columns, some queries at a time.
+def attention_blocks(observation: LayerObservation, causal: bool = True) -> Iterator[Tensor]:
+    """Attention of queries over all W columns, some queries at a time.
 
         A = softmax(cap·tanh(scale·q·kᵀ / cap)), or softmax(scale·q·kᵀ) without a cap
 
@@ -334,6 +341,11 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
 
     One matrix product per KV head serves its whole group: nothing is repeated per query head.
     Logits and softmax are float32 whatever the model's dtype: in bf16 most scores of a long prompt tie.
+
+    Args:
+        observation: of a layer.
+        causal: whether its queries are the newest ones, which see nothing behind their own columns; else they
+            see all.
 
     Yields:
         `[H, G, q, W]` float32 with q <= QUERY_BLOCK, in position order.
@@ -354,9 +366,10 @@ def attention_blocks(observation: LayerObservation) -> Iterator[Tensor]:
         logits = logits.view(heads, group, size, -1)
         if observation.bias is not None:
             logits += observation.bias[:, None, None]
-        newer = num_queries - begin  # columns from the block's first query on
-        future = torch.ones(size, newer, dtype=torch.bool, device=logits.device).triu(1)
-        logits[..., -newer:].masked_fill_(future, -torch.inf)
+        if causal:
+            newer = num_queries - begin  # columns from the block's first query on
+            future = torch.ones(size, newer, dtype=torch.bool, device=logits.device).triu(1)
+            logits[..., -newer:].masked_fill_(future, -torch.inf)
         if absent is not None:
             logits.masked_fill_(absent, -torch.inf)
         yield softmax_beside(observation.sinks, logits)

@@ -398,8 +398,14 @@ class Observer:
         self._observed[request_id].paused = False
 
     def drop_states(self, request_id: str) -> None:
-        """Drop what a policy noted of a request's context, which is as large, once it is made use of."""
+        """Drop what a policy noted of a request's context, which nobody will make use of."""
         self._observed[request_id].states = [None] * len(self.layers)
+
+    def recall(self, request_id: str) -> None:
+        """Drop what a policy noted of a request's context, which is as large, once it is made use of, but for
+        what it recalls of it."""
+        observed = self._observed[request_id]
+        observed.states = [observed.policy.recall(state) for state in observed.states]
 
     def forget(self, request_id: str) -> None:
         """Drop a request's record, if it has one."""

@@ -396,7 +396,7 @@ class CompressionWorker(Worker):
                 own = replace(solve, job=self._split(solve.job), num_blocks=num_blocks)
                 self.compactor.solve(own, observer.of(name))
                 if solve.shares.stop == solve.num_shares:
-                    observer.drop_states(name)
+                    observer.recall(name)
 
     @property
     def _parts_of_groups(self) -> int:
