@@ -331,7 +331,7 @@ def test_each_turn_goes_on_from_all_that_was_said(smollm2, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     server = _Spoken(tokenizer, "stock")
     monkeypatch.setattr(prefixes, "_ask", server.ask)
-    arguments = SimpleNamespace(talks=3, turns=4)
+    arguments = SimpleNamespace(talks=3, turns=4, begun=512, said=32)
     row = prefixes._talks(server, arguments, tokenizer)
     prompts = [prompt for prompt, _ in server.sent]
     assert (row["right"], row["n"], len(row["by_turn"])) == (12, 12, 4)

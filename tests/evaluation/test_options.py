@@ -9,6 +9,7 @@ POSITIVE = {
     "bench": [
         "batch", "rounds", "steps", "prompt", "short", "output-tokens", "requests", "server-rounds",
         "long-output", "long-prompt", "block-size", "contexts", "keys", "room", "talks", "turns",
+        "begun", "said",
     ],
     "inspect": ["tokens", "block-size"],
     "calibrate": ["documents", "tokens", "continuation", "batch", "scorer-documents", "width", "epochs"],

@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     number("--room", 1536, "tokens that its pool holds beside a raw document", options.at_least(256))
     number("--talks", 40, "conversations of the part `talks`")
     number("--turns", 20, "turns of each")
+    number("--begun", 512, "tokens of prose that each begins with")
+    number("--said", 32, "tokens of prose in each turn")
     number("--long-output", 4000, "output tokens of the part `blocks`")
     number("--long-prompt", 6000, "prompt tokens of the part `blocks`")
     number("--block-size", 32, "tokens per KV block")

@@ -20,8 +20,6 @@ PREFIX_SHARE = 0.8  # of the pool
 POOL = 0.35  # of all that is said in conversations
 OTHER = 12  # tokens of a question
 AT_ONCE = 4  # conversations that are spoken in
-SAID = 32  # tokens of prose in each turn
-BEGUN = 512  # tokens of a conversation's first turn
 ANSWER = 8  # tokens
 TIMEOUT_S = 600.0
 ASKS = "\n\nWhat is the pass key? The pass key is"
@@ -60,7 +58,7 @@ def measure_talks(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def longest_talk(arguments: argparse.Namespace) -> int:
     """Tokens of a conversation, about."""
-    return BEGUN + arguments.turns * (SAID + ANSWER + OTHER)
+    return arguments.begun + arguments.turns * (arguments.said + ANSWER + OTHER)
 
 
 def _measured(arguments: argparse.Namespace, num_tokens: int, load: Callable) -> dict[str, Any]:
@@ -118,10 +116,9 @@ def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dic
         tells = tokenizer(
             f"\n\nThe pass key is {key}. Remember it: the pass key is {key}.\n\n", add_special_tokens=False
         )
-        begin = random_.randrange(len(prose) - BEGUN)
-        said.append(
-            prose[begin : begin + BEGUN // 2] + tells["input_ids"] + prose[begin + BEGUN // 2 : begin + BEGUN]
-        )
+        begin = random_.randrange(len(prose) - arguments.begun)
+        middle, end = begin + arguments.begun // 2, begin + arguments.begun
+        said.append(prose[begin:middle] + tells["input_ids"] + prose[middle:end])
     answers: list[Answer] = []
     right, first = 0, []
 
@@ -138,8 +135,8 @@ def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dic
             for number, answer in zip(order, pool.map(turn, order), strict=True):
                 answers.append(answer)
                 right += keys[number] in answer.text
-                begin = random_.randrange(len(prose) - SAID)
-                said[number] += prose[begin : begin + SAID]
+                begin = random_.randrange(len(prose) - arguments.said)
+                said[number] += prose[begin : begin + arguments.said]
             first.append(statistics.median(each.first for each in answers[-arguments.talks :]))
     tokens = sum(map(len, said))
     return {"right": right, "tokens": tokens, "by_turn": first, **_shown(answers, peak)}
