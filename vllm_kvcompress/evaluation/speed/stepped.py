@@ -42,8 +42,10 @@ class SteppedEngine:
         core = self.engine.engine_core.engine_core
         self.scheduler = core.scheduler
         worker = core.model_executor.driver_worker.worker
-        ((attention_group,),) = worker.model_runner.attn_groups
-        self.metadata = _timed(attention_group.get_metadata_builder(0), "build")
+        builders = [
+            group.get_metadata_builder(0) for groups in worker.model_runner.attn_groups for group in groups
+        ]
+        self.metadata = [_timed(builder, "build") for builder in builders]
         self.compactions = [] if variant == "stock" else _timed(worker.compactor, "run", len)
 
     def prefill(self, context: int, batch: int) -> dict[str, Any]:
@@ -68,12 +70,15 @@ class SteppedEngine:
     def steps(self, count: int) -> tuple[float, float]:
         """Median seconds of a decode step, and of making the attention metadata in it."""
         times = []
-        self.metadata.clear()
+        for seconds in self.metadata:
+            seconds.clear()
         for _ in range(count):
             begin = time.perf_counter()
             self.engine.step()
             times.append(time.perf_counter() - begin)
-        return statistics.median(times), statistics.median(self.metadata)
+        return statistics.median(times), sum(
+            statistics.median(seconds) for seconds in self.metadata if seconds
+        )
 
     def end(self) -> None:
         """Abort the requests."""
