@@ -54,6 +54,7 @@ LONGEST = [
     "engine/test_formats.py",
     "engine/test_matching.py",
     "engine/test_compacted_prefixes.py",
+    "engine/test_prefixes_beside.py",
     "engine/test_recompaction.py",
     "engine/test_randomised.py",
     "engine/test_repetition.py",

@@ -369,18 +369,11 @@ def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):
         check_method(compression, engine(30, 3, 128, group={"layers": 5, "heads": 2}))
 
 
-@pytest.mark.parametrize(
-    ("model", "what"),
-    [
-        (dict(is_hybrid=True), "keep states"),
-        (dict(get_sliding_window=lambda: 128), "slide a window"),
-        (
-            dict(hf_text_config=SimpleNamespace(layer_types=["chunked_attention", "full_attention"])),
-            "attend within chunks",
-        ),
-    ],
-)
-def test_prefixes_of_models_with_other_layers_are_refused_at_start_up(model, what):
+WINDOWS, STATES = dict(get_sliding_window=lambda: 128), dict(is_hybrid=True)
+CHUNKS = dict(hf_text_config=SimpleNamespace(layer_types=["chunked_attention", "full_attention"]))
+
+
+def _engine_of(mamba_cache_mode: str = "align", **changes):
     plain = dict(
         get_num_layers=lambda _: 2,
         get_num_kv_heads=lambda _: 1,
@@ -390,21 +383,43 @@ def test_prefixes_of_models_with_other_layers_are_refused_at_start_up(model, wha
         is_hybrid=False,
         max_model_len=4096,
     )
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**plain | changes),
+        cache_config=SimpleNamespace(enable_prefix_caching=True, mamba_cache_mode=mamba_cache_mode),
+        parallel_config=None,
+        additional_config={},
+        speculative_config=None,
+    )
 
-    def engine(**changes):
-        return SimpleNamespace(
-            model_config=SimpleNamespace(**plain | changes),
-            cache_config=SimpleNamespace(enable_prefix_caching=True),
-            parallel_config=None,
-            additional_config={},
-            speculative_config=None,
-        )
 
+@pytest.mark.parametrize(
+    ("engine", "problem"),
+    [
+        (_engine_of(), None),
+        (_engine_of(**WINDOWS), None),
+        (_engine_of(**STATES), None),
+        (_engine_of("all", **STATES), "keep states need --mamba-cache-mode align; leave prefix_share out"),
+        (_engine_of(**CHUNKS), "attend within chunks were not tried; leave prefix_share out"),
+    ],
+)
+def test_prefixes_of_models_with_other_layers_are_served_or_refused_at_start_up(engine, problem):
     share = KVCompressionConfig.parse("streaming_llm:prefix_share=0.5")
-    check_method(share, engine())
-    check_method(KVCompressionConfig.parse("streaming_llm"), engine(**model))
-    with pytest.raises(KVCompressionError, match=f"some of this one {what}; leave prefix_share out"):
-        check_method(share, engine(**model))
+    check_method(KVCompressionConfig.parse("streaming_llm"), engine)
+    if problem is None:
+        return check_method(share, engine)
+    with pytest.raises(KVCompressionError, match=problem):
+        check_method(share, engine)
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [(WINDOWS, "slide a window"), (STATES, "keep states"), (CHUNKS, "attend within chunks")],
+)
+def test_prefixes_of_models_with_other_layers_are_not_saved(model, what):
+    folder = KVCompressionConfig.parse("streaming_llm:prefix_folder=/nowhere")
+    check_method(folder, _engine_of())
+    with pytest.raises(KVCompressionError, match=f"{what} cannot be saved; leave prefix_folder out"):
+        check_method(folder, _engine_of(**model))
 
 
 def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():

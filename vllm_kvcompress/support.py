@@ -15,7 +15,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
-from vllm_kvcompress.paging.groups import block_size, blocks_beside, compacted_shape, tokens_of_page
+from vllm_kvcompress.paging.groups import block_size, compacted_shape, num_groups, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -44,6 +44,7 @@ CONNECTORS = {  # of vLLM's own: what keeps each from it
 UNTRIED_CONNECTOR = "which was not tried on blocks that compaction moves"
 NO_DRAFT_MODEL = ("ngram", "suffix")  # ways to speculate
 DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # those that were tried
+KEEP_STATES, WITHIN_CHUNKS = "keep states", "attend within chunks"  # layers that are not compacted
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -124,6 +125,11 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             config.build_allocation().check_model(*shape)
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
+    if config.prefix_folder and (others := _other_layers(model)) is not None:
+        raise KVCompressionError(
+            f"kv-compression: compacted prefixes of models some of whose layers {others} cannot be saved; "
+            "leave prefix_folder out"
+        )
     if config.prefix is not None or config.prefix_share:
         _check_prefixes(config, vllm_config)
 
@@ -136,14 +142,29 @@ def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             f"kv-compression: compacted prefixes are found by vLLM's prefix cache; leave {option} out, or "
             "remove --no-enable-prefix-caching"
         )
-    others = _other_layers(model)
-    if others is not None or blocks_beside(vllm_config):
+    if num_groups(vllm_config) > 1:
         raise KVCompressionError(
-            "kv-compression: compacted prefixes are of models all of whose layers are compacted, and some of "
-            f"this one {others or 'are not'}; leave {option} out"
+            "kv-compression: compacted prefixes of models whose layers of full attention are in several cache "
+            f"groups of vLLM's were not tried; leave {option} out"
         )
+    if (others := _other_layers(model)) is not None:
+        _check_prefixes_beside(others, option, vllm_config)
     if config.observed_window and not config.matches:
         _warn_of_queries(config.method, option)
+
+
+def _check_prefixes_beside(others: str, option: str, vllm_config: VllmConfig) -> None:
+    """Refuse them where they would not hold what other layers see behind their ends."""
+    if others == WITHIN_CHUNKS:
+        raise KVCompressionError(
+            f"kv-compression: compacted prefixes of models some of whose layers {others} were not tried; "
+            f"leave {option} out"
+        )
+    if others == KEEP_STATES and vllm_config.cache_config.mamba_cache_mode != "align":
+        raise KVCompressionError(
+            "kv-compression: compacted prefixes of models some of whose layers keep states need "
+            f"--mamba-cache-mode align; leave {option} out, or set it"
+        )
 
 
 @functools.cache
@@ -460,9 +481,9 @@ def _latent_refusals(config: VllmConfig):
 def _other_layers(model: ModelConfig) -> str | None:
     """What layers of a model do that are not compacted; None if all are."""
     if model.is_hybrid:
-        return "keep states"
+        return KEEP_STATES
     if "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
-        return "attend within chunks"
+        return WITHIN_CHUNKS
     return "slide a window" if slides_windows(model) else None
 
 

@@ -349,6 +349,7 @@ TABLE: dict[str, Touched] = {
         },
         overrides={
             "cache_blocks": "(self, request, num_computed_tokens)",
+            "remove_skipped_blocks": "(self, request_id, processed_computed_tokens, num_prompt_tokens=...)",
             "get_num_blocks_to_allocate": (
                 "(self, request_id, num_tokens, new_computed_blocks, num_encoder_tokens, "
                 "total_computed_tokens, num_local_computed_tokens, num_tokens_main_model, "
@@ -377,8 +378,9 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.v1.core.single_type_kv_cache_manager:MambaManager": Touched(
-        reads="kv_cache_spec",
+        reads="has_prefill_checkpoint_blocks kv_cache_spec mamba_cache_mode",
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager": Touched(),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": Touched(
         reads="__init__ _null_block block_pool block_size num_cached_block req_to_blocks",
         overrides={

@@ -28,7 +28,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -139,6 +139,7 @@ class Row:
     Attributes:
         tokens: its prompt and all it sampled.
         blocks: by position; those below `boundary` are stale.
+        windows: blocks by position of the group whose layers slide a window, if there is one.
         keys: of its computed tokens.
         destination: its compacted blocks.
         boundary: first raw token.
@@ -154,6 +155,7 @@ class Row:
     boundary: int = 0
     history: int = 0
     compacted_by: str = ""
+    windows: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
 
     def key(self, position: int, token: int, before: Sequence[Key], history: int | None = None) -> Key:
@@ -193,8 +195,9 @@ class Record:
 class FakeWorker:
     """Follows the scheduler's word and asserts that every block is what its reader takes it for."""
 
-    def __init__(self, scheduler, seed: int = 0) -> None:
+    def __init__(self, scheduler, window: int = 0, seed: int = 0) -> None:
         self.scheduler = scheduler
+        self.window = window  # tokens of the other group's; 0 without one
         self.rows: dict[str, Row] = {}
         self.prefixes: dict[str, Row] = {}  # what their requests were, up to the end of the prefix
         self.attached: dict[str, int] = {}  # requests to the tokens that they took from a prefix
@@ -218,7 +221,7 @@ class FakeWorker:
         for name in (*step.released, *output.finished_req_ids):
             self._forget(name)
         for name in output.preempted_req_ids or ():
-            self.rows[name].blocks, self.rows[name].keys = [], []
+            self.rows[name].blocks, self.rows[name].keys, self.rows[name].windows = [], [], []
         attaching = {name: self.prefixes[prefix] for name, prefix in step.attached.items()}
         for prefix in step.dropped:
             del self.prefixes[prefix]
@@ -269,6 +272,7 @@ class FakeWorker:
         row = self.rows.get(name)
         if row is not None:  # (its tokens are kept: a preempted request comes back with them)
             row.destination, row.boundary, row.history, row.blocks, row.keys = (), 0, 0, [], []
+            row.windows = []
         self.records.pop(name, None)
         self.repeating.pop(name, None)
         self.solved.pop(name, None)
@@ -284,8 +288,17 @@ class FakeWorker:
         assert end <= len(row.keys), "a prefix has tokens that are not computed"
         assert [block.block_id for block in kept.tail] == row.blocks[row.boundary // BLOCK : end // BLOCK]
         assert tuple(block.block_id for block in kept.compacted) == row.destination
+        windows = row.windows[: end // BLOCK]
+        for group in kept.beside:
+            first = self._first_seen(end) // BLOCK
+            windows = [0] * first + [block.block_id for block in group]
+            assert windows[first:] == row.windows[first : end // BLOCK]
         self.prefixes[prefix] = replace(
-            row, tokens=row.tokens[:end], blocks=row.blocks[: end // BLOCK], keys=row.keys[:end]
+            row,
+            tokens=row.tokens[:end],
+            blocks=row.blocks[: end // BLOCK],
+            windows=windows,
+            keys=row.keys[:end],
         )
 
     def _attach(self, name: str, prefix: Row, computed: int) -> None:
@@ -296,6 +309,8 @@ class FakeWorker:
             0 if n < prefix.boundary // BLOCK else block
             for n, block in enumerate(prefix.blocks[: computed // BLOCK])
         ]
+        if self.window:
+            assert row.windows[: computed // BLOCK] == prefix.windows
         row.keys, row.destination, row.boundary = prefix.keys[:computed], prefix.destination, prefix.boundary
         row.history, row.compacted_by = prefix.history, prefix.compacted_by
         self.attached[name] = computed
@@ -306,7 +321,9 @@ class FakeWorker:
             computed = new.num_computed_tokens
             tokens = list(new.prompt_token_ids)
             keys = row.keys[:computed] if row is not None else []
-            self.rows[new.req_id] = row = Row(tokens, list(new.block_ids[0]), keys)
+            own, *others = new.block_ids
+            self.rows[new.req_id] = row = Row(tokens, list(own), keys)
+            row.windows = list(others[0]) if self.window else []
             if new.req_id in attaching:
                 self._attach(new.req_id, attaching.pop(new.req_id), computed)
             self._read_hit(row, computed)
@@ -318,11 +335,13 @@ class FakeWorker:
             if name in cached.resumed_req_ids:
                 assert not row.destination, "a request came back, but its compacted pages were not released"
                 row.blocks, row.keys = list(blocks[0]), []
+                row.windows = list(blocks[1]) if self.window else []
                 if name in attaching:
                     self._attach(name, attaching.pop(name), computed)
                 self._read_hit(row, computed)
             else:
                 row.blocks += blocks[0] if blocks else []
+                row.windows += blocks[1] if blocks and self.window else []
         assert not attaching, "a request is attached that does not start"
 
     def _read_hit(self, row: Row, computed: int) -> None:
@@ -463,7 +482,13 @@ class FakeWorker:
     def _readable_of(self, row: Row) -> set[int]:
         if not row.keys:
             return set()
-        return {*row.blocks[row.boundary // BLOCK : -(-len(row.keys) // BLOCK)], *row.destination}
+        end = -(-len(row.keys) // BLOCK)
+        windows = row.windows[self._first_seen(len(row.keys)) // BLOCK : end]
+        return {*row.blocks[row.boundary // BLOCK : end], *row.destination, *windows}
+
+    def _first_seen(self, num_tokens: int) -> int:
+        """The first token that is in the window of one behind so many."""
+        return max(num_tokens - self.window + 1, 0)
 
     def _check_reads(self, name: str, row: Row) -> None:
         for block in row.destination:
@@ -471,6 +496,9 @@ class FakeWorker:
             assert written == (row.compacted_by, row.history), "compacted pages were overwritten"
         begin = row.boundary // BLOCK
         self._check_keys(row.blocks[begin:], row, row.boundary, len(row.keys))
+        if self.window:
+            begin = self._first_seen(len(row.keys)) // BLOCK
+            self._check_keys(row.windows[begin:], row, begin * BLOCK, len(row.keys))
 
     def _check_keys(self, blocks: Sequence[int], row: Row, begin: int, end: int) -> None:
         for position in range(begin, end):
@@ -480,7 +508,11 @@ class FakeWorker:
 
     def _write(self, name: str, row: Row, position: int, key: Key) -> None:
         assert position >= row.boundary
-        block = row.blocks[position // BLOCK]
+        self._write_into(row.blocks[position // BLOCK], name, position, key)
+        if self.window:
+            self._write_into(row.windows[position // BLOCK], name, position, key)
+
+    def _write_into(self, block: int, name: str, position: int, key: Key) -> None:
         assert block != 0, "a token was written into the null block"
         slots = self.blocks.setdefault(block, {})
         if slots.get(position % BLOCK) == key:
@@ -491,8 +523,10 @@ class FakeWorker:
             if other == name or block not in self._readable(other):
                 continue
             # vLLM lets a request hit blocks that another one computes in the same step.
-            assert block in reader.blocks and block not in reader.destination, "compacted pages are written"
-            read = reader.keys[reader.blocks.index(block, reader.boundary // BLOCK) * BLOCK :][:BLOCK]
+            assert block not in reader.destination, "compacted pages are written"
+            raw = reader.blocks[reader.boundary // BLOCK :]
+            places = [0] * (reader.boundary // BLOCK) + raw if block in raw else reader.windows
+            read = reader.keys[places.index(block) * BLOCK :][:BLOCK]
             assert read[position % BLOCK :][:1] == [key], f"{name} writes a block that {other} can read"
         self.compacted.pop(block, None)
         slots[position % BLOCK] = key
@@ -525,23 +559,27 @@ class Simulation:
         compression: str = "snapkv:budget=0.25",
         num_blocks: int = 200,
         log_stats: bool = False,
+        window: int = 0,
         **options,
     ) -> None:
         vllm_config = configured(compression, num_blocks, **options)
-        spec = CompactableSpec(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
+        shape = dict(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
+        groups = [KVCacheGroupSpec(["layer"], CompactableSpec(**shape))]
+        if window:
+            groups.append(KVCacheGroupSpec(["sliding"], SlidingWindowSpec(**shape, sliding_window=window)))
         kind = AsyncCompressionScheduler if options.get("asynchronous") else CompressionScheduler
         self.scheduler = kind(
             vllm_config=vllm_config,
             kv_cache_config=KVCacheConfig(
                 num_blocks=num_blocks,
                 kv_cache_tensors=[],
-                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+                kv_cache_groups=groups,
             ),
             structured_output_manager=StructuredOutputManager(vllm_config),
             block_size=BLOCK,
             log_stats=log_stats,
         )
-        self.worker = FakeWorker(self.scheduler)
+        self.worker = FakeWorker(self.scheduler, window)
         self.manager = self.scheduler.compacting_manager
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.free
@@ -672,7 +710,9 @@ class Simulation:
         """Every reference of every block is that of a row, a compaction or a prefix."""
         references: dict[int, int] = {}
         prefixes = [prefix.blocks for prefix in self.scheduler._prefixes]
-        for row in (*self.manager.req_to_blocks.values(), *self.manager.compacted.values(), *prefixes):
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        rows = [row for manager in managers for row in manager.req_to_blocks.values()]
+        for row in (*rows, *self.manager.compacted.values(), *prefixes):
             for block in row:
                 if not block.is_null:
                     references[block.block_id] = references.get(block.block_id, 0) + 1

@@ -29,8 +29,9 @@ class Attaching:
         self.users: dict[str, Prefix] = {}
         self._attached: dict[str, str] = {}  # prefixes, by the request that attached to it in this step
 
-    def hit(self, request: Request, num_hit: int) -> list[KVCacheBlock] | None:
-        """The row of a request that takes a compacted prefix over; None if what vLLM has of it is as long.
+    def hit(self, request: Request, num_hit: int) -> tuple[tuple[list[KVCacheBlock], ...], int] | None:
+        """The rows of a request that takes a compacted prefix over, one of each group, and their tokens; None
+        if what vLLM has of it is as long.
 
         Args:
             request: one that is about to be admitted.
@@ -45,19 +46,32 @@ class Attaching:
         if name in self._tracked and _goes_on_compacted(config):
             # As with a hit of vLLM's: the window is to be observed.
             most = min(most, request.num_prompt_tokens - max(config.observed_window, 1))
-        found = self._prefixes.find(request.block_hashes, config.content, max(most, 0) // manager.block_size)
+        most = max(most, 0) // manager.block_size
+        found = self._prefixes.find(manager.block_hashes(request), config.content, most)
         if found is None or found[1] * manager.block_size <= num_hit:
             return None
         prefix, end = found
         manager.attaching[name] = prefix
-        num_compacted = prefix.plan.source_blocks
-        return [manager._null_block] * num_compacted + list(prefix.tail[: end - num_compacted])
+        return self._rows(prefix, end), end * manager.block_size
+
+    def _rows(self, prefix: Prefix, end: int) -> tuple[list[KVCacheBlock], ...]:
+        """Of each group the row of a request that takes over so many blocks."""
+        own, num_compacted = self._manager, prefix.plan.source_blocks
+        beside, null, rows = iter(prefix.beside), own._null_block, []
+        for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
+            if manager is own:
+                rows.append([null] * num_compacted + list(prefix.tail[: end - num_compacted]))
+            else:
+                seen = next(beside)
+                num_blocks = end * own.block_size // manager.block_size
+                rows.append([null] * (num_blocks - len(seen)) + list(seen))
+        return tuple(rows)
 
     def attach(self, request: Request, hit: KVCacheBlocks) -> int:
         """Note that a request that has just been admitted goes on from a compacted prefix; its tokens."""
         name, config = request.request_id, self.configs[request.request_id]
         prefix = self._manager.attaching.pop(name)
-        num_tokens = len(hit.blocks[0]) * self._manager.block_size
+        num_tokens = len(hit.blocks[self._manager.kv_cache_group_id]) * self._manager.block_size
         self._prefixes.use(prefix)
         self.users[name] = prefix
         self._attached[name] = prefix.id

@@ -1,8 +1,15 @@
 """Compacted prefixes that come into being: left by requests that end, or read from files."""
 
+import math
 from typing import Any
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.core.single_type_kv_cache_manager import (
+    MambaManager,
+    SingleTypeKVCacheManager,
+    SlidingWindowManager,
+)
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
@@ -20,7 +27,6 @@ class Leaving:
     def __init__(
         self,
         scheduler: Scheduler,
-        group: int,
         manager: CompactingManager,
         tracked: TrackedRequests,
         prefixes: Prefixes,
@@ -28,13 +34,15 @@ class Leaving:
         """
         Args:
             scheduler: whose requests these are.
-            group: number of the layers that are compacted.
-            manager: of their blocks.
+            manager: of the blocks of layers that are compacted.
             tracked: its requests that are compacted.
             prefixes: among which they are kept.
         """
-        self._scheduler, self._group, self._manager = scheduler, group, manager
-        self._tracked, self._prefixes = tracked, prefixes
+        self._scheduler, self._manager, self._tracked = scheduler, manager, tracked
+        self._prefixes = prefixes
+        managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self._others = [each for each in managers if each is not manager]
+        self._alignment = math.lcm(*(each.block_size for each in managers))
         self.kept: dict[str, str] = {}  # requests, by the prefix that each has left since the last step
         self._loaded: list[Loaded] = []
 
@@ -46,7 +54,7 @@ class Leaving:
             config: its options; None if it can leave nothing.
         """
         manager, name = self._manager, request.request_id
-        if config is None or (config.prefix is None and not self._prefixes.keeps_unnamed):
+        if config is None or not self.is_wanted(config):
             return "nobody asked for it"
         tracked = self._tracked.get(name)
         if tracked is None or name not in manager.compacted or tracked.uncounted is not None:
@@ -55,22 +63,29 @@ class Leaving:
         if not request.block_hashes:
             return "the server runs without prefix caching"
         # Whatever follows may be of drafts, or is yet to be computed.
-        num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
-        if config.prefix is not None:
-            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        computed = request.num_computed_tokens // self._alignment * self._alignment
+        num_tokens = min(self.end(request, config), computed)
         begin, end = tracked.held.source_blocks, num_tokens // manager.block_size
         if begin > end:
             return "some of its output was compacted with the prompt; ask for fewer max_tokens"
+        unknown = next((each for each in self._others if not _keeps_what_is_seen(each)), None)
+        if unknown is not None:
+            kind = type(unknown.kv_cache_spec).__name__
+            return f"vLLM does not keep at the ends of blocks what its layers of {kind} see there"
+        beside = self._beside(name, num_tokens)
+        if beside is None:
+            return "its windows or states have gone on; ask again"
         prefix = Prefix(
             id=self._prefixes.new_id(),
             name=config.prefix,
             config=config,
-            hashes=tuple(request.block_hashes[:end]),
+            hashes=tuple(manager.block_hashes(request)[:end]),
             tokens=None if config.prefix is None else _tokens_of(request, end * manager.block_size),
             plan=tracked.held,
             kept=config.ladder_steps[tracked.step] if config.when == "pressure" else config.budget,
             compacted=tuple(manager.compacted[name]),
             tail=tuple(manager.req_to_blocks[name][begin:end]),
+            beside=beside,
             salt=request.cache_salt,
             adapter=request.lora_request.lora_name if request.lora_request else None,
         )
@@ -81,11 +96,34 @@ class Leaving:
         if config.prefix is not None:
             # A raw copy that nobody reads would be taken instead, and compacted each time.
             pool = manager.block_pool
-            found = (pool.get_cached_block(each, [self._group]) for each in prefix.hashes)
+            found = (pool.get_cached_block(each, [manager.kv_cache_group_id]) for each in prefix.hashes)
             idle = {blocks[0].block_id for blocks in found if blocks and not blocks[0].ref_cnt}
             pool.evict_blocks(idle)
         self.kept[prefix.id] = name
         return prefix
+
+    def is_wanted(self, config: KVCompressionConfig) -> bool:
+        """Whether a request with these options should leave a prefix, if it is compacted."""
+        return config.prefix is not None or self._prefixes.keeps_unnamed
+
+    def end(self, request: Request, config: KVCompressionConfig) -> int:
+        """Tokens of a request that a prefix would stand for, once those known so far are computed."""
+        num_tokens = request.num_tokens - 1
+        if config.prefix is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens)
+        return num_tokens // self._alignment * self._alignment
+
+    def _beside(self, name: str, num_tokens: int) -> tuple[tuple[KVCacheBlock, ...], ...] | None:
+        """Of each group that is not compacted the blocks of a request that its layers see behind so many of
+        its tokens; None if some are given back."""
+        beside = []
+        for manager in self._others:
+            first = manager.get_num_skipped_tokens(num_tokens) // manager.block_size
+            seen = manager.req_to_blocks[name][first : num_tokens // manager.block_size]
+            if any(block.is_null for block in seen):
+                return None
+            beside.append(tuple(seen))
+        return tuple(beside)
 
     def describe(self, prefix: Prefix) -> dict[str, Any]:
         """What must be known of a prefix to load it again, but for its tokens."""
@@ -110,6 +148,8 @@ class Leaving:
             raise KVCompressionError(f"there is no prefix {name!r}")
         if prefix.adapter is not None or prefix.tokens is None:
             raise KVCompressionError("prefixes of an adapter, pictures or embeddings cannot be saved")
+        if prefix.beside:
+            raise KVCompressionError("prefixes of a model with windows or states cannot be saved")
         names = (prefix.id, self.kept[prefix.id]) if prefix.id in self.kept else (prefix.id,)
         return prefix, names
 
@@ -125,8 +165,10 @@ class Leaving:
             KVCompressionError: there is no room, or its name is taken.
         """
         manager, pool = self._manager, self._manager.block_pool
+        assert not self._others, "what others see was not saved"
         num_kept, num_source = about["kept_blocks"], about["boundary"] // manager.block_size
-        needed = num_kept + len(request.block_hashes) - num_source
+        hashes = manager.block_hashes(request)
+        needed = num_kept + len(hashes) - num_source
         while pool.get_num_free_blocks() < needed and self._prefixes.make_room():
             pass
         if pool.get_num_free_blocks() < needed:
@@ -138,7 +180,7 @@ class Leaving:
             id=prefix_id,
             name=about["name"],
             config=KVCompressionConfig.parse(about["config"]),
-            hashes=tuple(request.block_hashes),
+            hashes=tuple(hashes),
             tokens=_tokens_of(request, request.num_tokens),
             plan=Plan(about["boundary"], num_source, num_kept),
             kept=about["kept"],
@@ -189,6 +231,13 @@ class Leaving:
             f"its {own} blocks and {others} of other names would leave fewer of {usable} than {longest}, for "
             "--max-model-len; delete a prefix or lower it"
         )
+
+
+def _keeps_what_is_seen(manager: SingleTypeKVCacheManager) -> bool:
+    """Whether blocks of a group that a request has moved on from stay what they were at their ends."""
+    if isinstance(manager, MambaManager):
+        return manager.mamba_cache_mode == "align" and not manager.has_prefill_checkpoint_blocks
+    return isinstance(manager, SlidingWindowManager)
 
 
 def _tokens_of(request: Request, num_tokens: int) -> tuple[int, ...] | None:

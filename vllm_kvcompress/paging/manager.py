@@ -133,6 +133,11 @@ class CompactingManager(FullAttentionManager):
             self.block_pool.touch(prefix.compacted)
             self.compacted[request_id] = list(prefix.compacted)
 
+    def block_hashes(self, request: Request) -> Sequence[bytes]:
+        """Of a request's full blocks, each of all tokens up to its end."""
+        finer = self.block_size // self.block_pool.hash_block_size
+        return request.block_hashes if finer == 1 else request.block_hashes[finer - 1 :: finer]
+
     def held_blocks(self, request_id: str) -> int:
         """Blocks of the pool that the request holds, of all groups: its raw blocks and its compacted ones."""
         rows = (manager.req_to_blocks.get(request_id, ()) for manager in (self, *self.others))

@@ -27,6 +27,8 @@ class Prefix:
         kept: fraction of the raw bytes that this was given.
         compacted: its compacted blocks.
         tail: raw blocks behind them, computed on top of them; all are full.
+        beside: of each other group of the cache what its layers see behind the end: the last blocks of
+            windows, the block of a state. Without these a request can take over no less than all.
         salt: without which nobody may see it; None for nobody's.
         adapter: name of the adapter by which its tokens were computed; None for none.
         users: requests that hold its blocks, as many as did not end.
@@ -42,6 +44,7 @@ class Prefix:
     kept: float | None
     compacted: tuple[KVCacheBlock, ...]
     tail: tuple[KVCacheBlock, ...]
+    beside: tuple[tuple[KVCacheBlock, ...], ...] = ()
     salt: str | None = None
     adapter: str | None = None
     users: int = 0
@@ -50,7 +53,7 @@ class Prefix:
     @property
     def blocks(self) -> tuple[KVCacheBlock, ...]:
         """All that it holds."""
-        return self.compacted + self.tail
+        return self.compacted + self.tail + tuple(block for group in self.beside for block in group)
 
 
 class Prefixes:
@@ -99,13 +102,15 @@ class Prefixes:
             most: blocks of these that it may stand for.
 
         Returns:
-            It, and the blocks that it stands for: those that are compacted and some of its tail.
+            It, and the blocks that it stands for: those that are compacted and some of its tail, or all.
         """
         best: tuple[Prefix, int] | None = None
         for end, block_hash in enumerate(hashes[:most] if self._kept else (), 1):
             for prefix in self._found.get((block_hash, content), ()):
                 pairs = zip(prefix.hashes[end:], hashes[end:most], strict=False)
                 num = end + sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+                if prefix.beside and num < len(prefix.hashes):
+                    continue
                 if best is None or num > best[1]:
                     best = prefix, num
         return best

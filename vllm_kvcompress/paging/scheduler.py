@@ -55,6 +55,7 @@ class _Compression(Telling):
         self._is_hybrid = len(coordinator.single_type_managers) > 1
         if self._is_hybrid:
             coordinator.cache_blocks = self._unless_compacted(coordinator.cache_blocks)
+            coordinator.remove_skipped_blocks = self._but_for_prefixes(coordinator.remove_skipped_blocks)
         coordinator.get_num_blocks_to_allocate = self._noting_blocks(coordinator.get_num_blocks_to_allocate)
         self.kv_cache_manager.allocate_slots = self._or_compact(self.kv_cache_manager.allocate_slots)
         groups = [self.kv_cache_config.kv_cache_groups[index] for index in own]
@@ -63,7 +64,7 @@ class _Compression(Telling):
         self._tracked = tracked = TrackedRequests(has_drafts=self.num_spec_tokens > 0)
         self._prefixes = prefixes = Prefixes(self.kv_cache_manager.block_pool, self.compression.prefix_share)
         self._attaching = Attaching(self, manager, tracked, prefixes)
-        self.leaving = Leaving(self, own[0], manager, tracked, prefixes)
+        self.leaving = Leaving(self, manager, tracked, prefixes)
         most_read = self.compression.max_compaction_tokens or self.scheduler_config.max_num_batched_tokens
         self._compactions = Compactions(groups, manager, prefixes, most_read)
         self._yielding = Yielding(self, manager, tracked, prefixes, self._compactions)
@@ -94,6 +95,19 @@ class _Compression(Telling):
                 cache_blocks(request, num_computed_tokens)
 
         return cached
+
+    def _but_for_prefixes(self, remove_skipped_blocks: Callable[..., None]) -> Callable[..., None]:
+        """What gives back the blocks that windows and states have moved on from: but for those that are seen
+        from where a prefix of the request would end."""
+
+        def removed(request_id: str, processed_computed_tokens: int, *args, **kwargs) -> None:
+            config = self._attaching.configs.get(request_id)
+            if config is not None and request_id in self._tracked and self.leaving.is_wanted(config):
+                end = self.leaving.end(self.requests[request_id], config)
+                processed_computed_tokens = min(processed_computed_tokens, end)
+            remove_skipped_blocks(request_id, processed_computed_tokens, *args, **kwargs)
+
+        return removed
 
     def _noting_blocks(self, get_num_blocks_to_allocate: Callable[..., int]) -> Callable[..., int]:
         """vLLM's count of the blocks that a request takes; it tells nobody how many it lacks."""
@@ -145,7 +159,7 @@ class _Compression(Telling):
         super().add_request(request)
         if config is not None:
             self._track(request, config)
-            if config.enabled and not self._is_hybrid:
+            if config.enabled:
                 self._attaching.configs[request.request_id] = config
 
     def _track(self, request: Request, config: KVCompressionConfig) -> None:
@@ -276,9 +290,9 @@ class _Compression(Telling):
                 shared_prefix_boundary = min(shared_prefix_boundary or limit, limit)
             if num_hit > limit:
                 blocks, num_hit = self._shorter_hit(request, blocks, limit)
-        if (row := self._attaching.hit(request, num_hit)) is not None:
-            num_hit = len(row) * manager.block_size
-            blocks = self.kv_cache_manager.create_kv_cache_blocks((row,))
+        if (compacted := self._attaching.hit(request, num_hit)) is not None:
+            rows, num_hit = compacted
+            blocks = self.kv_cache_manager.create_kv_cache_blocks(rows)
         return blocks, num_hit, shared_prefix_boundary, diverged
 
     def _shorter_hit(self, request: Request, blocks: KVCacheBlocks, limit: int) -> tuple[KVCacheBlocks, int]:

@@ -1,0 +1,164 @@
+"""Compacted prefixes of models some of whose layers slide a window or keep states.
+
+Who attaches also goes on from what these layers see at the prefix's end.
+"""
+
+import pytest
+import torch
+from harness import STATEFUL, first_difference, sampling, tokens
+from test_compacted_prefixes import _from, attached, pin
+
+from vllm_kvcompress import save_prefix
+from vllm_kvcompress.config import KVCompressionError
+
+KINDS = ["gemma3", "gpt-oss", "lfm2", "qwen3-next"]
+METHOD = "knorm:budget=0.25"
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def sharing(engines, hybrids, stateful, kind):
+    """Afterwards no prefix is left, and all blocks of all groups are given back."""
+    model = (stateful if kind in STATEFUL else hybrids)[kind]
+    engine = engines(model, "snapkv:budget=0.25,prefix_share=0.6", **STATEFUL.get(kind, {}))
+    engine.scheduler._prefixes.keeps_unnamed = False
+    engine.forget_prefixes()
+    engine.compactions.clear(), engine.outputs.clear()
+    free = engine.free
+    yield engine
+    for prefix in list(engine.scheduler._prefixes):
+        engine.scheduler._prefixes.drop(prefix)
+    engine.check_accounts(), engine.check_nothing_left()
+    assert engine.free == free and not engine.worker.compression.prefixes
+
+
+@pytest.fixture
+def attachments(sharing):
+    plain = sharing.scheduler._attaching.attach
+    yield attached(sharing)
+    sharing.scheduler._attaching.attach = plain
+
+
+@pytest.fixture
+def in_float32(kind) -> None:
+    """In bfloat16 the same tokens computed in other steps have other answers."""
+    if kind == "qwen3-next":
+        pytest.skip("vLLM's CPU build has gated delta networks in bfloat16 alone")
+
+
+def contents(sharing, manager, blocks) -> list[torch.Tensor]:
+    """What layers of a group have in blocks."""
+    context = sharing.worker.compilation_config.static_forward_context
+    config, ids = sharing.scheduler.kv_cache_config, [block.block_id for block in blocks]
+    found = []
+    for name in config.kv_cache_groups[manager.kv_cache_group_id].layer_names:
+        cache = context[name].kv_cache
+        for tensor in [cache] if isinstance(cache, torch.Tensor) else cache:
+            found.append(tensor.movedim(tensor.shape.index(config.num_blocks), 0)[ids].clone())
+    assert found
+    return found
+
+
+def document_of(sharing, long_ids, rest: int, seed: int) -> list[int]:
+    size = sharing.manager.block_size
+    return long_ids(-(-600 // size) * size + rest, seed=seed)
+
+
+@pytest.mark.parametrize("rest", [0, 1, 17])
+def test_a_prefix_holds_what_windows_and_states_saw_at_its_end(sharing, long_ids, rest):
+    """To the last bit as with a raw request of the same prompt."""
+    document = document_of(sharing, long_ids, rest, seed=2)
+    prefix, _ = pin(sharing, document, METHOD)
+    live = sharing.live(sharing.add(document, sampling(3, "off")))
+    while live.num_computed_tokens < len(document):
+        sharing.step()
+    others = [manager for manager in sharing.managers if manager is not sharing.manager]
+    for manager, seen in zip(others, prefix.beside, strict=True):
+        end = len(document) // sharing.manager.block_size * sharing.manager.block_size // manager.block_size
+        raw = manager.req_to_blocks[live.request_id][end - len(seen) : end]
+        assert len(seen) > 0 and not {block.block_id for block in seen} & {block.block_id for block in raw}
+        pairs = zip(contents(sharing, manager, seen), contents(sharing, manager, raw), strict=True)
+        assert all(torch.equal(one, other) and one.count_nonzero() for one, other in pairs)
+    sharing.finish()
+    sharing.outputs.clear()
+
+
+@pytest.mark.parametrize("method", [METHOD, "snapkv:budget=0.25"])
+def test_who_attaches_goes_on_as_the_one_that_was_compacted_there(
+    sharing, attachments, long_ids, in_float32, method
+):
+    document = document_of(sharing, long_ids, 0, seed=3)
+    size = sharing.manager.block_size
+    prefix, alone = pin(sharing, document, method, max_tokens=80)
+    said, free = tokens(alone), sharing.free
+    names = [sharing.add(document + said[:n], sampling(80 - n, method)) for n in (40, 45)]
+    sharing.step()
+    assert attachments == [(name, len(document) // size) for name in names]
+    sharing.check_accounts()
+    sharing.finish()
+    for n, name in zip((40, 45), names, strict=True):
+        answer = sharing.outputs.pop(name)
+        difference = first_difference(answer, _from(alone, n), gap=2e-3)
+        assert difference is None or difference > 3
+    assert prefix.hits == 2 and sharing.free == free and len(sharing.compactions) == 1
+
+
+def test_a_prefix_that_is_deleted_while_it_is_read_stays_whole_for_its_readers(sharing, long_ids):
+    document, suffix = document_of(sharing, long_ids, 5, seed=5), long_ids(40, seed=12)
+    prefix, _ = pin(sharing, document, METHOD)
+    expected = sharing.run(document + suffix, sampling(60, METHOD))
+    name = sharing.add(document + suffix, sampling(60, METHOD))
+    sharing.step()
+    sharing.scheduler._prefixes.drop(prefix)
+    sharing.check_accounts()
+    other = sharing.add(long_ids(2500, seed=21), sampling(20, "off"))  # writes what is free
+    sharing.finish()
+    assert first_difference(sharing.outputs.pop(name), expected) is None
+    sharing.outputs.pop(other)
+
+
+def test_who_is_preempted_attaches_again(sharing, attachments, long_ids, in_float32):
+    document, suffix = document_of(sharing, long_ids, 5, seed=6), long_ids(40, seed=13)
+    pin(sharing, document, METHOD)
+    expected = sharing.run(document + suffix, sampling(40, METHOD))
+    name = sharing.add(document + suffix, sampling(40, METHOD))
+    for _ in range(8):
+        sharing.step()
+    live = sharing.live(name)
+    sharing.scheduler.running.remove(live)
+    sharing.scheduler._preempt_request(live, 0.0)
+    sharing.check_accounts()
+    sharing.finish()
+    assert len(attachments) == 3
+    assert first_difference(sharing.outputs.pop(name), expected, gap=2e-3) is None
+
+
+def test_a_conversation_goes_on_from_its_last_turn(sharing, attachments, long_ids, monkeypatch):
+    monkeypatch.setattr(sharing.scheduler._prefixes, "keeps_unnamed", True)
+    size, prompt = sharing.manager.block_size, document_of(sharing, long_ids, 9, seed=7)
+    for turn in range(3):
+        output = sharing.run(prompt, sampling(size // 2 + 20, METHOD))
+        sharing.check_accounts()
+        sharing.pool.evict_blocks({block.block_id for block in sharing.pool.blocks if not block.ref_cnt})
+        assert len(attachments) == turn
+        if turn:
+            assert len(prompt) - attachments[-1][1] * size < 2 * size + 50
+        prompt = prompt + tokens(output) + long_ids(30, seed=30 + turn)
+
+
+def test_nobody_attaches_to_a_part_and_nothing_is_saved(sharing, attachments, long_ids, tmp_path):
+    document = document_of(sharing, long_ids, 0, seed=8)
+    pin(sharing, document, METHOD)
+    other = list(document)
+    other[-1] += 1
+    sharing.run(other + [5, 6], sampling(2, METHOD))
+    sharing.run(document, sampling(2, METHOD))
+    assert not attachments
+    with pytest.raises(KVCompressionError) as refused:
+        save_prefix(sharing.llm, "document", tmp_path / "document")
+    assert str(refused.value) == "prefixes of a model with windows or states cannot be saved"
+    assert not list(tmp_path.iterdir())
