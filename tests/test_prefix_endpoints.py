@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeResponse
 from vllm.exceptions import QueueOverflowError, VLLMNotFoundError, VLLMValidationError
 
-from vllm_kvcompress import endpoints, prefix_endpoints
+from vllm_kvcompress import prefix_endpoints
 from vllm_kvcompress.paging.statistics import TAKEN
 from vllm_kvcompress.prefix_endpoints import MOST_SALT, PATH, PrefixEndpoints
 
@@ -28,6 +29,7 @@ class Engines:
         self.asked: list[tuple[str | None, ...]] = []
         self.unsaved: str | None = None  # why it could not be
         self.saving_s = 0.0
+        self.tickets: dict[str, float] = {}  # when each save ends
 
     async def call_utility_all_async(self, *call: str | None):
         self.asked.append(call)
@@ -36,8 +38,12 @@ class Engines:
             own = [(rank, name) for rank, name, salt in self.kept if [salt] == arguments]
             return [[{"id": "0", "name": name} for at, name in own if at == rank] for rank in (4, 7)]
         if method == "kv_compression_save_prefix":
-            await asyncio.sleep(self.saving_s)
-            return [None, self.unsaved]
+            self.tickets[arguments[0]] = time.monotonic() + self.saving_s
+            return [None, None]
+        if method == "kv_compression_prefix_saved":
+            (ticket,) = arguments
+            ended = time.monotonic() >= self.tickets[ticket]
+            return [[True, None], [ended, self.unsaved if ended else None]]
         assert method == "kv_compression_delete_prefix"
         found = [each for each in self.kept if list(each[1:]) == arguments]
         self.kept = [each for each in self.kept if each not in found]
@@ -143,17 +149,19 @@ def test_a_prefix_that_could_not_be_saved_is_told_of(asking, client, engines):
     assert made.status_code == 507 and made.json() == {
         "error": "the prefix is kept, but not saved: cannot write /kept/document: No space left on device"
     }
-    assert ("kv_compression_save_prefix", "document", "salt") in engines.asked
+    (ticket,) = engines.tickets
+    assert ("kv_compression_save_prefix", ticket, "document", "salt") in engines.asked
     assert listed(asking, cache_salt="salt") == [(4, "document")]
 
 
 def test_what_takes_long_to_be_saved_is_waited_for(asking, engines, monkeypatch):
-    monkeypatch.setattr(endpoints, "ANSWER_S", 0.1)
     engines.saving_s = 0.4
+    begun = time.monotonic()
     assert asking.post(PATH, json={"name": "document", "prompt": "text"}).status_code == 201
+    assert time.monotonic() - begun >= 0.4
     monkeypatch.setattr(prefix_endpoints, "SAVED_S", 0.1)
     answer = asking.post(PATH, json={"name": "another", "prompt": "text"})
-    assert answer.status_code == 503 and "did not answer within" in answer.json()["error"]
+    assert answer.status_code == 503 and "kept, but not saved within" in answer.json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -68,9 +68,8 @@ class Endpoints:
         """Of the engines, in the order of their answers."""
         return [int.from_bytes(identity, "little") for identity in self._engines.core_engines]
 
-    async def _ask(self, method: str, *args: str | None, wait_s: float | None = None) -> list[Any]:
-        """One answer of each engine, within `ANSWER_S` or so many seconds; who asks the same meanwhile
-        shares it."""
+    async def _ask(self, method: str, *args: str | None) -> list[Any]:
+        """One answer of each engine, within `ANSWER_S`; who asks the same meanwhile shares it."""
         call = method, *args
         asked = self._calls.get(call)
         if asked is None:
@@ -79,10 +78,9 @@ class Endpoints:
             asked = asyncio.ensure_future(self._engines.call_utility_all_async(*call))
             self._calls[call] = asked
             asked.add_done_callback(lambda _: self._calls.pop(call))
-        wait_s = ANSWER_S if wait_s is None else wait_s
-        done, _ = await asyncio.wait([asked], timeout=wait_s)
+        done, _ = await asyncio.wait([asked], timeout=ANSWER_S)
         if not done:
-            raise Refused(503, f"the engine did not answer within {wait_s:.0f} s; try again")
+            raise Refused(503, f"the engine did not answer within {ANSWER_S:.0f} s; try again")
         if asked.cancelled() or (error := asked.exception()) is not None:
             problem = "cancelled" if asked.cancelled() else (str(error) or type(error).__name__)
             logger.warning("kv-compression: %s: %s", method, problem.splitlines()[0])

@@ -1,5 +1,6 @@
 """Compacted prefixes of an `LLM`, in the program that has it."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,12 @@ from typing import Any
 from vllm import LLM
 from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
+from vllm.utils import random_uuid
 from vllm.v1.engine.core_client import InprocClient
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.paging.statistics import CARRIER
-from vllm_kvcompress.prefix_requests import SAVE, leaving, left_by
+from vllm_kvcompress.prefix_requests import SAVE, SAVED, leaving, left_by, pauses
 
 
 def compact_prefix(
@@ -55,7 +57,7 @@ def compact_prefix(
     told = left_by(output)
     if not told.pop("kept"):
         raise KVCompressionError(f"the prefix {name!r} was not kept: {told['reason']}")
-    _refuse(_ask(llm, SAVE, name, cache_salt))
+    _save(llm, name, cache_salt)
     return told
 
 
@@ -89,7 +91,7 @@ def save_prefix(llm: LLM, name: str, path: str | Path, *, cache_salt: str | None
     Raises:
         KVCompressionError: there is no such prefix, or the file cannot be written; one line.
     """
-    _refuse(_ask(llm, SAVE, name, cache_salt, str(path)))
+    _save(llm, name, cache_salt, str(path))
 
 
 def load_prefix(llm: LLM, path: str | Path) -> None:
@@ -104,6 +106,17 @@ def load_prefix(llm: LLM, path: str | Path) -> None:
             one line.
     """
     _refuse(_ask(llm, "kv_compression_load_prefix", str(path)))
+
+
+def _save(llm: LLM, *args: str | None) -> None:
+    """Have a prefix saved, and wait for that."""
+    ticket = random_uuid()
+    _ask(llm, SAVE, ticket, *args)
+    for pause in pauses():
+        ended, problem = _ask(llm, SAVED, ticket)
+        if ended:
+            return _refuse(problem)
+        time.sleep(pause)
 
 
 def _ask(llm: LLM, method: str, *args: str | None) -> Any:

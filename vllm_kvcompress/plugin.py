@@ -68,6 +68,7 @@ def register() -> None:
     EngineCore.kv_compression_state = _state
     EngineCore.kv_compression_heads = _heads
     EngineCore.kv_compression_save_prefix = _save_prefix
+    EngineCore.kv_compression_prefix_saved = _prefix_saved
     EngineCore.kv_compression_load_prefix = _load_prefix
     EngineCore.__init__ = _with_saved_prefixes(EngineCore.__init__)
     for core in (EngineCoreProc, DPEngineCoreProc):
@@ -518,11 +519,18 @@ def _heads(self, shown_id: str) -> dict[str, Any] | None:
     }
 
 
-def _save_prefix(self, name: str, salt: str | None = None, path: str | None = None) -> str | None:
-    """A method of `EngineCore`; see `prefix_files.save`."""
+def _save_prefix(self, ticket: str, name: str, salt: str | None = None, path: str | None = None) -> None:
+    """A method of `EngineCore`; see `prefix_files.Saves.begin`."""
     from vllm_kvcompress import prefix_files
 
-    return prefix_files.save(self, name, salt, path)
+    prefix_files.saves_of(self).begin(ticket, name, salt, path)
+
+
+def _prefix_saved(self, ticket: str) -> tuple[bool, str | None]:
+    """A method of `EngineCore`; see `prefix_files.Saves.outcome`."""
+    from vllm_kvcompress import prefix_files
+
+    return prefix_files.saves_of(self).outcome(ticket)
 
 
 def _load_prefix(self, path: str) -> str | None:

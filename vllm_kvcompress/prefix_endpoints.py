@@ -1,6 +1,8 @@
 """Compacted prefixes over HTTP: made once of a prompt, for all requests that begin with it."""
 
+import asyncio
 import json
+import time
 from typing import Any
 
 from fastapi import Request
@@ -20,7 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError, check_name
 from vllm_kvcompress.endpoints import Endpoints, Refused, answered
 from vllm_kvcompress.paging.statistics import TAKEN
-from vllm_kvcompress.prefix_requests import SAVE, leaving, left_by
+from vllm_kvcompress.prefix_requests import SAVE, SAVED, leaving, left_by, pauses
 
 PATH = "/v1/kv_compression/prefixes"
 PROMPTS = "prompt", "prompt_token_ids", "messages"
@@ -87,9 +89,22 @@ class PrefixEndpoints(Endpoints):
         told = left_by(output)
         if not told.pop("kept"):
             raise Refused(409 if told["reason"] == TAKEN else 422, told["reason"])
-        for problem in filter(None, await self._ask(SAVE, name, salt, wait_s=SAVED_S)):
+        for problem in filter(None, await self._saved(name, salt)):
             raise Refused(507, f"the prefix is kept, but not saved: {problem}")
         return JSONResponse(told, 201)
+
+    async def _saved(self, name: str, salt: str | None) -> list[str | None]:
+        """Have a prefix saved by who has it, if it has a folder; of each engine what was in the way."""
+        ticket, deadline = random_uuid(), time.monotonic() + SAVED_S
+        await self._ask(SAVE, ticket, name, salt)
+        for pause in pauses():
+            outcomes = await self._ask(SAVED, ticket)
+            if all(ended for ended, _ in outcomes):
+                break
+            if time.monotonic() > deadline:
+                raise Refused(503, f"the prefix is kept, but not saved within {SAVED_S:.0f} s")
+            await asyncio.sleep(pause)
+        return [problem for _, problem in outcomes]
 
     @answered
     async def show(self, request: Request) -> Response:

@@ -1,6 +1,7 @@
 """Compacted prefixes that outlive their engine: an engine core saves them to files, and loads them again."""
 
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.logger import init_logger
@@ -13,35 +14,116 @@ from vllm_kvcompress.requests import saved
 
 logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 ENDING = ".safetensors"
+MOST_ENDED = 64  # saves whose outcome is remembered
 
 
-def save(core: EngineCore, name: str, salt: str | None = None, path: str | None = None) -> str | None:
-    """Write a prefix to a file, of several workers to one each.
+@dataclass
+class _Save:
+    """One that was asked for; see `Saves.begin`."""
 
-    Args:
-        core: in which it is.
-        name: its name.
-        salt: its salt.
-        path: the file; None for one in the engine's own folder (`prefix_folder`), if it has one.
+    ticket: str
+    name: str
+    salt: str | None
+    path: str
+    in_folder: bool
 
-    Returns:
-        What is in the way, in one line; None if nothing is.
+
+class Saves:
+    """The saves of an engine core.
+
+    One prefix at a time is copied to the host's memory and written from there, by each worker its part,
+    beside the steps. The others wait for that, and hold nothing. They go on whenever somebody asks of one.
     """
-    scheduler = core.scheduler
-    if path is None and not (scheduler.compression.prefix_folder and scheduler.has_prefix(name, salt)):
-        return None
-    try:
-        prefix, names = scheduler.leaving.to_save(name, salt)
-    except KVCompressionError as error:
-        return str(error)
-    path = path or str(_in_folder(core, name, salt))
-    tail, about = [block.block_id for block in prefix.tail], scheduler.leaving.describe(prefix)
-    args = path, names, tail, prefix.tokens, about
-    return next(filter(None, core.collective_rpc("kv_compression_save", args=args)), None)
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._waiting: list[_Save] = []
+        self._writing: _Save | None = None
+        self._ended: dict[str, str | None] = {}  # what was in the way, by ticket
+
+    def begin(self, ticket: str, name: str, salt: str | None = None, path: str | None = None) -> None:
+        """Write a prefix to a file, of several workers to one each.
+
+        Args:
+            ticket: under which is asked what has become of it.
+            name: its name.
+            salt: its salt.
+            path: the file; None for one in the engine's own folder (`prefix_folder`), if it has one.
+        """
+        scheduler = self._core.scheduler
+        if path is None and not (scheduler.compression.prefix_folder and scheduler.has_prefix(name, salt)):
+            return self._end(ticket, None)
+        own = path or str(_in_folder(self._core, name, salt))
+        save = _Save(ticket, name, salt, own, path is None)
+        try:
+            if save.in_folder:
+                Path(own).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return self._note(save, f"cannot write {own}: {error.strerror or error}")
+        self._waiting.append(save)
+        self._go_on()
+
+    def outcome(self, ticket: str) -> tuple[bool, str | None]:
+        """Whether a save has ended, and what was in its way, in one line."""
+        self._go_on()
+        ongoing = [*self._waiting, *([self._writing] if self._writing else ())]
+        if any(each.ticket == ticket for each in ongoing):
+            return False, None
+        return True, self._ended.get(ticket, "nobody knows of it any more")
+
+    def forget(self, name: str, salt: str | None) -> None:
+        """Write nothing into the folder of a prefix that is deleted."""
+        if self._writing is not None and self._is_of(self._writing, name, salt):
+            self._core.collective_rpc("kv_compression_unsave", args=(self._writing.path,))
+        for each in [each for each in self._waiting if self._is_of(each, name, salt)]:
+            self._waiting.remove(each)
+            self._end(each.ticket, "it was deleted meanwhile")
+
+    @staticmethod
+    def _is_of(save: _Save, name: str, salt: str | None) -> bool:
+        return save.in_folder and (save.name, save.salt) == (name, salt)
+
+    def _go_on(self) -> None:
+        """Note that the one which is written has ended, if it has, and begin the next."""
+        if self._writing is not None:
+            outcomes = self._core.collective_rpc("kv_compression_saved")
+            if not all(ended for ended, _ in outcomes):
+                return
+            save, self._writing = self._writing, None
+            self._note(save, next((problem for _, problem in outcomes if problem is not None), None))
+        while self._waiting and self._writing is None:
+            save = self._waiting.pop(0)
+            leaving = self._core.scheduler.leaving
+            try:
+                prefix, names = leaving.to_save(save.name, save.salt)
+            except KVCompressionError as error:
+                self._note(save, str(error))
+                continue
+            tail, about = [block.block_id for block in prefix.tail], leaving.describe(prefix)
+            args = save.path, names, tail, prefix.tokens, about
+            self._core.collective_rpc("kv_compression_save", args=args)
+            self._writing = save
+
+    def _note(self, save: _Save, problem: str | None) -> None:
+        if problem is not None and save.in_folder:
+            logger.warning("kv-compression: the prefix %r was not saved: %s", save.name, problem)
+        self._end(save.ticket, problem)
+
+    def _end(self, ticket: str, problem: str | None) -> None:
+        self._ended[ticket] = problem
+        while len(self._ended) > MOST_ENDED:  # whose clients have gone away
+            del self._ended[next(iter(self._ended))]
+
+
+def saves_of(core: EngineCore) -> Saves:
+    """The saves of an engine core, which are made when they are first asked for."""
+    if not hasattr(core, "kv_compression_saves"):
+        core.kv_compression_saves = Saves(core)
+    return core.kv_compression_saves
 
 
 def load(core: EngineCore, path: str) -> str | None:
-    """Load what `save` wrote, under its name.
+    """Load what was saved, under its name.
 
     Returns:
         What is in the way, in one line; None if nothing is.
@@ -94,7 +176,9 @@ def load_folder(core: EngineCore) -> None:
     if not core.scheduler.compression.prefix_folder:
         return
     ending = saved.path_of(ENDING, 0, core.vllm_config.parallel_config.world_size)
-    for file in sorted(_folder(core).glob(f"*{ending}")):
+    for file in _folder(core).glob(f"{saved.unfinished_name('*')}*"):  # of an engine that was killed
+        file.unlink(missing_ok=True)
+    for file in sorted(_folder(core).glob(f"[!.]*{ending}")):
         path = str(file).removesuffix(ending) + ENDING
         if (problem := load(core, path)) is not None:
             logger.warning("kv-compression: a prefix was not loaded: %s", problem)
@@ -104,6 +188,7 @@ def load_folder(core: EngineCore) -> None:
 
 def remove(core: EngineCore, name: str, salt: str | None) -> None:
     """Remove what the engine's own folder has of a prefix, if anything."""
+    saves_of(core).forget(name, salt)
     world_size = core.vllm_config.parallel_config.world_size
     for rank in range(world_size):
         path = saved.path_of(str(_in_folder(core, name, salt)), rank, world_size)
@@ -118,6 +203,4 @@ def _folder(core: EngineCore) -> Path:
 
 
 def _in_folder(core: EngineCore, name: str, salt: str | None) -> Path:
-    folder = _folder(core)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / (hashlib.sha256(repr((name, salt)).encode()).hexdigest()[:32] + ENDING)
+    return _folder(core) / (hashlib.sha256(repr((name, salt)).encode()).hexdigest()[:32] + ENDING)

@@ -1,5 +1,6 @@
 """Requests that are there only for the compacted prefix that they leave."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from vllm import SamplingParams
@@ -7,7 +8,9 @@ from vllm.outputs import RequestOutput
 
 from vllm_kvcompress.paging.statistics import CARRIER
 
-SAVE = "kv_compression_save_prefix"  # the method of `EngineCore` that is asked next
+# Methods of `EngineCore` that are asked next: to begin a save, and for what has become of it.
+SAVE, SAVED = "kv_compression_save_prefix", "kv_compression_prefix_saved"
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 0.5  # between two questions for that
 
 
 def leaving(option: dict[str, Any]) -> SamplingParams:
@@ -20,3 +23,11 @@ def leaving(option: dict[str, Any]) -> SamplingParams:
 def left_by(output: RequestOutput) -> dict[str, Any]:
     """What an engine tells of the prefix that a request was to leave."""
     return dict((output.kv_transfer_params or {})[CARRIER]["prefix"])
+
+
+def pauses() -> Iterator[float]:
+    """Seconds to wait before each time that a save is asked for."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause
+        pause = min(2 * pause, LONGEST_PAUSE_S)

@@ -144,8 +144,8 @@ def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         )
     if num_groups(vllm_config) > 1:
         raise KVCompressionError(
-            "kv-compression: compacted prefixes of models whose layers of full attention are in several cache "
-            f"groups of vLLM's were not tried; leave {option} out"
+            "kv-compression: compacted prefixes of models whose layers of full attention are in several of "
+            f"vLLM's cache groups were not tried; leave {option} out"
         )
     if (others := _other_layers(model)) is not None:
         _check_prefixes_beside(others, option, vllm_config)

@@ -1,5 +1,7 @@
 """Compacted prefixes in the engine: who attaches to one answers as whoever was compacted there."""
 
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,8 @@ from harness import first_difference, same_kept, sampling, tokens
 
 from vllm_kvcompress import load_prefix, prefix_files, save_prefix
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.requests.saved import read
+from vllm_kvcompress.requests import saved as requests_saved
+from vllm_kvcompress.requests.saved import read, unfinished_name
 
 DOCUMENT = 640  # tokens; blocks of 32
 METHODS = [
@@ -264,6 +267,85 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(sharing, long_ids, t
     load_prefix(sharing.llm, path)
 
 
+def outcome(core, name, salt=None, path=None, ticket="ticket") -> str | None:
+    """Of a save, or of one that was begun if no name is given."""
+    if name is not None:
+        core.kv_compression_save_prefix(ticket, name, salt, path)
+    deadline = time.monotonic() + 60
+    while not (ended := core.kv_compression_prefix_saved(ticket))[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return ended[1]
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+    """No prefix is written before `set()`."""
+    go_on, write = threading.Event(), requests_saved.write
+
+    def waiting(*args):
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(requests_saved, "write", waiting)
+    yield go_on
+    go_on.set()
+
+
+def test_an_engine_steps_on_while_a_prefix_is_written(sharing, long_ids, tmp_path, blocked):
+    """What is written is what it was when it was copied, also if it is dropped and its blocks are taken."""
+    document, suffix, method = long_ids(DOCUMENT, seed=15), long_ids(40, seed=16), "knorm:budget=0.25"
+    core = sharing.llm.llm_engine.engine_core.engine_core
+    prefix, _ = pin(sharing, document, method)
+    expected = sharing.run(document + suffix, sampling(20, method))
+    for name in ("one", "two"):
+        core.kv_compression_save_prefix(name, "document", None, str(tmp_path / name))
+    sharing.scheduler._prefixes.drop(prefix)
+    sharing.run(long_ids(3500, seed=22), sampling(2, "off"))
+    sharing.forget_prefixes()
+    for name in ("one", "two"):
+        assert core.kv_compression_prefix_saved(name) == (False, None)
+    assert not list(tmp_path.iterdir())
+    blocked.set()
+    assert outcome(core, None, ticket="one") is None
+    # Of one that waited for its turn nothing was copied.
+    assert outcome(core, None, ticket="two") == "there is no prefix 'document'"
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    load_prefix(sharing.llm, tmp_path / "one")
+    assert first_difference(sharing.run(document + suffix, sampling(20, method)), expected) is None
+
+
+def test_a_prefix_that_is_deleted_while_it_is_written_leaves_nothing_in_its_folder(
+    sharing, long_ids, tmp_path, monkeypatch, blocked, caplog
+):
+    core, method = sharing.llm.llm_engine.engine_core.engine_core, "knorm:budget=0.25"
+    ours = replace(sharing.scheduler.compression, prefix_folder=str(tmp_path))
+    monkeypatch.setattr(sharing.scheduler, "compression", ours)
+    pin(sharing, long_ids(DOCUMENT, seed=17), method)
+    pin(sharing, long_ids(DOCUMENT, seed=18), method, "another")
+    for ticket, name in (("one", "document"), ("two", "another"), ("three", "another")):
+        core.kv_compression_save_prefix(ticket, name)
+    assert core.kv_compression_delete_prefix("document", None)
+    assert core.kv_compression_delete_prefix("another", None)
+    assert core.kv_compression_prefix_saved("two") == (True, "it was deleted meanwhile")
+    again, _ = pin(sharing, long_ids(DOCUMENT, seed=19), method)
+    core.kv_compression_save_prefix("four", "document")
+    blocked.set()
+    assert outcome(core, None, ticket="one") == "it was deleted meanwhile"
+    assert outcome(core, None, ticket="four") is None
+    (path,) = tmp_path.iterdir()
+    assert read(str(path)).tensors["tokens"].tolist() == list(again.tokens)
+    assert [record.message for record in caplog.records if "not saved" in record.message] == [
+        "kv-compression: the prefix 'document' was not saved: it was deleted meanwhile"
+    ]
+    path.unlink()
+    path.mkdir()  # where nothing can be written
+    (path / "something").touch()
+    assert "cannot write" in outcome(core, "document")
+    assert "was not saved: cannot write" in caplog.records[-1].message
+    (path / "something").unlink(), path.rmdir()
+
+
 def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
     sharing, long_ids, tmp_path, monkeypatch, caplog
 ):
@@ -277,8 +359,9 @@ def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
             sampling(2, f"{method},prefix={name}"),
         )
         sharing.finish()
-        assert core.kv_compression_save_prefix(name, salt) is None
+        assert outcome(core, name, salt) is None
     assert len(list((tmp_path / "kept").iterdir())) == 3
+    (tmp_path / "kept" / f"{unfinished_name('killed.safetensors')}12").write_bytes(b"half of it")
     for prefix in list(sharing.scheduler._prefixes):
         sharing.scheduler._prefixes.drop(prefix)
     with monkeypatch.context() as second:
@@ -292,6 +375,7 @@ def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
     assert found == {("one", None), ("one", "salt")}
     hashes = {prefix.hashes for prefix in sharing.scheduler._prefixes}
     assert len(hashes) == 2, "the salt is in what a prefix is found by"
+    assert len(list((tmp_path / "kept").iterdir())) == 3, "what was not finished is gone"
     assert [record.message for record in caplog.records if "not loaded" in record.message] == [
         f"kv-compression: a prefix was not loaded: {tmp_path}/kept/damaged.safetensors is not a compacted "
         "prefix, or it is damaged"

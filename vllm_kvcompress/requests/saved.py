@@ -19,6 +19,7 @@ from vllm_kvcompress.requests.tables import Records, RequestTable
 
 VERSION = 1
 MARK = "kvcompress_prefix"  # of the description in a file's header
+COPIED_BYTES = 64 * 2**20  # at a time, from a device
 PROBED = 16  # numbers of each weight that tell models apart
 
 
@@ -83,38 +84,82 @@ def _places(cache: PagedCache, destination: Tensor, tail: Tensor) -> list[tuple[
     ]
 
 
-def write(
-    path: str, cache: PagedCache, table: RequestTable, tail: Tensor, tokens: Tensor, about: dict
-) -> None:
-    """Write a prefix that `read` reads, for its owner's eyes alone: it may tell what the prompt was.
+def copied(cache: PagedCache, table: RequestTable, tail: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """A prefix in the host's memory, of as many bytes as its pages; a device needs `COPIED_BYTES` for it.
 
     Args:
-        path: the file, which appears at once or not at all.
         cache: where its pages are.
         table: what it is.
         tail: `[m]` int64, its raw blocks.
         tokens: `[T]` int64, of which it is.
-        about: plain values, see `Saved`.
 
-    Raises:
-        OSError: the file cannot be written.
+    Returns:
+        The tensors of `Saved`.
     """
-    tensors = {name: cache.content[pages] for pages, name in _places(cache, table.destination, tail)}
-    tensors |= {"tokens": tokens, "counts": table.counts}
+    tensors = {"tokens": tokens, "counts": table.counts}
     if table.positions is not None:
         tensors["positions"] = table.positions
     if table.records is not None:
         tensors |= {"records": table.records.counts, "first": table.records.first}
-    tensors = {name: each.cpu().contiguous() for name, each in tensors.items()}
+    tensors = {name: each.cpu().clone().contiguous() for name, each in tensors.items()}
+    num_bytes = cache.content.shape[1]
+    for pages, name in _places(cache, table.destination, tail):
+        found = torch.empty((len(pages), num_bytes), dtype=cache.content.dtype)
+        for begin in range(0, len(pages), max(1, COPIED_BYTES // num_bytes)):
+            part = pages[begin : begin + max(1, COPIED_BYTES // num_bytes)]
+            found[begin : begin + len(part)] = cache.content[part].cpu()
+        tensors[name] = found
+    return tensors
+
+
+def write(path: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> Path:
+    """Write what `read` reads beside a file, for its owner's eyes alone: it may tell what the prompt was.
+
+    Args:
+        path: the file, whose name the caller gives it once it is to appear.
+        tensors: what was `copied`.
+        about: plain values, see `Saved`.
+
+    Returns:
+        What was written, which is on the disk.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; nothing of it is left.
+    """
     place = Path(path)
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}")
+    unfinished = place.with_name(f"{unfinished_name(place.name)}{os.getpid()}")
     os.close(os.open(unfinished, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600))
     try:
-        save_file(tensors, unfinished, {MARK: json.dumps({"version": VERSION, **about})})
+        save_file(dict(tensors), unfinished, {MARK: json.dumps({"version": VERSION, **about})})
         unfinished.chmod(0o600)
-        unfinished.replace(place)
-    finally:
+        _sync(unfinished)
+    except BaseException:
         unfinished.unlink(missing_ok=True)
+        raise
+    return unfinished
+
+
+def unfinished_name(name: str) -> str:
+    """How the names begin of files that were to become one of this name."""
+    return f".{name}.unfinished-"
+
+
+def publish(unfinished: Path, path: str) -> None:
+    """Have what was written appear under its name, at once and for good.
+
+    Raises:
+        OSError: it cannot.
+    """
+    unfinished.replace(path)
+    _sync(Path(path).parent)
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def read(path: str, only: Collection[str] | None = None) -> Saved:

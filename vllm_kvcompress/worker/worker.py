@@ -39,6 +39,7 @@ from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
 from vllm_kvcompress.worker.compactor import Compactor, Work
+from vllm_kvcompress.worker.saving import Saver
 from vllm_kvcompress.worker.stopwatch import Stopwatch
 
 
@@ -174,6 +175,7 @@ class CompressionWorker(Worker):
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
         self.compression = CompressionState(rows, observer)
+        self._saver = Saver()
         # Latents are on every rank, query heads on one each.
         agree = agreed_by_ranks if self.model_config.use_mla else None
         self.compactor = Compactor(cache, probed.layers, largest_of_ranks, agree, num_drafting)
@@ -253,8 +255,10 @@ class CompressionWorker(Worker):
 
     def kv_compression_save(
         self, path: str, names: Sequence[str], tail: Sequence[int], tokens: Sequence[int], about: dict
-    ) -> str | None:
-        """Write a prefix to a file; asked by the engine.
+    ) -> None:
+        """Begin to write a prefix to a file; asked by the engine, while none is being written.
+
+        Its bytes are copied at once, and written beside the steps.
 
         Args:
             path: the file; of several workers each has one of its own.
@@ -262,22 +266,24 @@ class CompressionWorker(Worker):
             tail: block ids of its raw tail.
             tokens: of which it is.
             about: what the scheduler knows of it.
-
-        Returns:
-            What is in the way; None if nothing is.
         """
         state = self.compression
         known = state.prefixes | state.tables
         table = next((known[name] for name in names if name in known), None)
         if table is None:
-            return "it is being loaded; try again"
+            return self._saver.refuse("it is being loaded; try again")
         cache, own = state.observer.cache, saved.path_of(path, self.rank, self.parallel_config.world_size)
         about = about | {"fingerprint": self._fingerprint()}
-        try:
-            saved.write(own, cache, table, cache.on_device(tail), torch.tensor(tokens), about)
-        except OSError as error:
-            return f"cannot write {own}: {error.strerror or error}"
-        return None
+        copied = saved.copied(cache, table, cache.on_device(tail), torch.tensor(tokens))
+        self._saver.begin(own, copied, about)
+
+    def kv_compression_saved(self) -> tuple[bool, str | None]:
+        """Whether what was begun to be written has ended, and what was in its way; asked by the engine."""
+        return self._saver.outcome()
+
+    def kv_compression_unsave(self, path: str) -> None:
+        """Have a file not appear that is being written; asked by the engine."""
+        self._saver.forget(saved.path_of(path, self.rank, self.parallel_config.world_size))
 
     def kv_compression_read(self, path: str, prefix_id: str) -> str | None:
         """Read a prefix into the host's memory, to be loaded in a step; asked by the engine.
