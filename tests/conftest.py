@@ -272,8 +272,8 @@ def hybrids(tokenizer, tmp_path_factory) -> dict[str, Path]:
     for layer in gemma2.model.layers:
         layer.self_attn.k_proj.weight.data *= torch.tensor([0.4, 1.0]).repeat_interleave(32)[:, None]
     made = {}
-    models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4, "gemma2": gemma2}
-    models |= {"mostly-full": mostly_full, "padded": padded}
+    models = {"gemma3": gemma3, "gemma4": gemma4, "gpt-oss": gpt_oss, "llama4": llama4}
+    models |= {"mostly-full": mostly_full, "padded": padded, "gemma2": gemma2}
     for name, model in models.items():
         made[name] = tmp_path_factory.mktemp("models") / f"random-{name}"
         model.save_pretrained(made[name])
