@@ -316,18 +316,33 @@ def test_e5m2_is_refused_on_a_gpu_as_neither_backend_writes_it(on_gpu):
     assert str(e.value).endswith("; use --kv-cache-dtype fp8") and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("method", ["h2o", "kvzip", "criticalkv:base=kv_compress_full"])
-def test_a_request_cannot_have_every_query_watched_inside_captured_graphs(method):
-    def engine(full):
+@pytest.mark.parametrize("method", ["h2o", "kvzip", "expected_attention", "criticalkv:base=kv_compress_full"])
+def test_a_request_cannot_have_every_query_watched_inside_captured_graphs_without_a_place_for_it(method):
+    def engine(full, speculates=False):
         mode = SimpleNamespace(has_full_cudagraphs=lambda: full)
-        return SimpleNamespace(compilation_config=SimpleNamespace(cudagraph_mode=mode))
+        return SimpleNamespace(
+            compilation_config=SimpleNamespace(cudagraph_mode=mode),
+            speculative_config=object() if speculates else None,
+        )
+
+    def check(own, *how, **more):
+        check_watched(request, KVCompressionConfig.parse(own), engine(*how, **more))
+
+    def assert_refused(own, **more):
+        with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
+            check(own, True, **more)
 
     request, snapkv = KVCompressionConfig.parse(method), KVCompressionConfig.parse("snapkv")
-    check_watched(request, snapkv, engine(full=False))
-    check_watched(request, KVCompressionConfig.parse("h2o"), engine(full=True))
+    check("snapkv", False)
+    check("expected_attention", True)  # there are none of attention, as the workers say
+    check("h2o", True, speculates=True)
     check_watched(snapkv, snapkv, engine(full=True))
-    with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
-        check_watched(request, snapkv, engine(full=True))
+    assert_refused("snapkv")
+    if method in ("kvzip", "expected_attention"):
+        assert_refused("h2o")
+    else:  # whose kernel adds up squares, too
+        check("h2o", True)
+        assert_refused("snapkv", speculates=True)
     matched = KVCompressionConfig.parse("attention_matching")
     check_watched(matched, snapkv, engine(full=False))
     check_watched(matched, KVCompressionConfig.parse("attention_matching:queries=prompt"), engine(full=True))

@@ -496,8 +496,16 @@ class KVCompressionConfig:
 
     @property
     def watches_every_query(self) -> bool:
-        """Whether code of the policy must run beside attention, which it cannot inside a captured graph."""
+        """Whether something must run beside attention in every step."""
         return self.observes_all or self.repeats
+
+    def watches_in_graphs(self, speculates: bool) -> bool:
+        """Whether a GPU's kernel watches in the policy's place, also inside a captured graph.
+
+        Args:
+            speculates: whether drafts may be among a step's tokens: what is added up cannot be taken back.
+        """
+        return self.build_policy().sums is not None and not speculates
 
     @property
     def interval(self) -> int | None:

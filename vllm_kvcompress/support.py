@@ -216,10 +216,15 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
             f"full CUDA graphs have no place for the format {format.name}; start the server with it, "
             "or with --enforce-eager"
         )
-    if graphs and request.watches_every_query and not engine.watches_every_query:
+    speculates = vllm_config.speculative_config is not None
+    in_graphs = engine.watches_in_graphs(speculates)
+    if engine.watches_every_query and not in_graphs:
+        graphs = False  # as the workers will have it
+    watched = in_graphs and request.watches_in_graphs(speculates)
+    if graphs and request.watches_every_query and not watched:
         raise KVCompressionError(
-            f"kv-compression method {request.method} watches every query, which full CUDA graphs would hide; "
-            "start the server with such a method, or with --enforce-eager"
+            f"kv-compression method {request.method} watches every query, for which these full CUDA graphs "
+            "have no place; start the server with it, or with --enforce-eager"
         )
 
 

@@ -63,10 +63,22 @@ def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
 
 
 @pytest.mark.parametrize(
-    ("method", "captured"), [("snapkv", True), ("snapkv:recompact_every=64", True), ("h2o", False)]
+    ("method", "speculates", "captured"),
+    [
+        ("snapkv", True, True),
+        ("snapkv:recompact_every=64", False, True),
+        ("h2o", False, True),
+        ("criticalkv:base=kv_compress_full", False, True),
+        ("h2o", True, False),
+        ("expected_attention", False, False),
+        ("criticalkv:base=expected_attention", False, False),
+        ("kvzip", False, False),
+    ],
 )
-def test_full_graphs_unless_every_query_is_watched(method, captured):
-    config = SimpleNamespace(additional_config={"kv_compression": method})
+def test_full_graphs_unless_every_query_is_watched_by_none_of_their_kernels(method, speculates, captured):
+    config = SimpleNamespace(
+        additional_config={"kv_compression": method}, speculative_config=object() if speculates else None
+    )
     builder, stock = (cls.get_builder_cls() for cls in PAIRS[1])
     support = builder.get_cudagraph_support(config, None)
     assert support == (stock.get_cudagraph_support(config, None) if captured else AttentionCGSupport.NEVER)
@@ -109,13 +121,14 @@ def test_another_backend_says_in_one_line_what_to_choose():
 def test_rows_are_sent_only_when_they_change_and_always_to_the_same_place():
     arrays = RowArrays(4, torch.device("cpu"))
     place = arrays.slot.data_ptr()
-    arrays.show([(2, 10, 5), (-1, 0, 0)])
+    arrays.show([(2, 10, 5, 0), (-1, 0, 0, 1)])
     assert arrays.slot.tolist() == [2, -1, -1, -1] and arrays.capacity.tolist() == [5, 0, 0, 0]
     arrays.slot[0] = 7  # to see whether it is written again
-    arrays.show([(2, 10, 5), (-1, 0, 0)])
-    assert arrays.slot[0] == 7
-    arrays.show([(3, 10, 5)])
+    arrays.show([(2, 10, 5, 0), (-1, 0, 0, 1)])
+    assert arrays.slot[0] == 7 and arrays.added.tolist() == [0, 1, 0, 0]
+    arrays.show([(3, 10, 5, 0)])
     assert arrays.slot.tolist() == [3, -1, -1, -1] and arrays.ring.tolist() == [10, 0, 0, 0]
+    assert not arrays.added.any()
     assert arrays.slot.data_ptr() == place
 
 
@@ -147,7 +160,7 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
     free = 10 * 2**30
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: free)
 
-    def available(max_num_seqs=64, sinks=None):
+    def available(max_num_seqs=64, sinks=None, method="snapkv", cache_dtype="auto", speculates=False):
         worker = object.__new__(CompressionGPUWorker)
         worker.device = torch.device("cpu")
         model = dict(get_num_layers=2, get_num_kv_heads=8, get_num_attention_heads=32, get_head_size=64)
@@ -159,8 +172,12 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
         worker.parallel_config = None
         worker.scheduler_config = SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192)
         worker.compilation_config = SimpleNamespace(max_cudagraph_capture_size=None)
-        worker.cache_config = SimpleNamespace(kv_cache_memory_bytes=None, block_size=16)
-        worker.vllm_config = SimpleNamespace(additional_config={"kv_compression": "snapkv"})
+        worker.cache_config = SimpleNamespace(
+            kv_cache_memory_bytes=None, block_size=16, cache_dtype=cache_dtype
+        )
+        worker.vllm_config = SimpleNamespace(
+            additional_config={"kv_compression": method}, speculative_config="ngram" if speculates else None
+        )
         layer = SimpleNamespace(impl=SimpleNamespace(sinks=sinks))
         monkeypatch.setattr(CompressionGPUWorker, "compacted_layers", lambda self: [layer, layer])
         return worker.determine_available_memory()
@@ -169,3 +186,11 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
     lists = Shares.num_bytes(64, 2, 8, 1), Shares.num_bytes(1024, 2, 8, 1)
     assert available() - available(1024) > 2 * (lists[1] - lists[0]) > 0
     assert available() - available(sinks=torch.zeros(32)) > 2 * 8192 * 32 * 64 * 4
+    # Every token of a head has a sum of four bytes beside its keys and values, of 256 or 128.
+    for cache_dtype, token in (("auto", 256), ("fp8", 128)):
+        for method in ("h2o", "criticalkv:base=kv_compress_full"):
+            less = available(method=method, cache_dtype=cache_dtype)
+            plain = available(method="knorm", cache_dtype=cache_dtype)
+            assert less == pytest.approx(plain * token / (token + 4), rel=1e-3)
+    attention = 2 * 4 * 32 * 128 * 4096  # where PyTorch watches, some queries' attention
+    assert available(method="knorm") - available(method="h2o", speculates=True) == attention

@@ -14,6 +14,7 @@ from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
 from vllm_kvcompress.kernels.compiled import compile_decode  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
+from vllm_kvcompress.kernels.sums import add_attention  # noqa: E402
 
 
 def int32(*shape):
@@ -75,6 +76,28 @@ def test_shares_are_listed_in_registers(compiled, format_id):
     Shares.empty(2, 2, 2, 16, "cpu").cut(runs, rows, 16, format_id)
     compiled.assert_fit("_cut_kernel")
     compiled.assert_in_registers()
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "query_len", "splits"),
+    [(torch.bfloat16, 128, 1, 8), (torch.bfloat16, 128, 4096, 1), (torch.float32, 128, 512, 1)],
+)
+def test_sums_are_added_up_in_registers_with_keys_16_bytes_at_once(
+    compiled, dtype, head_size, query_len, splits
+):
+    keys = torch.zeros(2, 4, 2, 16, 2 * head_size, dtype=dtype)[..., :head_size]
+    runs = Runs(int32(3, 4), int32(3, 5), int32(3))
+    rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), query_len)
+    query, added = torch.zeros(2 * query_len, 8, head_size, dtype=dtype), torch.zeros(2, dtype=torch.int64)
+    add_attention(torch.zeros(16, 16), added, query, keys, runs, rows, 0, 0.1, 0.0, splits, 4)
+    assert compiled.launches == ["_level_kernel", "_add_kernel"]
+    compiled.assert_in_registers()
+    for name in compiled.launches:
+        code = compiled.code(name)
+        widths = dict(max((loop for loop in code.loops if loop.copies), key=lambda loop: loop.products).loads)
+        assert code.buffers >= 2, "a tile is read while another is worked on"
+        assert widths[16] >= 4 and sum(widths.values()) - widths[16] <= 4
 
 
 def test_rings(compiled):

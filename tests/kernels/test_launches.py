@@ -24,6 +24,7 @@ from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
 from vllm_kvcompress.kernels.records import attend_records  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
+from vllm_kvcompress.kernels.sums import add_attention  # noqa: E402
 
 HEADS, HEAD_SIZE, PROCESSORS, AT_ONCE = 2, 64, 132, 3 * 132
 
@@ -131,6 +132,18 @@ def test_lists_of_shares_take_what_is_said_of_them():
     shares = Shares.empty(5, 3, HEADS, 7, "cpu")
     held = sum(part.nbytes for part in (shares.work, shares.ends, shares.arrived))
     assert Shares.num_bytes(5, 3, HEADS, 7) == held
+
+
+@pytest.mark.parametrize(("num_rows", "query_len"), [(1, 1), (256, 1), (3, 4096)])
+def test_two_launches_add_up_what_any_number_of_rows_is_paid(launched, num_rows, query_len):
+    keys = torch.zeros(3, 4, HEADS, 64, 2 * HEAD_SIZE, dtype=torch.bfloat16)[..., :HEAD_SIZE]
+    rows = Rows(int32(num_rows), int32(num_rows, 4), int32(num_rows), int32(num_rows + 1), query_len)
+    query = torch.zeros(num_rows * query_len, HEADS * 4, HEAD_SIZE, dtype=torch.bfloat16)
+    runs = Runs(int32(3, 4), int32(3, 3 * HEADS + 1), int32(3))
+    added = torch.zeros(num_rows, dtype=torch.int64)
+    add_attention(torch.zeros(12 * HEADS, 64), added, query, keys, runs, rows, 1, 0.1, 0.0, 4, 8)
+    tiles = num_rows if query_len == 1 else len(query) // 16 + num_rows
+    assert launched == [("_level_kernel", (tiles, HEADS, 4)), ("_add_kernel", (num_rows, HEADS, 8))]
 
 
 def test_rings_are_written_by_few_programs_however_long_rows_may_be(launched):

@@ -28,17 +28,26 @@ from vllm_kvcompress.attention.blocks import CompactableBlocks
 from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
-from vllm_kvcompress.kernels.attention import MAX_SPLITS, MAX_TILE, MOST_MERGED, attend, choose_splits
+from vllm_kvcompress.kernels.attention import (
+    MAX_SPLITS,
+    MAX_TILE,
+    MIN_SHARE,
+    MOST_MERGED,
+    attend,
+    choose_splits,
+)
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.kernels.sums import ATTENTION, NOT, PAUSED, SQUARES, add_attention
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.float8 import ON_GPU
 from vllm_kvcompress.requests.observer import Span
 from vllm_kvcompress.requests.state import CompressionState
 
 RAW = number_of(None)
+ADDED = {None: NOT, "attention": ATTENTION, "squares": SQUARES, "nothing": PAUSED}  # see `Observer.adds`
 
 
 class RowArrays:
@@ -48,23 +57,24 @@ class RowArrays:
         slot: `[R]` int64, in `RunArrays`; -1 for rows without compaction.
         ring: `[R]` int64, address of the request's query ring; 0 for none.
         capacity: `[R]` int64, queries that the ring holds.
+        added: `[R]` int64, what is added up of the row, see `kernels.sums`.
         stock_seq_lens: `[R]` int32, tokens that vLLM's kernel attends over: of compacted rows only as many
             as the row has queries, because our kernel overwrites their output.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._content = torch.zeros(3, max_rows, dtype=torch.int64, device=device)
-        self._shown: list[tuple[int, int, int]] | None = None
+        self._content = torch.zeros(4, max_rows, dtype=torch.int64, device=device)
+        self._shown: list[tuple[int, int, int, int]] | None = None
         self.stock_seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.slot, self.ring, self.capacity = self._content
+        self.slot, self.ring, self.capacity, self.added = self._content
         self.show([])
 
-    def show(self, rows: list[tuple[int, int, int]]) -> None:
-        """Show these (slot, ring, capacity); nothing is sent if they are what was shown last."""
+    def show(self, rows: list[tuple[int, int, int, int]]) -> None:
+        """Show these (slot, ring, capacity, added); nothing is sent if they are what was shown last."""
         if rows != self._shown:
             self._shown = rows
             missing = self._content.shape[1] - len(rows)
-            columns = list(zip(*rows, *[(-1, 0, 0)] * missing, strict=True))
+            columns = list(zip(*rows, *[(-1, 0, 0, NOT)] * missing, strict=True))
             host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
             self._content.copy_(host, non_blocking=True)
 
@@ -112,11 +122,12 @@ class CompressedBatch:
     Attributes:
         runs: where compacted requests have their pages.
         rows: the batch, every row of it.
-        arrays: whose `ring` and `capacity` belong to the rows.
+        arrays: whose `ring`, `capacity` and `added` belong to the rows.
         attends: whether a row is compacted, to raw pages.
         formats: those that rows may be compacted to.
         largest_ring: queries of the largest ring that a row may have; 0 if none has one.
-        spans: what the policies that watch every query note.
+        spans: what policies note that watch every query, in place of a kernel.
+        sums: where a kernel adds up what rows' queries pay, see `kernels.sums`; None if no row has it so.
         shares: of the rows that are compacted, by what `Runs.format` says of them.
         max_keys: a bound on the keys of a head.
         processors: streaming multiprocessors of the device.
@@ -129,6 +140,7 @@ class CompressedBatch:
     formats: tuple[Format, ...]
     largest_ring: int
     spans: list[Span]
+    sums: Tensor | None
     shares: Mapping[int, Shares]
     max_keys: int
     processors: int
@@ -147,12 +159,19 @@ class CompressedBatch:
             seen = query if scales is None else scales.read_queries(query, output.dtype)
             for span in self.spans:
                 span.record(index, seen)
-        if not (self.attends or self.formats):
-            return
-        num_tiles, heads = max(len(rows.seq_lens), len(query) // 16), layer.keys.shape[2]
+        num_rows, heads = len(rows.seq_lens), layer.keys.shape[2]
+        num_splits, num_shares = (
+            choose_splits(num_tiles, heads, self.max_keys, self.processors)
+            for num_tiles in (max(num_rows, len(query) // 16), num_rows)
+        )
         batch = self.runs, rows, index
         constants = layer.scale, layer.logits_soft_cap
-        num_splits = choose_splits(num_tiles, heads, self.max_keys, self.processors)
+        if self.sums is not None and layer.is_observed:
+            own = output.dtype, scales, layer.sinks
+            cut = num_splits, num_shares, MIN_SHARE
+            add_attention(self.sums, self.arrays.added, query, layer.keys, *batch, *constants, *cut, *own)
+        if not (self.attends or self.formats):
+            return
         cache = layer.keys, layer.values
         if self.attends:
             attend(
@@ -196,7 +215,9 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
         # In a captured graph nothing but kernels could note queries; piecewise graphs leave attention out.
-        if KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"]).watches_every_query:
+        config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
+        in_graphs = config.watches_in_graphs(vllm_config.speculative_config is not None)
+        if config.watches_every_query and not in_graphs:
             return AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
@@ -225,7 +246,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             fast_build,
             **kwargs,
         )
-        if batch.attends or batch.formats or batch.largest_ring or batch.spans:
+        if batch.attends or batch.formats or batch.largest_ring or batch.spans or batch.sums is not None:
             stock.kv_compression = batch
         return stock
 
@@ -255,6 +276,20 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                     own = *layer_and_format, *constants[1:], num_splits
                     alike = dict(sinks=layer.sinks, shares=self.share_lists.of(self.format))
                     attend_records(query, layer.content, *cache, runs, rows, *own, **alike)
+                if self.state.observer.sums is not None:
+                    add_attention(
+                        self.state.observer.sums.by_page,
+                        arrays.added,
+                        query,
+                        layer.keys,
+                        runs,
+                        rows,
+                        *constants,
+                        num_splits,
+                        dtype=dtype,
+                        scales=scales,
+                        sinks=layer.sinks,
+                    )
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
 
@@ -269,7 +304,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             for request_id in request_ids:
                 ring = None if request_id is None else state.observer.ring(request_id)
                 place = (0, 0) if ring is None else (ring.data_ptr(), ring.shape[1])
-                shown.append((slots.get(request_id, -1), *place))
+                adds = None if request_id is None else state.observer.adds(request_id)
+                shown.append((slots.get(request_id, -1), *place, ADDED[adds]))
                 if (table := state.tables.get(request_id)) is not None:
                     held.add(table.format)
             if state.observer.needs_spans:
@@ -278,7 +314,9 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 )
         self.arrays.show(shown)
         captured = {self.format} if self._capturing else set()
-        largest_ring = max((capacity for _, _, capacity in shown), default=0)
+        largest_ring = max((capacity for _, _, capacity, _ in shown), default=0)
+        adds_up = self._capturing or any(added != NOT for *_, added in shown)
+        sums = state.observer.sums if adds_up else None
         rows = Rows(
             slot=self.arrays.slot,
             block_table=common.block_table_tensor,
@@ -298,6 +336,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             formats=formats,
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
+            sums=None if sums is None else sums.by_page,
             shares={number_of(format): self.share_lists.of(format) for format in listed},
             max_keys=common.max_seq_len,
             processors=self.processors,

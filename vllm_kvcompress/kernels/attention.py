@@ -329,7 +329,35 @@ def has_format(slot, formats, wanted):
 
 
 @triton.jit
-def _token_offsets(
+def find_keys(
+    row,
+    slot,
+    layer,
+    head,
+    destination,
+    start,
+    boundary,
+    block_table,
+    destination_row,
+    start_row,
+    table_row,
+    HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """A head's first linear page and its pages, its row's first raw token, and where their blocks are."""
+    compacted = slot >= 0
+    state = tl.maximum(slot, 0).to(tl.int64)
+    run = start + state * start_row + layer * HEADS + head
+    first_page = tl.load(run, mask=compacted, other=0)
+    run_pages = tl.load(run + 1, mask=compacted, other=0) - first_page
+    raw_from = tl.load(boundary + state, mask=compacted, other=0)
+    run_blocks = destination + state * destination_row
+    tail_blocks = block_table + row.to(tl.int64) * table_row + raw_from // BLOCK_SIZE
+    return first_page, run_pages, raw_from, run_blocks, tail_blocks
+
+
+@triton.jit
+def token_offsets(
     key,
     held,
     run_blocks,
@@ -491,7 +519,6 @@ def _attend_kernel(
     first_token = tl.load(query_start_loc + row)
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     slot = tl.load(row_slot + row)
-    compacted = slot >= 0
     if not SHARES:  # else all others are left out of the work
         idle = first_query >= num_queries
         if COMPACTED_ONLY:
@@ -499,14 +526,21 @@ def _attend_kernel(
         if idle:
             return
 
-    state = tl.maximum(slot, 0).to(tl.int64)
-    run = start + state * start_row + layer * HEADS + head
-    first_page = tl.load(run, mask=compacted, other=0)
-    run_pages = tl.load(run + 1, mask=compacted, other=0) - first_page
-    raw_from = tl.load(boundary + state, mask=compacted, other=0)
-    run_blocks = destination + state * destination_row
-    tail_blocks = block_table + row.to(tl.int64) * table_row + raw_from // BLOCK_SIZE
-
+    first_page, run_pages, raw_from, run_blocks, tail_blocks = find_keys(
+        row,
+        slot,
+        layer,
+        head,
+        destination,
+        start,
+        boundary,
+        block_table,
+        destination_row,
+        start_row,
+        table_row,
+        HEADS,
+        BLOCK_SIZE,
+    )
     # The row's first query is that many keys behind the head's first.
     own = run_pages * BLOCK_SIZE - raw_from + tl.load(seq_lens + row) - num_queries
     if SHARES:
@@ -548,7 +582,7 @@ def _attend_kernel(
     for tile in range(begin, end, KEYS):
         key = tile + tl.arange(0, KEYS)
         held = key < end
-        offset = _token_offsets(
+        offset = token_offsets(
             key,
             held,
             run_blocks,

@@ -91,6 +91,10 @@ class Attaching:
             point = next_point(config, request.num_prompt_tokens, point)
         return point
 
+    def only_reads(self, request_id: str) -> bool:
+        """Whether a request has attached to a prefix and is never compacted itself."""
+        return request_id in self.users and not _goes_on_compacted(self.configs[request_id])
+
     def detach(self, request: Request) -> None:
         """Note that a request holds nothing any more."""
         name = request.request_id

@@ -230,7 +230,9 @@ class _Compression(Telling):
         return [
             Observation(request_id, self._tracked[request_id].config)
             for request_id in started
-            if request_id in self._tracked and self._tracked[request_id].config.observes
+            if request_id in self._tracked
+            and self._tracked[request_id].config.observes
+            and not self._attaching.only_reads(request_id)  # nor writes what is kept beside its pages
         ]
 
     def _reserve_prefill_lookahead(

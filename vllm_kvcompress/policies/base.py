@@ -120,6 +120,8 @@ class Policy(ABC):
         absolute: True if a score means the same in every prompt, so that it may be compared with a threshold.
         accumulates: True if it must `observe` every query. Its requests read no cached prefix, whose queries
             are never computed, so that what they keep does not depend on what was cached.
+        sums: what `observe` adds up of each column over its group and all queries, attention or its square,
+            if its state is that and no more, `[H, W]`: a kernel can do so in its place; else None.
         repeats: True if it must observe the queries with which the model repeats the context, see `repeat`.
         matches: True if it has biases and values of its own for what is kept, see `fit`.
         waits: True if a request whose context is repeated, or that is fitted, waits for its compaction.
@@ -148,6 +150,7 @@ class Policy(ABC):
     stacks_layers: ClassVar[bool] = False
     absolute: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
+    sums: ClassVar[Literal["attention", "squares"] | None] = None
     repeats: ClassVar[bool] = False
     matches: ClassVar[bool] = False
     waits: ClassVar[bool] = True

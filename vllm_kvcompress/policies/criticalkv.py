@@ -1,7 +1,7 @@
 """CriticalKV: a score, and how much of a value gets through the output projection."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -66,6 +66,10 @@ class CriticalKV(Policy):
     @property
     def accumulates(self) -> bool:  # type: ignore[override]
         return self.base.accumulates
+
+    @property
+    def sums(self) -> Literal["attention", "squares"] | None:  # type: ignore[override]
+        return self.base.sums
 
     @property
     def repeats(self) -> bool:  # type: ignore[override]

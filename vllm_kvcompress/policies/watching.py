@@ -125,6 +125,13 @@ class AttentionSum(Policy):
     stacks_layers: ClassVar[bool] = True
     squared: ClassVar[bool]
 
+    @property
+    def sums(self) -> Literal["attention", "squares"] | None:  # type: ignore[override]
+        own = type(self)
+        if own.observe is not AttentionSum.observe or own.carry is not AttentionSum.carry:
+            return None  # somebody's own state
+        return "squares" if self.squared else "attention"
+
     def observe(self, observation: LayerObservation) -> Tensor:
         sums = column_attention(observation, "sum of squares" if self.squared else "sum")
         if (before := observation.state) is not None:  # the step's own columns are new

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vllm_kvcompress.plan import SPARE_QUERIES
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.sums import PageSums
 from vllm_kvcompress.requests.tables import RequestTable
 
 
@@ -53,6 +54,7 @@ class Observed:
         paused: whether the request's queries go by unnoted: it is past its compaction point.
         repeated: per layer, the request that repeats the context, and the position below which its queries
             are noted: it may be preempted and begin again.
+        sums: where a kernel keeps what the policy's states would be.
     """
 
     policy: Policy
@@ -61,6 +63,7 @@ class Observed:
     drafts: dict[int, tuple[int, Tensor]] = field(default_factory=dict)
     paused: bool = False
     repeated: dict[int, tuple[str, int]] = field(default_factory=dict)
+    sums: PageSums | None = None
 
     def window(self, layers: slice, num_tokens: int) -> Tensor:
         """Some layers' queries `[w, l, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -343,6 +346,8 @@ class Observer:
         tables: request id to the pages of each compacted request.
         kernel_writes_rings: whether the attention backend has a kernel write the rings, in place of spans.
         num_drafts: request id to the number of drafts among this step's tokens.
+        sums: where the attention backend has a kernel add up what policies say with `sums`; None where
+            spans do.
     """
 
     cache: PagedCache
@@ -353,6 +358,7 @@ class Observer:
     tables: dict[str, RequestTable]
     kernel_writes_rings: bool = False
     num_drafts: dict[str, int] = field(default_factory=dict)
+    sums: PageSums | None = None
     _observed: dict[str, Observed] = field(default_factory=dict)
     _repetitions: dict[str, Repetition] = field(default_factory=dict)
 
@@ -363,7 +369,8 @@ class Observer:
         """Start to keep what a policy needs of a request."""
         shape = len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size
         ring = torch.zeros(shape, dtype=self.dtype, device=self.cache.device) if policy.window else None
-        self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers))
+        sums = None if policy.sums is None else self.sums
+        self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers), sums=sums)
 
     def watch_repetition(self, repetition: Repetition) -> None:
         """Start to keep what a repeating request tells of its owner's context."""
@@ -387,6 +394,14 @@ class Observer:
         """A request's query ring `[L, C, Hq, D]`, if it has one."""
         observed = self._observed.get(request_id)
         return None if observed is None or observed.paused else observed.ring
+
+    def adds(self, request_id: str) -> Literal["attention", "squares", "nothing"] | None:
+        """What a kernel adds up of a request: nothing while it is paused, but new tokens begin at 0; None if
+        there is no kernel's affair in it."""
+        observed = self._observed.get(request_id)
+        if observed is None or observed.sums is None:
+            return None
+        return "nothing" if observed.paused else observed.policy.sums
 
     def pause(self, request_id: str) -> None:
         """Keep a request's record, if it has one, as it is until its compaction."""
@@ -417,7 +432,11 @@ class Observer:
         """Whether any row of a batch could have to be noted by a span."""
         if not self.kernel_writes_rings:
             return bool(self._observed)
-        return bool(self._repetitions) or any(seen.policy.accumulates for seen in self._observed.values())
+        return bool(self._repetitions) or not all(map(self._is_kernels, self._observed.values()))
+
+    def _is_kernels(self, observed: Observed) -> bool:
+        """Whether kernels note all that is kept of a request's own queries."""
+        return self.kernel_writes_rings and (observed.sums is not None or not observed.policy.accumulates)
 
     def spans(
         self,
@@ -443,8 +462,7 @@ class Observer:
             observed = self._observed.get(repetition.owner_id if repetition else request_id)
             if observed is None:
                 continue
-            by_kernel = self.kernel_writes_rings and not observed.policy.accumulates
-            if repetition is None and (observed.paused or by_kernel):
+            if repetition is None and (observed.paused or self._is_kernels(observed)):
                 continue
             begin, end = query_start_loc[row : row + 2].tolist()
             seq_len = int(seq_lens[row])

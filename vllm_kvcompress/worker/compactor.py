@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -280,7 +280,12 @@ class Compactor:
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
         target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))[: sum(room)]
         overlaps = any(not job.freed.isdisjoint(job.destination) for job in jobs)
-        self.cache.rewrite(Kept(together.pages, row, columns), target, overlaps)
+        moved = Kept(together.pages, row, columns)
+        self.cache.rewrite(moved, target, overlaps)
+        observed = tasks[0].work.observed
+        again = any(job.config.compacts_again for job in jobs)
+        if observed is not None and observed.sums is not None and again:
+            observed.sums.move(moved, target)
         parts = columns.split(room), row.split(room)
         for index, (task, held, kept, rows) in enumerate(zip(tasks, own, *parts, strict=True)):
             # As columns of the request's own.
@@ -840,13 +845,22 @@ class Compactor:
             sinks=self._sinks(part.layers),
             padding=part.padding,
             bias=bias,
-            state=None if observed is None else policy.stack(observed.states[part.layers]),
+            state=self._state(policy, observed, part, width),
             rotary=attention.rotary,
             output_projection=attention.output_projection,
             layers=tuple(layer.index for layer in self.layers[part.layers]),
             first_head=attention.first_head,
             kept_positions=part.positions,
         )
+
+    @staticmethod
+    def _state(policy: Policy, observed: Observed | None, part: _Candidates, width: int) -> Any:
+        """What was noted of the columns of some layers, by the policy or in its place."""
+        if observed is None:
+            return None
+        if observed.sums is not None:
+            return observed.sums.read(part.pages)[:, :width]
+        return policy.stack(observed.states[part.layers])
 
     def _biases(self, held: _Candidates, format: Format, num_raw: int) -> Tensor | None:
         """What records add to their tokens' logits, and the raw ones behind them do not: `[X, W]` float32."""

@@ -24,6 +24,8 @@ from vllm_kvcompress.policies.base import QUERY_BLOCK
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.float8 import ON_GPU, Float8
 from vllm_kvcompress.requests.runs import RunArrays
+from vllm_kvcompress.requests.sums import BYTES as SUM_BYTES
+from vllm_kvcompress.requests.sums import PageSums
 from vllm_kvcompress.worker.compactor import Work
 from vllm_kvcompress.worker.gpu_cache import PlainCache
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
@@ -54,7 +56,10 @@ class CompressionGPUWorker(CompressionWorker):
         max_requests = self.scheduler_config.max_num_seqs
         max_blocks = -(-self.model_config.max_model_len // grid.block_size)
         self.compression.runs = RunArrays(grid, max_requests, max_blocks, device)
-        self.compression.observer.kernel_writes_rings = True
+        observer = self.compression.observer
+        observer.kernel_writes_rings = True
+        if self._adds_up:
+            observer.sums = PageSums.empty(grid, device)
         self.builder.arrays = RowArrays(self._max_rows, device)
         self.builder.processors, at_once = self._device_size(device)
         self.builder.share_lists = ShareLists(
@@ -108,7 +113,10 @@ class CompressionGPUWorker(CompressionWorker):
         longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs
         # Scores, their order and positions of a request's tokens, and one layer's keys and values in float32.
         available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
-        if self._config.watches_every_query:
+        if self._adds_up:
+            token = 2 * size * (1 if self.cache_config.cache_dtype in ON_GPU else model.dtype.itemsize)
+            available = available * token // (token + SUM_BYTES)
+        elif self._config.watches_every_query:
             available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
             policy = self._config.build_policy()
             if policy.matches:  # of one context at a time; its values in float32, and those of one more
@@ -145,6 +153,11 @@ class CompressionGPUWorker(CompressionWorker):
         return processors, processors * programs_at_once(properties.shared_memory_per_multiprocessor)
 
     @property
+    def _adds_up(self) -> bool:
+        """Whether a kernel adds up what the engine's policy is to observe of every query."""
+        return self._config.watches_in_graphs(self.vllm_config.speculative_config is not None)
+
+    @property
     def _config(self) -> KVCompressionConfig:
         return KVCompressionConfig.parse(self.vllm_config.additional_config["kv_compression"])
 
@@ -171,7 +184,8 @@ class CompressionGPUWorker(CompressionWorker):
         refused = NEEDS_HEAD_SIZE in self.lacks and config.record_format is not None
         if refused or any(getattr(policy, need, False) for need in self.lacks):  # the engine will say so
             return
-        if config.watches_every_query or plan is None or blocks[-1] >= grid.num_blocks:
+        watches = config.watches_every_query and not self._adds_up
+        if watches or plan is None or blocks[-1] >= grid.num_blocks:
             return
         name = "kv-compression-warm-up"
         job = Job(
