@@ -144,22 +144,16 @@ def _lengths(
     item,
     present,
     layer,
-    start,
-    boundary,
-    formats,
-    encoded,
-    row_slot,
-    seq_lens,
-    query_start_loc,
-    format_id,
-    start_row,
-    part_row,
+    batch,
     HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     RECORDS: tl.constexpr,
     COMPACTED_ONLY: tl.constexpr,
 ):
     """Keys of heads, run and raw tail; 0 where others serve the row or it has no query."""
+    runs, rows, format_id, (start_row, part_row) = batch
+    start, boundary, formats, encoded = runs
+    row_slot, seq_lens, query_start_loc = rows
     row, head = item // HEADS, item % HEADS
     slot = tl.load(row_slot + row, mask=present, other=-1)
     compacted = present & (slot >= 0)
@@ -229,28 +223,12 @@ def _cut_kernel(
     layer = tl.program_id(0)
     num_layers = tl.num_programs(0)
     items = num_rows * HEADS
+    runs, rows = (start, boundary, formats, encoded), (row_slot, seq_lens, query_start_loc)
+    batch = runs, rows, format_id, (start_row, part_row)
     keys, some = tl.zeros([AT_ONCE], tl.int64), tl.zeros([AT_ONCE], tl.int32)
     for first in range(0, items, AT_ONCE):
         item = first + tl.arange(0, AT_ONCE)
-        length = _lengths(
-            item,
-            item < items,
-            layer,
-            start,
-            boundary,
-            formats,
-            encoded,
-            row_slot,
-            seq_lens,
-            query_start_loc,
-            format_id,
-            start_row,
-            part_row,
-            HEADS,
-            BLOCK_SIZE,
-            RECORDS,
-            COMPACTED_ONLY,
-        )
+        length = _lengths(item, item < items, layer, batch, HEADS, BLOCK_SIZE, RECORDS, COMPACTED_ONLY)
         keys += length
         some += (length > 0).to(tl.int32)
     total, active = tl.sum(keys, 0), tl.sum(some, 0)
@@ -264,25 +242,7 @@ def _cut_kernel(
     cut_ends = item_ends + num_layers * max_items
     for first in range(0, items, AT_ONCE):
         item = first + tl.arange(0, AT_ONCE)
-        length = _lengths(
-            item,
-            item < items,
-            layer,
-            start,
-            boundary,
-            formats,
-            encoded,
-            row_slot,
-            seq_lens,
-            query_start_loc,
-            format_id,
-            start_row,
-            part_row,
-            HEADS,
-            BLOCK_SIZE,
-            RECORDS,
-            COMPACTED_ONLY,
-        )
+        length = _lengths(item, item < items, layer, batch, HEADS, BLOCK_SIZE, RECORDS, COMPACTED_ONLY)
         count, _ = _count(length, most, ALIGN)
         tl.store(item_ends + layer * max_items + item, used + tl.cumsum(count, 0), mask=item < items)
         used += tl.sum(count, 0)
@@ -305,25 +265,7 @@ def _cut_kernel(
             end = tl.load(item_ends + layer * max_items + more - 1, mask=before, other=0)
             item = tl.where(before & (end <= program), more, item)
             step = step // 2
-        length = _lengths(
-            item,
-            busy,
-            layer,
-            start,
-            boundary,
-            formats,
-            encoded,
-            row_slot,
-            seq_lens,
-            query_start_loc,
-            format_id,
-            start_row,
-            part_row,
-            HEADS,
-            BLOCK_SIZE,
-            RECORDS,
-            COMPACTED_ONLY,
-        )
+        length = _lengths(item, busy, layer, batch, HEADS, BLOCK_SIZE, RECORDS, COMPACTED_ONLY)
         count, share = _count(length, most, ALIGN)
         own = tl.load(item_ends + layer * max_items + item, mask=busy, other=0) - count
         place = tl.load(cut_ends + layer * max_items + item, mask=busy, other=0) - count
