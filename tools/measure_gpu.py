@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """Turn the predictions of docs/gpu.md into measurements, on the GPU of this machine.
 
-    python tools/measure_gpu.py --output measured            # everything, in about an hour
+    python tools/measure_gpu.py --output measured            # everything, in about two hours
     python tools/measure_gpu.py --output measured --parts kernels,smoke
-    python tools/measure_gpu.py --output tried --parts smoke,served --tiny      # the script itself, anywhere
+    python tools/measure_gpu.py --output tried --parts smoke,served,rates --tiny      # the script itself
 
-Three parts, each in processes of its own, each writing a JSON file to the folder:
+Four parts, each in processes of its own, each writing a JSON file to the folder:
 
 - `kernels`: every kernel equals plain PyTorch on this device, then the decode kernel over the grid of
   batches, contexts and budgets against the copy bandwidth of the card.
@@ -14,18 +14,28 @@ Three parts, each in processes of its own, each writing a JSON file to the folde
 - `served`: a Llama of 8B parameters with random weights, stock and compressed to each budget, prompts of
   each length, from one request at a time (idle) to more than the pool holds: output tokens a second, seconds
   to the first token and between tokens. Weights do not change what a step costs, so none are needed.
+- `rates`: the same engines and prompts, but requests come when they come (Poisson arrivals, the same moments
+  for every variant), from light load to saturation; at last, `inf`, all of them at once. Who waits is served
+  in the order of arrival, and seconds to the first token count from arrival.
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
+import random
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from vllm_kvcompress.evaluation import options
 
 ROOT = Path(__file__).resolve().parents[1]
 LLAMA_8B = {
@@ -64,9 +74,17 @@ def main() -> None:
     """Run the parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--parts", default="kernels,smoke,served", help="of kernels, smoke, served")
-    parser.add_argument("--prompts", default="8192,32768", help="prompt tokens of the part `served`")
+    parser.add_argument(
+        "--parts",
+        type=options.among(PARTS),
+        default="kernels,smoke,served,rates",
+        help="of kernels, smoke, served, rates",
+    )
+    parser.add_argument("--prompts", default="8192,32768", help="prompt tokens of `served` and `rates`")
     parser.add_argument("--at-once", default="1,8,32,128", help="requests at a time of the part `served`")
+    parser.add_argument(
+        "--rates", type=options.rates, default="0.25,0.5,1,2,4,8", help="requests a second of `rates`"
+    )
     parser.add_argument(
         "--tiny", action="store_true", help="a small model and short prompts, to try this out"
     )
@@ -75,12 +93,11 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     if arguments.engine:
         name, part = arguments.engine.rsplit(":", 1)
-        _write(
-            arguments.output, arguments.engine, _smoke(name) if part == "smoke" else _serve(name, arguments)
-        )
+        measured = _smoke(name) if part == "smoke" else _serve(name, part, arguments)
+        _write(arguments.output, arguments.engine, measured)
         return
-    for part in arguments.parts.split(","):
-        {"kernels": _kernels, "smoke": _compare_smoke, "served": _compare_served}[part](arguments)
+    for part in arguments.parts:
+        PARTS[part](arguments)
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
@@ -157,63 +174,162 @@ def _answers(engine: Any, requests: int, prompt: int, tokens: int, extra: dict |
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-# ---------------------------------------------------------------------- served
+# ---------------------------------------------------------------------- served, rates
 
 
-def _serve(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of one variant, for each prompt length and number of requests at a time."""
-    model, prompts, at_once, tokens = LLAMA_8B, _counts(arguments.prompts), _counts(arguments.at_once), 256
+def _serve(name: str, part: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Times of one variant, for each prompt length and load."""
+    model, prompts, tokens = LLAMA_8B, _counts(arguments.prompts), 256
+    loads: list[float] = _counts(arguments.at_once) if part == "served" else [*arguments.rates, math.inf]
     if arguments.tiny:
-        model, prompts, at_once, tokens = SMALL, [256], [1, 4], 16
+        model, prompts, tokens = SMALL, [256], 16
+        loads = [1, 4] if part == "served" else [arguments.rates[-1], math.inf]
     longest = max(prompts) + tokens + 64
     engine = _start(
         _undrawn(model), VARIANTS[name], longest, load_format="dummy", enforce_eager=arguments.tiny
     )
     cells = []
     for prompt in prompts:
-        for together in at_once:
+        for load in loads:
             _answers(engine, 1, prompt, 4, None)  # compiles what this length needs
-            cells.append({"prompt": prompt, "at_once": together} | _timed(engine, together, prompt, tokens))
+            if part == "served":  # twice as many as are in flight at a time, each followed by the next
+                cell = {"prompt": prompt, "at_once": load}
+                served = serve(engine, _prompts(2 * int(load), prompt), tokens, at_once=int(load))
+            else:
+                cell = {"prompt": prompt, "rate": f"{load:g}"}
+                moments = arrivals(load, 8 if arguments.tiny else _how_many(load))
+                served = serve(engine, _prompts(len(moments), prompt), tokens, moments)
+            cells.append(cell | served.summary())
             print(name, json.dumps(cells[-1]), flush=True)
     return cells
 
 
-def _timed(engine: Any, together: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Serve twice as many requests as are in flight at a time, each followed by the next."""
-    waiting = _prompts(2 * together, prompt)
-    core, sampling = engine.llm_engine, _sampling(tokens, None)
-    sent: dict[str, float] = {}
-    first: dict[str, float] = {}
-    finished: dict[str, float] = {}
-    begin = time.perf_counter()
-    while waiting or len(finished) < len(sent):
-        while waiting and len(sent) - len(finished) < together:
-            name = f"{prompt}-{together}-{len(sent)}"
-            sent[name] = time.perf_counter()
-            core.add_request(name, waiting.pop(), sampling)
+def _how_many(rate: float) -> int:
+    """Requests that come in half a minute, of which a percentile can be told and which end some time."""
+    return round(min(max(30 * rate, 24), 192))
+
+
+def arrivals(rate: float, number: int, seed: int = 0) -> list[float]:
+    """Seconds at which requests come, so many in one on average, independently of each other; the first at 0.
+
+    Rates differ in scale alone: the same gaps, longer or shorter.
+    """
+    draw, moments = random.Random(seed), [0.0]
+    while len(moments) < number:
+        moments.append(moments[-1] + draw.expovariate(1.0) / rate)
+    return moments
+
+
+@dataclass
+class Served:
+    """What became of some requests.
+
+    Attributes:
+        tokens: of each one's output.
+        came: when each came, in seconds.
+        seen: when each of its tokens was there.
+        seconds: from the first arrival to the last token.
+    """
+
+    tokens: int
+    came: list[float] = field(default_factory=list)
+    seen: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, float]:
+        """Rates, and medians and 99th percentiles in seconds."""
+        first = [seen[0] - came for came, seen in zip(self.came, self.seen, strict=True)]
+        between = [b - a for seen in self.seen for a, b in itertools.pairwise(seen)]
+        numbers = {
+            "requests_per_second": len(self.came) / self.seconds,
+            "output_tokens_per_second": len(self.came) * self.tokens / self.seconds,
+            "mean_seconds_to_first_token": statistics.fmean(first),
+            "mean_seconds_between_tokens": statistics.fmean(between),
+        }
+        for name, values in (("to_first_token", first), ("between_tokens", between)):
+            for percent in (50, 99):
+                numbers[f"p{percent}_seconds_{name}"] = percentile(values, percent)
+        return numbers
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """By linear interpolation, as numpy has it."""
+    place = (len(values) - 1) * percent / 100
+    below, ordered = int(place), sorted(values)
+    above = min(below + 1, len(values) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (place - below)
+
+
+def serve(
+    engine: Any,
+    prompts: list[dict[str, list[int]]],
+    tokens: int,
+    moments: list[float] | None = None,
+    at_once: int | None = None,
+    clock: Any = time,
+) -> Served:
+    """Serve requests that come at these moments, or each as soon as fewer than `at_once` are in flight.
+
+    Args:
+        engine: in this process.
+        prompts: of the requests, in their order.
+        tokens: of each output.
+        moments: seconds from the beginning, ascending.
+        at_once: without moments.
+        clock: has `perf_counter` and `sleep`.
+    """
+    core, sampling, served = engine.llm_engine, _sampling(tokens, None), Served(tokens)
+    begin, number, live = clock.perf_counter(), len(prompts), 0
+    places: dict[str, int] = {}
+    while live or len(places) < number:
+        while len(places) < number:
+            now, place = clock.perf_counter() - begin, len(places)
+            if live >= at_once if moments is None else moments[place] > now:
+                break
+            places[name := f"{begin}-{place}"] = place
+            # A request that came while a step was computed has waited since.
+            served.came.append(now if moments is None else moments[place])
+            served.seen.append([])
+            core.add_request(name, prompts[place], sampling)
+            live += 1
+        if not live:
+            clock.sleep(moments[len(places)] - (clock.perf_counter() - begin))
+            continue
         for output in core.step():
-            now = time.perf_counter()
-            if output.outputs[0].token_ids:
-                first.setdefault(output.request_id, now)
-            if output.finished:
-                finished[output.request_id] = now
-    seconds = time.perf_counter() - begin
-    between = [(finished[name] - first[name]) / (tokens - 1) for name in sent]
-    return {
-        "output_tokens_per_second": len(sent) * tokens / seconds,
-        "mean_seconds_to_first_token": sum(first[name] - sent[name] for name in sent) / len(sent),
-        "mean_seconds_between_tokens": sum(between) / len(between),
-    }
+            own = served.seen[places[output.request_id]]
+            new = len(output.outputs[0].token_ids) - len(own)
+            own.extend([clock.perf_counter() - begin] * new)
+            live -= output.finished
+    served.seconds = max(seen[-1] for seen in served.seen) - served.came[0]
+    return served
 
 
 def _compare_served(arguments: argparse.Namespace) -> None:
-    cells = {name: _in_process(arguments, f"{name}:served") for name in VARIANTS}
-    print("\n| prompt | at once | " + " | ".join(f"{name}: tokens/s" for name in VARIANTS) + " |")
-    print("| --- " * (2 + len(VARIANTS)) + "|")
+    _compare(arguments, "served", "at_once", ["output_tokens_per_second"])
+
+
+def _compare_rates(arguments: argparse.Namespace) -> None:
+    times = [
+        f"p{percent}_seconds_{what}" for what in ("to_first_token", "between_tokens") for percent in (50, 99)
+    ]
+    _compare(arguments, "rates", "rate", ["requests_per_second", "output_tokens_per_second", *times])
+
+
+def _compare(arguments: argparse.Namespace, part: str, load: str, shown: list[str]) -> None:
+    cells = {name: _in_process(arguments, f"{name}:{part}") for name in VARIANTS}
+    _write(arguments.output, part, cells)
+    print("\n".join(["", *table(cells, load, shown)]))
+
+
+def table(cells: dict[str, list[dict[str, float]]], load: str, shown: list[str]) -> list[str]:
+    """A row for each prompt length and load, of every variant the numbers to show, in Markdown."""
+    titles = [f"{name}: {what.replace('_', ' ')}" for what in shown for name in cells]
+    lines = [f"| prompt | {load.replace('_', ' ')} | " + " | ".join(titles) + " |"]
+    lines.append("| --- " * (2 + len(titles)) + "|")
     for row in zip(*cells.values(), strict=True):
-        rates = " | ".join(f"{cell['output_tokens_per_second']:.0f}" for cell in row)
-        print(f"| {row[0]['prompt']} | {row[0]['at_once']} | {rates} |")
-    _write(arguments.output, "served", cells)
+        numbers = " | ".join(f"{cell[what]:.3g}" for what in shown for cell in row)
+        lines.append(f"| {row[0]['prompt']} | {row[0][load]} | {numbers} |")
+    return lines
 
 
 # ---------------------------------------------------------------------- engines
@@ -264,6 +380,7 @@ def _in_process(arguments: argparse.Namespace, engine: str) -> Any:
     """The result of an engine of this name and part, in a process that gives its memory back."""
     command = [sys.executable, __file__, "--output", arguments.output, "--engine", engine]
     command += ["--prompts", arguments.prompts, "--at-once", arguments.at_once, *["--tiny"] * arguments.tiny]
+    command += ["--rates", ",".join(map(str, arguments.rates))]
     environment = {"MEASURED_MODELS": str(arguments.output / "models"), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     subprocess.run(command, env={**os.environ, **environment}, check=True)
     return json.loads((arguments.output / f"{_file(engine)}.json").read_text())
@@ -280,6 +397,8 @@ def _file(name: str) -> str:
 def _counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
+
+PARTS = {"kernels": _kernels, "smoke": _compare_smoke, "served": _compare_served, "rates": _compare_rates}
 
 if __name__ == "__main__":
     main()
