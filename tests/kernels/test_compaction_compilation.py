@@ -1,6 +1,7 @@
 """A compaction's kernels compile for GPUs that are not there, are few, and wait for nothing."""
 
 import os
+import re
 
 import pytest
 import torch
@@ -122,6 +123,11 @@ def test_scoring_and_moving_fit_registers_and_shared_memory(compiled, block_size
     )
     compiled.assert_fit("_window_kernel", "_log_sum_kernel", "_pool_kernel", "_copy_kernel")
     compiled.assert_in_registers()
+    for name in ("_window_kernel", "_copy_kernel"):
+        assert not re.search(r"(ld|st)\.global\S*\.[bf]16", compiled[name].asm["ptx"]), "numbers one by one"
+    assert "cp.async.cg.shared.global" in compiled["_window_kernel"].asm["ptx"]  # those of 16 bytes
+    for access in ("ld.global.v4.b32", "st.global.v4.b32"):
+        assert access in compiled["_copy_kernel"].asm["ptx"]
 
 
 @pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
@@ -137,6 +143,8 @@ def test_selection_fits_registers_and_shared_memory(compiled):
     searches = "_begin_global_kernel", "_end_global_kernel", "_begin_adaptive_kernel", "_end_adaptive_kernel"
     compiled.assert_fit(*searches, "_digit_kernel", "_whole_pages_kernel", "_select_kernel", "_rank_kernel")
     compiled.assert_in_registers()
+    for name in ("_digit_kernel", "_select_kernel", "_rank_kernel"):  # which read every score
+        assert "ld.global.v4.b32" in compiled[name].asm["ptx"], name
 
 
 @pytest.mark.parametrize(("head_size", "dtype"), [(256, torch.float32), (512, torch.bfloat16)])
