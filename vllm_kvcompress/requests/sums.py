@@ -16,7 +16,7 @@ class PageSums:
     """What has been paid to each token by the queries of the request that it is of.
 
     Attributes:
-        by_page: `[L·B·H, N]` float32, of the token in each place of each page; arbitrary of others.
+        by_page: `[S·B·H, N]` float32, of the token in each place of each page; arbitrary of others.
     """
 
     by_page: Tensor
@@ -24,7 +24,7 @@ class PageSums:
     @classmethod
     def empty(cls, grid: PageGrid, device: torch.device) -> "PageSums":
         """Room for those of a whole cache."""
-        pages = grid.num_layers * grid.num_blocks * grid.num_heads
+        pages = grid.num_blocks * grid.pages_per_block
         return cls(torch.zeros(pages, grid.block_size, device=device))
 
     def read(self, pages: Tensor) -> Tensor:
