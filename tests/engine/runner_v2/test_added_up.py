@@ -72,6 +72,7 @@ def assert_same(one, other):
         assert first_difference(ours, theirs) is None, method
 
 
+@pytest.mark.timeout(1500)  # three times through, most of it interpreted
 def test_the_same_is_kept_as_where_pytorch_watches_and_as_in_a_replayed_graph(
     engine, tiny, start_engine, monkeypatch
 ):
