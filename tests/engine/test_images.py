@@ -143,6 +143,7 @@ def run(reference, inputs) -> Prompt:
         dict(ATTENTION.values),
         {},
         ATTENTION.scale,
+        None,
         out.past_key_values,
         out.logits[0, -1],
     )

@@ -51,7 +51,7 @@ def test_without_configuration_every_class_is_vllms_own(stock, shared_engine):
     assert all(cls.__module__.startswith("vllm.v1.") for cls in own)
     # The same look at an engine with compression finds nothing of the kind, so the look is sharp.
     assert all("vllm_kvcompress" in type(layer.impl).__module__ for layer in attention_layers(shared_engine))
-    assert type(shared_engine.scheduler).__mro__[2] is type(stock.scheduler)
+    assert type(stock.scheduler) in type(shared_engine.scheduler).__mro__[1:]
 
 
 def test_a_request_option_without_a_configured_engine_is_refused(stock):

@@ -5,20 +5,19 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from harness import BLOCK_SIZE, NUM_BLOCKS, start
+from harness import BLOCK_SIZE, NUM_BLOCKS
 from vllm import SamplingParams
 
 import vllm_kvcompress
-from vllm_kvcompress import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress import KVCompressionError
 
 TOKENS = 1000  # 31 full blocks, of which 30 below the window are kept as 8
 OPTIONS = {"method": "knorm", "budget": 0.25}
 
 
 @pytest.fixture(scope="module")
-def llm(random_model):
-    share = KVCompressionConfig.parse("keydiff:budget=0.25,prefix_share=0.2")
-    return start(random_model, **share.engine_kwargs())
+def llm(engines, random_model):
+    return engines(random_model, "keydiff:budget=0.25,prefix_share=0.2,min_freed_tokens=256").llm
 
 
 @pytest.fixture(autouse=True)

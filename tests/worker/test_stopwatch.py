@@ -112,7 +112,9 @@ def test_a_step_reports_what_the_device_has_done_by_then_also_of_steps_before(de
         def __init__(self):
             observer = SimpleNamespace(of=lambda name: None, recall=lambda name: None, num_drafts={})
             self.compression = SimpleNamespace(observer=observer, live=False)
-            self.compactor = SimpleNamespace(solve=lambda solve, observed: device.queued.append(0.5))
+            grid = SimpleNamespace(num_groups=1)
+            solve = lambda solve, observed: device.queued.append(0.5)  # noqa: E731
+            self.compactor = SimpleNamespace(solve=solve, grid=grid)
             self._stopwatch, self._compacting = DeviceStopwatch(), DeviceStopwatch()
 
         def make_cache(self, grid, layers, builder):

@@ -91,6 +91,8 @@ class State(Log):
 class Solver:
     """The compactor: what runs the Jobs, and what solves before them."""
 
+    grid = SimpleNamespace(num_groups=1)
+
     def __init__(self, state: State) -> None:
         self.run, self.done = state.run, state.done
 
@@ -280,11 +282,16 @@ def test_every_page_of_every_layer_is_a_row_of_one_tensor():
     assert layers[0].kv_cache.flatten()[0] == -1, "it is the cache itself"
 
 
-@pytest.mark.parametrize("kind", ["a gap", "another order", "not contiguous"])
+def test_pages_are_in_the_order_of_their_addresses_whatever_that_of_the_layers():
+    layers = caches(3)
+    in_order = every_page(layers)
+    assert torch.equal(every_page(layers[::-1]), in_order)
+    assert torch.equal(every_page([*layers, layers[1]]), in_order), "layers of other groups share a slot"
+
+
+@pytest.mark.parametrize("kind", ["a gap", "not contiguous"])
 def test_caches_that_are_not_one_array_are_refused_in_one_line(kind):
     layers = caches(3, gap=8 if kind == "a gap" else 0)
-    if kind == "another order":
-        layers.reverse()
     if kind == "not contiguous":
         layers[1].kv_cache = layers[1].kv_cache.transpose(2, 3)
     with pytest.raises(KVCompressionError, match=r"not one \[layer, block, head\] array") as error:
