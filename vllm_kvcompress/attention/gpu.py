@@ -159,19 +159,17 @@ class CompressedBatch:
             seen = query if scales is None else scales.read_queries(query, output.dtype)
             for span in self.spans:
                 span.record(index, seen)
+        adds_up = self.sums is not None and layer.is_observed
+        if not (self.attends or self.formats or adds_up):
+            return
         num_rows, heads = len(rows.seq_lens), layer.keys.shape[2]
-        num_splits, num_shares = (
-            choose_splits(num_tiles, heads, self.max_keys, self.processors)
-            for num_tiles in (max(num_rows, len(query) // 16), num_rows)
-        )
         batch = self.runs, rows, index
         constants = layer.scale, layer.logits_soft_cap
-        if self.sums is not None and layer.is_observed:
+        num_splits = choose_splits(max(num_rows, len(query) // 16), heads, self.max_keys, self.processors)
+        if adds_up:
             own = output.dtype, scales, layer.sinks
-            cut = num_splits, num_shares, MIN_SHARE
+            cut = num_splits, choose_splits(num_rows, heads, self.max_keys, self.processors), MIN_SHARE
             add_attention(self.sums, self.arrays.added, query, layer.keys, *batch, *constants, *cut, *own)
-        if not (self.attends or self.formats):
-            return
         cache = layer.keys, layer.values
         if self.attends:
             attend(

@@ -155,6 +155,43 @@ def _factor(inner, query_scale, key_scale, FLOAT8: tl.constexpr, FLOAT8_QUERY: t
 
 
 @triton.jit
+def _tile_queries(
+    query, first, until, first_token, head, query_token, query_head,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A row's queries from a first one on: numbers, tokens, heads, which are there, and themselves."""
+    pair, channel = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    number = first + pair // GROUP
+    token = (first_token + number).to(tl.int64)
+    query_of = head * GROUP + pair % GROUP
+    real = (pair < QUERIES * GROUP) & (number < until)
+    q = tl.load(
+        query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
+        mask=real[:, None] & (channel < HEAD_SIZE)[None, :],
+        other=0.0,
+    ).to(DTYPE)
+    return number, token, query_of, real, q
+
+
+@triton.jit
+def _tile_keys(
+    keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
+    layer_stride, block_stride, head_stride,
+    TOKEN: tl.constexpr, HEADS: tl.constexpr, PAGES_PER_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Where a tile's keys are, and themselves, `[CHANNELS, KEYS]`."""
+    channel = tl.arange(0, CHANNELS)
+    offset = token_offsets(
+        key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
+        layer_stride, block_stride, head_stride, TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE,
+    )  # fmt: skip
+    mask = held[None, :] & (channel < HEAD_SIZE)[:, None]
+    return offset, tl.load(keys + offset[None, :] + channel[:, None], mask=mask, other=0.0).to(DTYPE)
+
+
+@triton.jit
 def _tile_logits(
     q,
     k,
@@ -234,32 +271,22 @@ def _level_kernel(
     begin = split * share
     end = tl.minimum(begin + share, visible)
 
-    pair = tl.arange(0, ROWS)
-    number = first_query + pair // GROUP
-    token = (first_token + number).to(tl.int64)
-    query_of = head * GROUP + pair % GROUP
-    real = (pair < QUERIES * GROUP) & (number < num_queries)
+    number, token, query_of, real, q = _tile_queries(
+        query, first_query, num_queries, first_token, head, query_token, query_head,
+        GROUP, QUERIES, HEAD_SIZE, CHANNELS, ROWS, DTYPE,
+    )  # fmt: skip
     level_at = levels + (token * (HEADS * GROUP) + query_of) * splits + split
-    channel = tl.arange(0, CHANNELS)
-    in_head = channel < HEAD_SIZE
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    q = tl.load(
-        query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
-        mask=real[:, None] & in_head[None, :],
-        other=0.0,
-    ).to(DTYPE)
     inner = _factor(inner, query_scale, key_scale, FLOAT8, FLOAT8_QUERY)
     for tile in range(begin, end, KEYS):
         key = tile + tl.arange(0, KEYS)
         held = key < end
-        offset = token_offsets(
-            key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-            layer_stride, block_stride, head_stride, TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE,
+        _, k = _tile_keys(
+            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
+            layer_stride, block_stride, head_stride,
+            TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, CHANNELS, DTYPE,
         )  # fmt: skip
-        k = tl.load(
-            keys + offset[None, :] + channel[:, None], mask=held[None, :] & in_head[:, None], other=0.0
-        ).to(DTYPE)
         logits = _tile_logits(q, k, key, held, own + number, inner, outer, SOFT_CAP)
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         level = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -280,6 +307,13 @@ def _whole_level(level_at, sinks, query_of, splits, real, SPLIT: tl.constexpr, S
     if SINKS:
         level, _ = with_sink(level, tl.load(sinks + query_of, mask=real, other=0.0).to(tl.float32))
     return tl.where(real, level * 1.4426950408889634, 0.0)
+
+
+@triton.jit
+def _gained(logits, level, real, squares):
+    """What a tile of queries pays to each of a tile's keys, or its squares, `[KEYS]`."""
+    paid = tl.where(real[:, None], tl.exp2(logits - level[:, None]), 0.0)
+    return tl.sum(tl.where(squares, paid * paid, paid), 0)
 
 
 @triton.jit(
@@ -358,68 +392,37 @@ def _add_kernel(
     end = tl.minimum(begin + share, own + num_queries)
     paying = tl.where(how == _PAUSED, 0, num_queries)
 
-    pair = tl.arange(0, ROWS)
-    query_of = head * GROUP + pair % GROUP
-    in_tile = pair < QUERIES * GROUP
-    channel = tl.arange(0, CHANNELS)
-    in_head = channel < HEAD_SIZE
     inner = _factor(inner, query_scale, key_scale, FLOAT8, FLOAT8_QUERY)
     squares = how == _SQUARES
     if ONE_TILE:
-        number = pair // GROUP
-        token = (first_token + number).to(tl.int64)
-        real = in_tile & (number < paying)
-        q = tl.load(
-            query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
-            mask=real[:, None] & in_head[None, :],
-            other=0.0,
-        ).to(DTYPE)
-        level = _whole_level(
-            levels + (token * (HEADS * GROUP) + query_of) * splits,
-            sinks,
-            query_of,
-            splits,
-            real,
-            SPLIT,
-            SINKS,
-        )
+        number, token, query_of, real, q = _tile_queries(
+            query, 0, paying, first_token, head, query_token, query_head,
+            GROUP, QUERIES, HEAD_SIZE, CHANNELS, ROWS, DTYPE,
+        )  # fmt: skip
+        level_at = levels + (token * (HEADS * GROUP) + query_of) * splits
+        level = _whole_level(level_at, sinks, query_of, splits, real, SPLIT, SINKS)
     for tile in range(begin, end, KEYS):
         key = tile + tl.arange(0, KEYS)
         held = key < end
-        offset = token_offsets(
-            key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-            layer_stride, block_stride, head_stride, TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE,
+        offset, k = _tile_keys(
+            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
+            layer_stride, block_stride, head_stride,
+            TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, CHANNELS, DTYPE,
         )  # fmt: skip
-        k = tl.load(
-            keys + offset[None, :] + channel[:, None], mask=held[None, :] & in_head[:, None], other=0.0
-        ).to(DTYPE)
         place = sums + offset // TOKEN
         gained = tl.load(place, mask=held & (key < own), other=0.0)
         if ONE_TILE:
             logits = _tile_logits(q, k, key, held, own + number, inner, outer, SOFT_CAP)
-            paid = tl.where(real[:, None], tl.exp2(logits - level[:, None]), 0.0)
-            gained += tl.sum(tl.where(squares, paid * paid, paid), 0)
+            gained += _gained(logits, level, real, squares)
         else:
             # Queries before the tile's first key see none of it.
             for first in range(tl.maximum(tile - own, 0) // QUERIES * QUERIES, paying, QUERIES):
-                number = first + pair // GROUP
-                token = (first_token + number).to(tl.int64)
-                real = in_tile & (number < paying)
-                q = tl.load(
-                    query + (token * query_token + query_of * query_head)[:, None] + channel[None, :],
-                    mask=real[:, None] & in_head[None, :],
-                    other=0.0,
-                ).to(DTYPE)
-                level = _whole_level(
-                    levels + (token * (HEADS * GROUP) + query_of) * splits,
-                    sinks,
-                    query_of,
-                    splits,
-                    real,
-                    SPLIT,
-                    SINKS,
-                )
+                number, token, query_of, real, q = _tile_queries(
+                    query, first, paying, first_token, head, query_token, query_head,
+                    GROUP, QUERIES, HEAD_SIZE, CHANNELS, ROWS, DTYPE,
+                )  # fmt: skip
+                level_at = levels + (token * (HEADS * GROUP) + query_of) * splits
+                level = _whole_level(level_at, sinks, query_of, splits, real, SPLIT, SINKS)
                 logits = _tile_logits(q, k, key, held, own + number, inner, outer, SOFT_CAP)
-                paid = tl.where(real[:, None], tl.exp2(logits - level[:, None]), 0.0)
-                gained += tl.sum(tl.where(squares, paid * paid, paid), 0)
+                gained += _gained(logits, level, real, squares)
         tl.store(place, gained, mask=held)

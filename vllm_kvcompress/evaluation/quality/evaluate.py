@@ -16,6 +16,7 @@ from vllm_kvcompress import __version__
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
+from vllm_kvcompress.evaluation.pictures import MODES
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, opening
 from vllm_kvcompress.evaluation.quality.texts import CHARACTERS, KINDS
@@ -32,7 +33,6 @@ from vllm_kvcompress.evaluation.variants import (
     variants,
 )
 
-MODES = ("inside", "after")
 KL_TASKS = ("kl_prose", "kl_repeat")
 KL_KINDS = "kl_kinds"
 RETRIEVAL = [task for task in retrieval.TASKS if task != "turns"]
@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kl-tokens", type=positive, default=64, help="tokens of each true continuation")
     parser.add_argument(
         "--modes",
-        type=options.among(MODES),
+        type=options.among(tuple(MODES)),
         default=",".join(MODES),
         help="where questions are asked: inside the prompt, or after its compression",
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.evaluation.report import share
-from vllm_kvcompress.evaluation.speed.rates import PROSE
+from vllm_kvcompress.evaluation.speed.rates import ASKS, PROSE, TELLS
 from vllm_kvcompress.evaluation.speed.served import Server, running
 
 PREFIX_SHARE = 0.8  # of the pool
@@ -22,7 +22,6 @@ OTHER = 12  # tokens of a question
 AT_ONCE = 4  # conversations that are spoken in
 ANSWER = 8  # tokens
 TIMEOUT_S = 600.0
-ASKS = "\n\nWhat is the pass key? The pass key is"
 
 
 @dataclass
@@ -113,9 +112,7 @@ def _talks(server: Server, arguments: argparse.Namespace, tokenizer: Any) -> dic
     keys = [str(random_.randrange(10_000, 100_000)) for _ in range(arguments.talks)]
     said: list[list[int]] = []
     for key in keys:
-        tells = tokenizer(
-            f"\n\nThe pass key is {key}. Remember it: the pass key is {key}.\n\n", add_special_tokens=False
-        )
+        tells = tokenizer(TELLS.format(key=key), add_special_tokens=False)
         begin = random_.randrange(len(prose) - arguments.begun)
         middle, end = begin + arguments.begun // 2, begin + arguments.begun
         said.append(prose[begin:middle] + tells["input_ids"] + prose[middle:end])

@@ -18,6 +18,7 @@ from vllm_kvcompress.evaluation.speed.served import SERVED, pool_blocks, running
 PROSE = Path(__file__).parents[1] / "data" / "persuasion.txt"
 SHARES = (1, 2, 4)  # prompts are so many times shorter than the longest
 SHOWN = (*SERVED, "p99_ttft_ms", "at_once", "preemptions", "compacted")
+TELLS = "\n\nThe pass key is {key}. Remember it: the pass key is {key}.\n\n"
 ASKS = "\n\nWhat is the pass key? The pass key is"
 ASKED = 16  # tokens of it, at most
 
@@ -65,7 +66,7 @@ def _write(arguments: argparse.Namespace, tokenizer: Any, mode: str, path: Path)
     random_, keys, lines = random.Random(0), [], []
     for number in range(arguments.requests):
         key = str(random_.randrange(10_000, 100_000))
-        says = f"\n\nThe pass key is {key}. Remember it: the pass key is {key}.\n\n"
+        says = TELLS.format(key=key)
         length = arguments.prompt // SHARES[number % len(SHARES)] - _length(tokenizer, says + ASKS) - 4
         begin, place = random_.randrange(len(prose) - length), random_.randrange(length // 8, length)
         before, behind = prose[begin : begin + place], prose[begin + place : begin + length]
