@@ -263,6 +263,23 @@ def test_bench_says_where_compression_does_not_pay(throughput, said):
     assert said in bench.verdict(throughput, "pressure")
 
 
+def test_where_nothing_is_compacted_nothing_is_said_of_what_it_pays():
+    row = {
+        "context": 1024,
+        "step_seconds": {"stock": 0.1},
+        "metadata_seconds": {"stock": 1e-4},
+        "over_stock": {"idle": [0.9, 1.0, 1.1], "compressed": [1.0, 1.1, 1.2]},
+        "prefill_seconds": 2.0,
+    }
+
+    def said(seconds: float) -> str:
+        steps = {"batch": 4, "rows": [{**row, "compaction_seconds": seconds}]}
+        return "\n".join(bench._steps_table(steps))
+
+    assert "does not pay in decode time at contexts up to 1024" in said(0.1)
+    assert "does not pay" not in said(0.0)
+
+
 def test_ratios_are_of_pairs():
     assert stepped.ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == [1.0, 2.0, 3.0]
 

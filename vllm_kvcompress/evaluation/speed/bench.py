@@ -213,7 +213,8 @@ def _steps_table(steps: dict[str, Any]) -> list[str]:
             f"{row['prefill_seconds']:.1f} s | {1000 * row['compaction_seconds']:.0f} ms | "
             f"{100 * row['compaction_seconds'] / row['prefill_seconds']:.1f} % |"
         )
-    slower = [row["context"] for row in steps["rows"] if row["over_stock"]["compressed"][1] > 1]
+    compacted = [row for row in steps["rows"] if row["compaction_seconds"]]
+    slower = [row["context"] for row in compacted if row["over_stock"]["compressed"][1] > 1]
     if slower:
         lines += ["", f"Compression does not pay in decode time at contexts up to {max(slower)} tokens."]
     return lines
