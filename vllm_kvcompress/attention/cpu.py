@@ -255,26 +255,23 @@ class CompressedCPUAttentionImpl(OwnLayer, CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        def stock(query: Tensor, output: Tensor) -> Tensor:
-            return super(CompressedCPUAttentionImpl, self).forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-            )
-
-        if not isinstance(attn_metadata, CompressedCPUAttentionMetadata):
-            return stock(query, output)
-        for span in attn_metadata.observed if self.is_observed else ():
+        own = attn_metadata if isinstance(attn_metadata, CompressedCPUAttentionMetadata) else None
+        for span in own.observed if own is not None and self.is_observed else ():
             span.record(self.layer_index, query)
-        if attn_metadata.rest_tokens is None:
-            return stock(query, output)
-        rest = attn_metadata.rest_tokens
+        scales = output_scale, output_block_scale
+        if own is None or own.rest_tokens is None:
+            return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        rest = own.rest_tokens
         if len(rest):
             # The kernel packs its rows' tokens densely, so they are brought together and put back.
             rest_output = output.new_empty(len(rest), *output.shape[1:])
-            output[rest] = stock(query[rest], rest_output)
-        for compacted in attn_metadata.compacted:
-            self._attend_compacted(layer, query, output, compacted, attn_metadata.num_actual_tokens)
-        for encoded in attn_metadata.encoded:
-            self._attend_encoded(query, output, encoded, attn_metadata.num_actual_tokens)
+            output[rest] = super().forward(
+                layer, query[rest], key, value, kv_cache, attn_metadata, rest_output, *scales
+            )
+        for compacted in own.compacted:
+            self._attend_compacted(layer, query, output, compacted, own.num_actual_tokens)
+        for encoded in own.encoded:
+            self._attend_encoded(query, output, encoded, own.num_actual_tokens)
         return output
 
     def _attend_encoded(self, query: Tensor, output: Tensor, rows: EncodedRows, num_tokens: int) -> None:
