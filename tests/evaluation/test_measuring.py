@@ -263,12 +263,26 @@ def test_bench_says_where_compression_does_not_pay(throughput, said):
     assert said in bench.verdict(throughput, "pressure")
 
 
+def test_own_functions_and_the_built_in_ones_they_call_are_told_from_others():
+    def others():
+        return sum(sorted(range(2**18), key=str))
+
+    def own():
+        return [bench.verdict(1.5, regime) for _ in range(10_000)]
+
+    regime = next(iter(bench.REGIMES))
+    assert stepped.own_share(others, 3) == 0
+    assert stepped.own_share(own, 3) > 0.5
+    assert 0.01 < stepped.own_share(lambda: (own(), others()), 3) < 0.5
+
+
 def test_where_nothing_is_compacted_nothing_is_said_of_what_it_pays():
     row = {
         "context": 1024,
         "step_seconds": {"stock": 0.1},
         "metadata_seconds": {"stock": 1e-4},
         "over_stock": {"idle": [0.9, 1.0, 1.1], "compressed": [1.0, 1.1, 1.2]},
+        "own_share": {"idle": 0.006, "compressed": 0.007},
         "prefill_seconds": 2.0,
     }
 

@@ -197,10 +197,12 @@ def verdict(throughput: float, regime: str) -> str:
 def _steps_table(steps: dict[str, Any]) -> list[str]:
     lines = [
         f"Decode steps of {steps['batch']} requests: median over stock's [lowest, highest round]. Metadata "
-        "is the attention metadata's part of a step: stock, idle, compressed.",
+        "is the attention metadata's part of a step: stock, idle, compressed. *Own* is the share of a step "
+        "that a profile finds in the package's own functions: idle, compressed.",
         "",
-        "| context | idle plugin | compressed | stock step | metadata | prefill | compaction | of prefill |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| context | idle plugin | compressed | own | stock step | metadata | prefill "
+        "| compaction | of prefill |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in steps["rows"]:
         shown = " | ".join(
@@ -208,9 +210,10 @@ def _steps_table(steps: dict[str, Any]) -> list[str]:
             for low, m, high in (row["over_stock"][v] for v in ("idle", "compressed"))
         )
         metadata = ", ".join(f"{1e6 * seconds:.0f}" for seconds in row["metadata_seconds"].values())
+        own = ", ".join(f"{100 * row['own_share'][v]:.1f}" for v in ("idle", "compressed"))
         lines.append(
-            f"| {row['context']} | {shown} | {1000 * row['step_seconds']['stock']:.0f} ms | {metadata} µs | "
-            f"{row['prefill_seconds']:.1f} s | {1000 * row['compaction_seconds']:.0f} ms | "
+            f"| {row['context']} | {shown} | {own} % | {1000 * row['step_seconds']['stock']:.0f} ms | "
+            f"{metadata} µs | {row['prefill_seconds']:.1f} s | {1000 * row['compaction_seconds']:.0f} ms | "
             f"{100 * row['compaction_seconds'] / row['prefill_seconds']:.1f} % |"
         )
     compacted = [row for row in steps["rows"] if row["compaction_seconds"]]
