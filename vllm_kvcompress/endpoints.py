@@ -11,10 +11,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
-from vllm.logger import init_logger
 from vllm.v1.engine.core_client import AsyncMPClient
 
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
+from vllm_kvcompress.log import logger
 
 ANSWER_S = 10.0  # an engine answers between two steps
 MOST_CALLS = 8  # that an engine has not answered

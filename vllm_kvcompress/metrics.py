@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 from vllm.v1.metrics.stats import SchedulerStats
 
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.paging.statistics import CARRIER, CompressionStats
-
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 
 COUNTERS = {
     "compactions": "Compactions of requests.",

@@ -16,7 +16,6 @@ from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.utils import length_from_prompt_token_ids_or_embeds
@@ -29,6 +28,7 @@ from vllm.v1.metrics.loggers import StatLoggerManager
 
 from vllm_kvcompress import profiles, scorers
 from vllm_kvcompress.config import AUTO, KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.paging.groups import GROUP, block_size, blocks_beside, num_groups
 from vllm_kvcompress.paging.repetition import LEAST, longest_repetition
 from vllm_kvcompress.plan import is_ever_compacted, peak_blocks
@@ -40,7 +40,6 @@ from vllm_kvcompress.support import (
     encoded_tokens,
 )
 
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 KEY = "kv_compression"
 _WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "vllm_kvcompress.worker.cpu.CompressionCPUWorker",

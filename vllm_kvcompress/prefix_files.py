@@ -4,15 +4,14 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.core import EngineCore
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.requests import saved
 
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 ENDING = ".safetensors"
 MOST_ENDED = 64  # saves whose outcome is remembered
 

@@ -7,7 +7,6 @@ import torch
 import vllm
 from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -15,6 +14,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.paging.groups import block_size, compacted_shape, num_groups, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
@@ -22,7 +22,6 @@ from vllm_kvcompress.policies.foresight import Foresight
 from vllm_kvcompress.requests.float8 import FLOAT8, ON_GPU
 from vllm_kvcompress.touch_points import check_touch_points
 
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 CPU_BLOCK_SIZE = 32  # vLLM's CPU kernel takes multiples of it unsplit
 MAX_HEAD_SIZE = 512  # of our GPU kernels, which hold some keys and values in shared memory
 MAX_WIDE = 256  # likewise of numbers of 4 bytes, and of formats that rotate

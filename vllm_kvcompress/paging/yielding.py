@@ -1,6 +1,5 @@
 """Requests that are compacted where blocks run short (`when="pressure"`)."""
 
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -8,6 +7,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.paging.compactions import Compactions
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.manager import CompactingManager
@@ -17,8 +17,6 @@ from vllm_kvcompress.paging.tracked import Tracked, TrackedRequests
 from vllm_kvcompress.plan import tokens_read
 
 EARLY = 8  # no more than this part of the pool is kept free to compact into
-
-logger = init_logger("vllm.kv_compression")  # under the name whose messages vLLM shows
 
 
 class Yielding:

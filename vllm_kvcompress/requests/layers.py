@@ -16,16 +16,14 @@ from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.forward_context import set_forward_context
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from vllm_kvcompress.log import logger
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.observer import LayerAttention
-
-logger = init_logger(__name__)
 
 PROBED_TOKENS = 3
 PROBED_POSITIONS = 16
