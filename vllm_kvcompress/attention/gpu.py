@@ -30,7 +30,6 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
 from vllm_kvcompress.kernels.attention import (
     MAX_SPLITS,
-    MAX_TILE,
     MIN_SHARE,
     MOST_MERGED,
     attend,
@@ -41,6 +40,7 @@ from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.kernels.sums import ATTENTION, NOT, PAUSED, SQUARES, add_attention
+from vllm_kvcompress.kernels.tiles import MAX_TILE
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.float8 import ON_GPU
 from vllm_kvcompress.requests.observer import Span

@@ -15,12 +15,10 @@ from torch import Tensor
 from vllm_kvcompress.kernels.arithmetic import DTYPES, dot, tanh
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
 from vllm_kvcompress.kernels.shares import MIN_SHARE, WAVES, Shares
+from vllm_kvcompress.kernels.tiles import MAX_TILE, MIN_DOT, TILE_BYTES, Tiles, empty_shares
 
 LOG2_E = 1.4426950408889634
-TILE_BYTES = 16 * 1024  # of the keys, and again of the values, that a program reads at once
-MIN_DOT = 16  # rows and columns of tl.dot
 MAX_SPLITS = 64
-MAX_TILE = 64  # queries times group of a program
 MOST_MERGED = 32  # of one whose head may be cut by its length
 
 
@@ -75,7 +73,7 @@ def attend(
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
     """
     num_tokens, query_heads, head_size = query.shape
-    num_layers, _, heads, block_size, _ = keys.shape
+    num_layers, _, heads, _, _ = keys.shape
     group = query_heads // heads
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
     assert keys.stride() == values.stride() and keys.dtype == values.dtype
@@ -85,29 +83,23 @@ def attend(
     assert out.stride(2) == 1 and out.dtype in DTYPES and query.dtype in (out.dtype, keys.dtype)
     assert (keys.dtype == out.dtype) if scales is None else (keys.element_size() == 1)
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
-    channels = triton.next_power_of_2(head_size)
-    tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * out.element_size())))
-    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, MAX_TILE, _most_rows(out)))
-    queries = tile_rows // group
-    one_tile = rows.max_query_len <= queries
+    most_rows = 32 if out.element_size() == 4 else MAX_TILE  # for which there are registers
+    tiles = Tiles.of(query, heads, rows, out.dtype, most_rows=most_rows)
     num_rows = rows.seq_lens.shape[0]
-    shares = shares if one_tile and tile_rows <= MOST_MERGED else None
+    shares = shares if tiles.one and tiles.rows <= MOST_MERGED else None
     if shares is not None:
         programs = shares.num_programs(num_rows), 1, 1
-        parts = shares.num_parts, queries * group
+        parts = shares.num_parts, tiles.queries * group
         share_out = torch.empty(*parts, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
         strides = 0, *share_out.stride()[:2], 0, *share_lse.stride()
     else:
         if sinks is not None:  # which shares have in common
             num_splits = max(num_splits, 2)
-        # Of the rows together, T // queries + R tiles are always enough, however the tokens are spread.
-        programs = num_rows if one_tile else num_tokens // queries + num_rows, heads, num_splits
+        programs = tiles.count, heads, num_splits
         share_out, share_lse = out[:, :, None], lse[:, :, None]
         if num_splits > 1:
-            shape = (num_tokens, query_heads, num_splits)
-            share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
-            share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+            share_out, share_lse = empty_shares(query, num_splits)
         strides = *share_out.stride()[:3], *share_lse.stride()
     inner, outer = logit_factors(scale, logits_soft_cap)
     _attend_kernel[programs](
@@ -142,20 +134,12 @@ def attend(
         SINKS=shares is not None and sinks is not None,
         SOFT_CAP=logits_soft_cap > 0,
         COMPACTED_ONLY=compacted_only,
-        ONE_TILE=one_tile,
-        HEADS=heads,
-        PAGES_PER_BLOCK=num_layers * heads,
-        GROUP=group,
-        BLOCK_SIZE=block_size,
-        HEAD_SIZE=head_size,
-        CHANNELS=channels,
-        ROWS=tile_rows,
-        QUERIES=queries,
-        KEYS=tile,
+        KEYS=tiles.keys,
         DTYPE=DTYPES[out.dtype],
         FLOAT8=scales is not None,
         FLOAT8_QUERY=query.dtype != out.dtype,
-        **depth(out.element_size(), channels, tile_rows, scales is not None, pipelines(query.device)),
+        **tiles.constants(query, keys),
+        **depth(out.element_size(), tiles.channels, tiles.rows, scales is not None, pipelines(query.device)),
     )
     if shares is None and num_splits > 1:
         merge(share_out, share_lse, out, lse, runs, rows, 0, compacted_only, sinks)
@@ -260,11 +244,6 @@ def merge_bytes(
     return 4 * max(of_shares, of_splits) * (2 * head_size + 1)
 
 
-def _most_rows(out: Tensor) -> int:
-    """Rows of the score matrix for which there are registers."""
-    return 32 if out.element_size() == 4 else MAX_TILE
-
-
 def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> int:
     """How many shares to cut the keys of a head into, so that short batches still fill the device.
 
@@ -280,12 +259,6 @@ def choose_splits(num_rows: int, heads: int, max_keys: int, processors: int) -> 
     wanted = -(-4 * processors // (num_rows * heads))
     useful = -(-max_keys // MIN_SHARE)
     return 1 << max(min(wanted, useful, MAX_SPLITS) - 1, 0).bit_length()
-
-
-def rows_per_tile(group: int, max_query_len: int, most: int) -> int:
-    """Rows of the score matrix in one program: (query, member of the group) pairs."""
-    wanted = triton.next_power_of_2(group * max_query_len)
-    return max(MIN_DOT, triton.next_power_of_2(group), min(wanted, most))
 
 
 def logit_factors(scale: float, soft_cap: float) -> tuple[float, float]:

@@ -16,18 +16,14 @@ from vllm_kvcompress.formats.mixed_dim import MixedDim, Vectors
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
 from vllm_kvcompress.kernels.attention import (
     LOG2_E,
-    MAX_TILE,
-    MIN_DOT,
-    TILE_BYTES,
     find_queries,
     has_format,
     logit_factors,
     merge,
-    rows_per_tile,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.tiles import MIN_DOT, MOST_RAW, Tiles, empty_shares
 
-MOST_RAW = 64  # tokens of the tail at once
 CHANNELS_AT_ONCE = 64  # of a basis
 BITS_OF_E = tl.constexpr(LOG2_E)
 TOKENS = tl.constexpr(RECORD)
@@ -53,9 +49,7 @@ def attend_latents(
 ) -> tuple[Tensor, Tensor]:
     """Attention of the rows of a `MixedDim`; arguments and what it returns are as of `attend_records`."""
     num_tokens, query_heads, head_size = query.shape
-    shape = num_tokens, query_heads, num_splits * len(format.parts)
-    share_out = torch.empty(*shape, head_size, dtype=torch.float32, device=query.device)
-    share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+    share_out, share_lse = empty_shares(query, num_splits * len(format.parts))
     lse = torch.empty(num_tokens, query_heads, dtype=torch.float32, device=query.device)
     for number, part in enumerate(format.parts):
         own = slice(number * num_splits, (number + 1) * num_splits)
@@ -87,21 +81,14 @@ def _attend_rank(
     bias: Tensor | None,
 ) -> None:
     """Attention over the records of one rank, and over the raw tail if it is the first."""
-    num_tokens, query_heads, head_size = query.shape
-    num_layers, num_blocks, heads, block_size, _ = keys.shape
-    group, num_splits = query_heads // heads, share_lse.shape[2]
+    head_size, num_splits = query.shape[2], share_lse.shape[2]
+    _, num_blocks, heads, _, _ = keys.shape
     page_bytes, record_bytes, rank = pages.shape[1], part.record_bytes(head_size), part.rank(head_size)
-    channels = triton.next_power_of_2(head_size)
-    raw = max(MIN_DOT, min(MOST_RAW, TILE_BYTES // (channels * query.element_size())))
-    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(raw, MAX_TILE))
-    queries = tile_rows // group
-    one_tile = rows.max_query_len <= queries
-    num_rows = rows.seq_lens.shape[0]
-    num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
+    tiles = Tiles.of(query, heads, rows, query.dtype, MOST_RAW)
     inner, outer = logit_factors(scale, logits_soft_cap)
     flat = pages.flatten()
     records, bases = (flat[page_bytes % size :].view(torch.float16) for size in (record_bytes, basis_bytes))
-    _latents_kernel[num_tiles, heads, num_splits](
+    _latents_kernel[tiles.count, heads, num_splits](
         query,
         records,
         bases,
@@ -122,7 +109,7 @@ def _attend_rank(
         rows.query_start_loc,
         layer,
         format_id,
-        num_rows,
+        rows.seq_lens.shape[0],
         num_blocks,
         min_share,
         inner,
@@ -138,22 +125,14 @@ def _attend_rank(
         rows.block_table.stride(0),
         SOFT_CAP=logits_soft_cap > 0,
         RAW_BIAS=bias is not None,
-        ONE_TILE=one_tile,
-        HEADS=heads,
-        PAGES_PER_BLOCK=num_layers * heads,
-        GROUP=group,
-        BLOCK_SIZE=block_size,
-        HEAD_SIZE=head_size,
-        CHANNELS=channels,
-        AT_ONCE=min(CHANNELS_AT_ONCE, channels),
+        AT_ONCE=min(CHANNELS_AT_ONCE, tiles.channels),
         RANK=rank,
         COORDINATES=max(MIN_DOT, triton.next_power_of_2(rank)),
         WIDEST=basis_bytes // (4 * head_size),
-        ROWS=tile_rows,
-        QUERIES=queries,
-        RAW=raw,
+        RAW=tiles.keys,
         PAGE_BYTES=page_bytes,
         RECORD_BYTES=record_bytes,
+        **tiles.constants(query, keys),
         num_warps=4,
     )
 

@@ -28,10 +28,7 @@ from vllm_kvcompress.formats.turboquant import TurboCentred, TurboProd, TurboQua
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
 from vllm_kvcompress.kernels.attention import (
     LOG2_E,
-    MAX_TILE,
-    MIN_DOT,
     MOST_MERGED,
-    TILE_BYTES,
     arrives_last,
     find_queries,
     find_row,
@@ -41,14 +38,13 @@ from vllm_kvcompress.kernels.attention import (
     merged,
     merged_lse,
     pipelines,
-    rows_per_tile,
     with_sink,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs
 from vllm_kvcompress.kernels.latents import attend_latents
 from vllm_kvcompress.kernels.shares import MIN_SHARE, Shares
+from vllm_kvcompress.kernels.tiles import MIN_DOT, MOST_RAW, Tiles, empty_shares
 
-MOST_RAW = 64  # tokens of the tail at once
 HEADS_AT_ONCE = 16  # of a program that rotates back
 COLUMNS_AT_ONCE = 32  # of the rotation
 BITS_OF_E = tl.constexpr(LOG2_E)
@@ -133,18 +129,6 @@ def uses_shares(format: Format) -> bool:
     return len(format.parts) == 1 and not isinstance(format, MixedDim)
 
 
-def _tile_rows(query: Tensor, heads: int, rows: Rows) -> int:
-    """Rows of the score matrix in one program."""
-    most = min(_raw_tile(query), MAX_TILE)
-    return rows_per_tile(query.shape[1] // heads, rows.max_query_len, most=most)
-
-
-def _raw_tile(query: Tensor) -> int:
-    """Tokens of the tail at once."""
-    channels = triton.next_power_of_2(query.shape[2])
-    return max(MIN_DOT, min(MOST_RAW, TILE_BYTES // (channels * query.element_size())))
-
-
 def prepare(format: Format, head_size: int, device: torch.device, dtype: torch.dtype) -> None:
     """Make what a format is read with, which cannot be made while a graph is captured; arguments as of
     `constants`."""
@@ -227,11 +211,10 @@ def attend_records(
     rotated = _rotates(format.parts[0])
     assert all(_rotates(part) == rotated for part in format.parts)
     sums = 2 if rotated else 1  # encoded and raw, of which one is still to be rotated back
-    rows_of_tile = _tile_rows(query, heads, rows)
+    tiles = Tiles.of(query, heads, rows, query.dtype, MOST_RAW)
     cache = pages, keys, values
-    one_tile = rows.max_query_len <= rows_of_tile // group and rows_of_tile <= MOST_MERGED
-    if shares is not None and uses_shares(format) and one_tile:
-        parts = shares.num_parts, rows_of_tile // group * group
+    if shares is not None and uses_shares(format) and tiles.one and tiles.rows <= MOST_MERGED:
+        parts = shares.num_parts, tiles.queries * group
         share_out = torch.empty(*parts, sums, head_size, dtype=torch.float32, device=query.device)
         share_lse = torch.empty(parts, dtype=torch.float32, device=query.device)
         where = layer, format.parts[0], format_id, 0, True
@@ -242,9 +225,7 @@ def attend_records(
         num_splits = max(num_splits, 2)
     all_splits = num_splits * len(format.parts)
     if all_splits > 1:
-        shape = (num_tokens, query_heads, all_splits)
-        share_out = torch.empty(*shape, sums, head_size, dtype=torch.float32, device=query.device)
-        share_lse = torch.empty(shape, dtype=torch.float32, device=query.device)
+        share_out, share_lse = empty_shares(query, all_splits, sums)
     else:
         share_out, share_lse = out[:, :, None, None], lse[:, :, None]
     for number, part in enumerate(format.parts):
@@ -332,9 +313,8 @@ def _attend_part(
         lse: likewise.
         sinks: of the layer.
     """
-    num_tokens, query_heads, head_size = query.shape
-    num_layers, num_blocks, heads, block_size, _ = keys.shape
-    group = query_heads // heads
+    head_size = query.shape[2]
+    _, num_blocks, heads, _, _ = keys.shape
     page_bytes, record_bytes = pages.shape[1], format.record_bytes(head_size)
     bias_at, format = format.bias_at(head_size), format.plain
     layout, rotated = Layout.of(format, head_size), _rotates(format)
@@ -347,16 +327,12 @@ def _attend_part(
         turned = projected = query @ turn
     if layout.signed:
         projected = query @ project
-    channels = triton.next_power_of_2(head_size)
+    tiles, num_rows = Tiles.of(query, heads, rows, query.dtype, MOST_RAW), rows.seq_lens.shape[0]
+    row_bytes = tiles.channels * query.element_size()
     width = RECORD * min(layout.key_bits, 2 if layout.key_bits == 3 else 8) // 8  # tokens of a plane of keys
     records = 1 if width == RECORD else max(2, MIN_DOT // width)
-    raw, tile_rows = _raw_tile(query), _tile_rows(query, heads, rows)
-    queries = tile_rows // group
-    one_tile = rows.max_query_len <= queries
-    num_rows = rows.seq_lens.shape[0]
     if shares is None:
-        num_tiles = num_rows if one_tile else num_tokens // queries + num_rows
-        programs = num_tiles, heads, share_lse.shape[2]
+        programs = tiles.count, heads, share_lse.shape[2]
         strides = *share_out.stride()[:4], *share_lse.stride()
         final = (None,) * 5, (0,) * 4
     else:
@@ -410,16 +386,7 @@ def _attend_part(
         SOFT_CAP=logits_soft_cap > 0,
         RAW_BIAS=bias is not None,
         BIAS_AT=bias_at,
-        ONE_TILE=one_tile,
-        HEADS=heads,
-        PAGES_PER_BLOCK=num_layers * heads,
-        GROUP=group,
-        BLOCK_SIZE=block_size,
-        HEAD_SIZE=head_size,
-        CHANNELS=channels,
-        ROWS=tile_rows,
-        QUERIES=queries,
-        RAW=raw,
+        RAW=tiles.keys,
         PAGE_BYTES=page_bytes,
         RECORD_BYTES=record_bytes,
         ROTATED=rotated,
@@ -436,10 +403,11 @@ def _attend_part(
         VALUE_GROUP=layout.group,
         PARTS=layout.parts,
         RECORDS=records,
-        CHUNKS=max(1, channels * width // 1024) if records > 1 else 1,
+        CHUNKS=max(1, tiles.channels * width // 1024) if records > 1 else 1,
         num_warps=4,
         num_stages=1,
-        **_registers(layout, rotated, channels * query.element_size(), shares is not None, query.device),
+        **tiles.constants(query, keys),
+        **_registers(layout, rotated, row_bytes, shares is not None, query.device),
     )
 
 

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from vllm_kvcompress.kernels.arithmetic import DTYPES, dot, tanh
 from vllm_kvcompress.kernels.attention import (
-    MAX_TILE,
-    MIN_DOT,
     MIN_SHARE,
-    TILE_BYTES,
     depth,
     find_keys,
     find_queries,
     logit_factors,
     merged_lse,
     pipelines,
-    rows_per_tile,
     token_offsets,
     with_sink,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
+from vllm_kvcompress.kernels.tiles import MAX_TILE, MIN_DOT, Tiles
 
 NOT, ATTENTION, SQUARES, PAUSED = range(4)  # what is added up of a row
 _NOT, _SQUARES, _PAUSED = tl.constexpr(NOT), tl.constexpr(SQUARES), tl.constexpr(PAUSED)
@@ -78,20 +75,17 @@ def add_attention(
         scales: the layer's, if the cache is float8.
         sinks: `[Hq]`, one more logit of each query head, to which no token belongs; behind the cap.
     """
-    num_tokens, query_heads, head_size = query.shape
+    num_tokens, query_heads, _ = query.shape
     num_layers, num_blocks, heads, block_size, _ = keys.shape
-    dtype, group, token = dtype or query.dtype, query_heads // heads, keys.stride(3)
+    dtype, token = dtype or query.dtype, keys.stride(3)
     page = block_size * token
     assert keys.stride() == (num_blocks * heads * page, heads * page, page, token, 1)
     assert sums.is_contiguous() and sums.shape == (num_layers * num_blocks * heads, block_size)
     assert query.stride(2) == 1 and sums.dtype == torch.float32
 
-    channels = triton.next_power_of_2(head_size)
-    tile = max(MIN_DOT, min(128, TILE_BYTES // (channels * dtype.itemsize)))
-    most = MIN_DOT if dtype.itemsize == 4 else MAX_TILE  # for which there are registers
-    tile_rows = rows_per_tile(group, rows.max_query_len, most=min(tile, most))
-    queries, num_rows = tile_rows // group, rows.seq_lens.shape[0]
-    one_tile = rows.max_query_len <= queries
+    most_rows = MIN_DOT if dtype.itemsize == 4 else MAX_TILE  # for which there are registers
+    tiles = Tiles.of(query, heads, rows, dtype, most_rows=most_rows)
+    num_rows = rows.seq_lens.shape[0]
     levels = torch.empty(num_tokens, query_heads, num_splits, dtype=torch.float32, device=query.device)
     inner, outer = logit_factors(scale, logits_soft_cap)
     arguments = (
@@ -118,27 +112,18 @@ def add_attention(
         runs.start.stride(0),
         rows.block_table.stride(0),
     )
-    how = depth(dtype.itemsize, channels, tile_rows, scales is not None, pipelines(query.device))
+    how = depth(dtype.itemsize, tiles.channels, tiles.rows, scales is not None, pipelines(query.device))
     constants = dict(
         SOFT_CAP=logits_soft_cap > 0,
-        ONE_TILE=one_tile,
-        HEADS=heads,
-        PAGES_PER_BLOCK=num_layers * heads,
-        GROUP=group,
-        BLOCK_SIZE=block_size,
         TOKEN=token,
-        HEAD_SIZE=head_size,
-        CHANNELS=channels,
-        ROWS=tile_rows,
-        QUERIES=queries,
-        KEYS=tile,
+        KEYS=tiles.keys,
         DTYPE=DTYPES[dtype],
         FLOAT8=scales is not None,
         FLOAT8_QUERY=query.dtype != dtype,
+        **tiles.constants(query, keys),
         **how,
     )
-    tiles = num_rows if one_tile else num_tokens // queries + num_rows
-    _level_kernel[tiles, heads, num_splits](*arguments, **constants)
+    _level_kernel[tiles.count, heads, num_splits](*arguments, **constants)
     _add_kernel[num_rows, heads, num_shares](
         *arguments, sums, sinks, num_splits, SINKS=sinks is not None, SPLIT=num_splits > 1, **constants
     )
