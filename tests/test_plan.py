@@ -6,6 +6,7 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.plan import (
     Plan,
     is_ever_compacted,
+    moment_tokens,
     next_point,
     page_tokens,
     peak_blocks,
@@ -153,6 +154,15 @@ def test_a_ring_holds_the_window_and_what_drafts_may_overwrite():
     assert ring_tokens(parse("attention_matching")) == 0
     assert ring_tokens(parse("attention_matching:recompact_every=64")) == 64 + 64, "and what is recalled"
     assert ring_tokens(parse("attention_matching:recompact_every=64,recalled=10")) == 64 + 10
+
+
+def test_moments_of_all_queries_take_the_memory_of_some():
+    assert moment_tokens(128, 2) == 4 * 34 * 2 and moment_tokens(80, 4) == 3 * 34
+    expected = parse("expected_attention")
+    assert ring_tokens(expected, 272) == ring_tokens(parse("criticalkv:base=expected_attention"), 272) == 272
+    assert ring_tokens(parse("snapkv:window=32"), 272) == 64 and ring_tokens(parse("h2o"), 272) == 0
+    assert ring_budget(expected, 8, 10**6, 2, 272) == 8 * 272
+    assert ring_budget(parse("expected_attention:recompact_every=9"), 99, 10**9, 2, 272) == 99 * 272
 
 
 def test_memory_for_rings():

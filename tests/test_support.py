@@ -334,11 +334,16 @@ def test_a_request_cannot_have_every_query_watched_inside_captured_graphs_withou
 
     request, snapkv = KVCompressionConfig.parse(method), KVCompressionConfig.parse("snapkv")
     check("snapkv", False)
-    check("expected_attention", True)  # there are none of attention, as the workers say
+    check("kvzip", True)  # there are none of attention, as the workers say
+    check("expected_attention", True, speculates=True)
     check("h2o", True, speculates=True)
     check_watched(snapkv, snapkv, engine(full=True))
     assert_refused("snapkv")
-    if method in ("kvzip", "expected_attention"):
+    assert_refused("expected_attention" if method != "expected_attention" else "h2o")
+    if method == "expected_attention":
+        check("criticalkv:base=expected_attention", True)
+        assert_refused("snapkv", speculates=True)
+    elif method == "kvzip":
         assert_refused("h2o")
     else:  # whose kernel adds up squares, too
         check("h2o", True)

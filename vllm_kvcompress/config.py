@@ -499,13 +499,16 @@ class KVCompressionConfig:
         """Whether something must run beside attention in every step."""
         return self.observes_all or self.repeats
 
-    def watches_in_graphs(self, speculates: bool) -> bool:
-        """Whether a GPU's kernel watches in the policy's place, also inside a captured graph.
+    def kept_in_graphs(self, speculates: bool) -> Literal["sums", "moments"] | None:
+        """What a GPU's kernel keeps in the policy's place, also inside a captured graph; None for nothing.
 
         Args:
             speculates: whether drafts may be among a step's tokens: what is added up cannot be taken back.
         """
-        return self.build_policy().sums is not None and not speculates
+        policy = self.build_policy()
+        if speculates:
+            return None
+        return "sums" if policy.sums is not None else "moments" if policy.moments is not None else None
 
     @property
     def interval(self) -> int | None:

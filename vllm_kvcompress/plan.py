@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from vllm_kvcompress.config import DEFAULT_WINDOW, KVCompressionConfig
 from vllm_kvcompress.formats import RECORD
+from vllm_kvcompress.kernels.batch import moment_shape
 
 # Bytes of compacted pages that a compaction on a GPU may write in place of pages that it reads. All that is
 # kept is staged then, for which so much memory is set aside; what is larger waits for free blocks.
@@ -186,15 +187,29 @@ def peak_blocks(
     return min(whole, max(prompt, bounded))
 
 
-def ring_tokens(config: KVCompressionConfig) -> int:
-    """Queries that are kept of a request for its policy's window, those that it recalls included; 0 without
-    one."""
+def moment_tokens(head_size: int, itemsize: int) -> int:
+    """Queries of a head that take as much memory as the moments of all of them.
+
+    Args:
+        head_size: D.
+        itemsize: bytes of a number of queries.
+    """
+    return -(-4 * math.prod(moment_shape(1, head_size)) // (head_size * itemsize))
+
+
+def ring_tokens(config: KVCompressionConfig, of_moments: int = 0) -> int:
+    """Queries for which a request takes memory: those that are kept for its policy's window, with those that
+    it recalls, and `of_moments` if it keeps the moments of all."""
+    policy = config.build_policy()
+    own = 0 if policy.moments is None else of_moments
     if not config.observed_window:
-        return 0
-    return config.observed_window + SPARE_QUERIES + config.build_policy().recalled
+        return own
+    return own + config.observed_window + SPARE_QUERIES + policy.recalled
 
 
-def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens: int, group: int) -> int:
+def ring_budget(
+    config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens: int, group: int, of_moments: int = 0
+) -> int:
     """Queries for which there is memory on a GPU, where they take from the cache's.
 
     Enough for some prompts at a time, or for every request if rings last as long as their requests do,
@@ -206,9 +221,10 @@ def ring_budget(config: KVCompressionConfig, max_num_seqs: int, num_cache_tokens
         num_cache_tokens: tokens whose keys and values, in queries' dtype, fit the memory, rings and cache
             together.
         group: query heads of each KV head.
+        of_moments: see `moment_tokens`.
     """
     at_once = max_num_seqs if config.compacts_again else min(max_num_seqs, PROMPTS_AT_ONCE)
-    wanted = at_once * max(ring_tokens(config), DEFAULT_WINDOW + SPARE_QUERIES)
+    wanted = at_once * max(ring_tokens(config, of_moments), DEFAULT_WINDOW + SPARE_QUERIES)
     return min(wanted, num_cache_tokens // 8 * 2 // group)
 
 

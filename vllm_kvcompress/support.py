@@ -216,10 +216,10 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
             "or with --enforce-eager"
         )
     speculates = vllm_config.speculative_config is not None
-    in_graphs = engine.watches_in_graphs(speculates)
-    if engine.watches_every_query and not in_graphs:
+    kept = engine.kept_in_graphs(speculates)
+    if engine.watches_every_query and kept is None:
         graphs = False  # as the workers will have it
-    watched = in_graphs and request.watches_in_graphs(speculates)
+    watched = kept is not None and request.kept_in_graphs(speculates) == kept
     if graphs and request.watches_every_query and not watched:
         raise KVCompressionError(
             f"kv-compression method {request.method} watches every query, for which these full CUDA graphs "

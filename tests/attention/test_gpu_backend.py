@@ -20,6 +20,7 @@ from vllm_kvcompress.attention.gpu import (
     CompressedMetadataBuilder,
     CompressedTritonAttentionBackend,
     RowArrays,
+    RowNumbers,
     ShareLists,
 )
 from vllm_kvcompress.formats import FORMATS, number_of
@@ -70,8 +71,9 @@ def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
         ("h2o", False, True),
         ("criticalkv:base=kv_compress_full", False, True),
         ("h2o", True, False),
-        ("expected_attention", False, False),
-        ("criticalkv:base=expected_attention", False, False),
+        ("expected_attention", False, True),
+        ("criticalkv:base=expected_attention", False, True),
+        ("expected_attention", True, False),
         ("kvzip", False, False),
     ],
 )
@@ -121,12 +123,13 @@ def test_another_backend_says_in_one_line_what_to_choose():
 def test_rows_are_sent_only_when_they_change_and_always_to_the_same_place():
     arrays = RowArrays(4, torch.device("cpu"))
     place = arrays.slot.data_ptr()
-    arrays.show([(2, 10, 5, 0), (-1, 0, 0, 1)])
+    arrays.show([RowNumbers(2, 10, 5), RowNumbers(added=1, moments=90, skip=4)])
     assert arrays.slot.tolist() == [2, -1, -1, -1] and arrays.capacity.tolist() == [5, 0, 0, 0]
+    assert arrays.moments.tolist() == [0, 90, 0, 0] and arrays.skip.tolist() == [0, 4, 0, 0]
     arrays.slot[0] = 7  # to see whether it is written again
-    arrays.show([(2, 10, 5, 0), (-1, 0, 0, 1)])
+    arrays.show([RowNumbers(2, 10, 5), RowNumbers(added=1, moments=90, skip=4)])
     assert arrays.slot[0] == 7 and arrays.added.tolist() == [0, 1, 0, 0]
-    arrays.show([(3, 10, 5, 0)])
+    arrays.show([RowNumbers(3, 10, 5)])
     assert arrays.slot.tolist() == [3, -1, -1, -1] and arrays.ring.tolist() == [10, 0, 0, 0]
     assert not arrays.added.any()
     assert arrays.slot.data_ptr() == place
@@ -192,5 +195,10 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
             less = available(method=method, cache_dtype=cache_dtype)
             plain = available(method="knorm", cache_dtype=cache_dtype)
             assert less == pytest.approx(plain * token / (token + 4), rel=1e-3)
+    # Moments of every query head, 2 parts of 34 rows: of 32 prompts, where else 64 queries of each are set
+    # aside; and what scoring one of them takes.
+    moments = 2 * 32 * 2 * 34 * 64 * 4
+    less = available(method="knorm") - available(method="expected_attention")
+    assert less == 32 * (moments - 64 * 2 * 32 * 64 * 2) + 4 * 4 * 2 * 32 * 64**2
     attention = 2 * 4 * 32 * 128 * 4096  # where PyTorch watches, some queries' attention
     assert available(method="knorm") - available(method="h2o", speculates=True) == attention

@@ -12,6 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from vllm_kvcompress.kernels.attention import attend  # noqa: E402
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
 from vllm_kvcompress.kernels.compiled import compile_decode  # noqa: E402
+from vllm_kvcompress.kernels.moments import add_moments  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
 from vllm_kvcompress.kernels.sums import add_attention  # noqa: E402
@@ -98,6 +99,25 @@ def test_sums_are_added_up_in_registers_with_keys_16_bytes_at_once(
         widths = dict(max((loop for loop in code.loops if loop.copies), key=lambda loop: loop.products).loads)
         assert code.buffers >= 2, "a tile is read while another is worked on"
         assert widths[16] >= 4 and sum(widths.values()) - widths[16] <= 4
+
+
+@pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
+@pytest.mark.parametrize(
+    ("dtype", "head_size", "is_neox"),
+    [(torch.bfloat16, 128, True), (torch.float32, 256, False), (torch.bfloat16, 512, True)],
+)
+def test_moments_are_kept_in_registers_with_queries_16_bytes_at_once(compiled, dtype, head_size, is_neox):
+    rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), 4096)
+    query, places = torch.zeros(16, 8, head_size, dtype=dtype), torch.zeros(2, 2, dtype=torch.int64)
+    add_moments(*places, 1, query, rows, torch.zeros(99, head_size, dtype=dtype), is_neox)
+    compiled.assert_fit("_moment_kernel")
+    compiled.assert_in_registers()
+    code = compiled.code("_moment_kernel")
+    widths = dict(max(code.loops, key=lambda loop: loop.products).loads)
+    if is_neox:
+        assert widths[16] >= 4 and set(widths) <= {16, 4}, "but for the program's own rows"
+    if head_size == 128:
+        assert code.buffers == 2, "a tile is read while another is worked on"
 
 
 def test_rings(compiled):

@@ -21,6 +21,7 @@ from vllm_kvcompress.kernels.attention import (  # noqa: E402
     programs_at_once,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
+from vllm_kvcompress.kernels.moments import add_moments  # noqa: E402
 from vllm_kvcompress.kernels.records import attend_records  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
@@ -144,6 +145,14 @@ def test_two_launches_add_up_what_any_number_of_rows_is_paid(launched, num_rows,
     add_attention(torch.zeros(12 * HEADS, 64), added, query, keys, runs, rows, 1, 0.1, 0.0, 4, 8)
     tiles = num_rows if query_len == 1 else len(query) // 16 + num_rows
     assert launched == [("_level_kernel", (tiles, HEADS, 4)), ("_add_kernel", (num_rows, HEADS, 8))]
+
+
+@pytest.mark.parametrize(("num_rows", "query_len"), [(1, 1), (256, 1), (3, 4096)])
+def test_one_launch_keeps_moments_of_any_number_of_rows(launched, num_rows, query_len):
+    rows = Rows(int32(num_rows), int32(num_rows, 4), int32(num_rows), int32(num_rows + 1), query_len)
+    query = torch.zeros(num_rows * query_len, 8, 80, dtype=torch.bfloat16)
+    add_moments(*torch.zeros(2, num_rows).long(), 1, query, rows, torch.zeros(99, 80), True)
+    assert launched == [("_moment_kernel", (num_rows, 8, 3))]
 
 
 def test_rings_are_written_by_few_programs_however_long_rows_may_be(launched):

@@ -11,7 +11,7 @@ from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, on_a_gpu, pro
 
 from vllm_kvcompress.paging import repetition, scheduler
 from vllm_kvcompress.paging.repetition import longest_repetition
-from vllm_kvcompress.paging.rings import memory_for_rings
+from vllm_kvcompress.paging.rings import memory_for_rings, of_moments
 from vllm_kvcompress.plan import ring_budget
 
 MODES = [
@@ -368,6 +368,21 @@ def test_requests_wait_for_memory_for_their_queries(gpu, again):
         assert names[0] not in left
     else:
         assert names[0] in compacted and names[0] in left
+    sim.check_nothing_left()
+
+
+def test_requests_wait_for_memory_for_the_moments_of_their_queries(gpu):
+    sim = Simulation("expected_attention:budget=0.25")
+    own = of_moments(sim.scheduler.vllm_config)
+    assert own == 34, "a part, its mean and its count, of as many float32 numbers as a query's"
+    sim.scheduler._rings.budget = 2 * own
+    names = [sim.add(prompt_of(300, seed), max_tokens=20) for seed in range(3)]
+    started = {}
+    while sim._unfinished():
+        for new in sim.step().scheduled_new_reqs:
+            started[new.req_id] = {job.request_id for job in sim.jobs}
+        assert sim.scheduler._rings.taken <= 2 * own
+    assert names[0] not in started[names[1]] and started[names[2]] & set(names[:2])
     sim.check_nothing_left()
 
 

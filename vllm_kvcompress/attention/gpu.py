@@ -6,9 +6,9 @@ serves batches with and without compacted rows: which is which is read on the de
 in place.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from vllm_kvcompress.kernels.attention import (
     choose_splits,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
+from vllm_kvcompress.kernels.moments import add_moments
 from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.shares import Shares
@@ -43,38 +44,55 @@ from vllm_kvcompress.kernels.sums import ATTENTION, NOT, PAUSED, SQUARES, add_at
 from vllm_kvcompress.kernels.tiles import MAX_TILE
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.requests.float8 import ON_GPU
-from vllm_kvcompress.requests.observer import Span
+from vllm_kvcompress.requests.observer import LayerAttention, Span
 from vllm_kvcompress.requests.state import CompressionState
 
 RAW = number_of(None)
 ADDED = {None: NOT, "attention": ATTENTION, "squares": SQUARES, "nothing": PAUSED}  # see `Observer.adds`
 
 
+class RowNumbers(NamedTuple):
+    """What our kernels read of a row; by default of one that is none of their affair.
+
+    Attributes:
+        slot: in `RunArrays`; -1 for rows without compaction.
+        ring: address of the request's query ring; 0 for none.
+        capacity: queries that the ring holds.
+        added: what is added up of the row, see `kernels.sums`.
+        moments: address of the moments of the request's queries; 0 for none.
+        skip: first positions, whose queries these leave out.
+    """
+
+    slot: int = -1
+    ring: int = 0
+    capacity: int = 0
+    added: int = NOT
+    moments: int = 0
+    skip: int = 0
+
+
 class RowArrays:
     """What our kernels read of each row of a batch, in arrays that stay in place for captured graphs.
 
     Attributes:
-        slot: `[R]` int64, in `RunArrays`; -1 for rows without compaction.
-        ring: `[R]` int64, address of the request's query ring; 0 for none.
-        capacity: `[R]` int64, queries that the ring holds.
-        added: `[R]` int64, what is added up of the row, see `kernels.sums`.
+        slot: `[R]` int64, and so on: see `RowNumbers`.
         stock_seq_lens: `[R]` int32, tokens that vLLM's kernel attends over: of compacted rows only as many
             as the row has queries, because our kernel overwrites their output.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
-        self._content = torch.zeros(4, max_rows, dtype=torch.int64, device=device)
-        self._shown: list[tuple[int, int, int, int]] | None = None
+        self._content = torch.zeros(len(RowNumbers()), max_rows, dtype=torch.int64, device=device)
+        self._shown: list[RowNumbers] | None = None
         self.stock_seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.slot, self.ring, self.capacity, self.added = self._content
+        self.slot, self.ring, self.capacity, self.added, self.moments, self.skip = self._content
         self.show([])
 
-    def show(self, rows: list[tuple[int, int, int, int]]) -> None:
-        """Show these (slot, ring, capacity, added); nothing is sent if they are what was shown last."""
+    def show(self, rows: list[RowNumbers]) -> None:
+        """Show these rows; nothing is sent if they are what was shown last."""
         if rows != self._shown:
             self._shown = rows
-            missing = self._content.shape[1] - len(rows)
-            columns = list(zip(*rows, *[(-1, 0, 0, NOT)] * missing, strict=True))
+            missing = [RowNumbers()] * (self._content.shape[1] - len(rows))
+            columns = list(zip(*rows, *missing, strict=True))
             host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
             self._content.copy_(host, non_blocking=True)
 
@@ -122,12 +140,14 @@ class CompressedBatch:
     Attributes:
         runs: where compacted requests have their pages.
         rows: the batch, every row of it.
-        arrays: whose `ring`, `capacity` and `added` belong to the rows.
+        arrays: whose `ring`, `capacity`, `added`, `moments` and `skip` belong to the rows.
         attends: whether a row is compacted, to raw pages.
         formats: those that rows may be compacted to.
         largest_ring: queries of the largest ring that a row may have; 0 if none has one.
         spans: what policies note that watch every query, in place of a kernel.
         sums: where a kernel adds up what rows' queries pay, see `kernels.sums`; None if no row has it so.
+        moments_of: the layers' constants, where a kernel keeps moments of rows' queries, see
+            `kernels.moments`; None if no row has it so.
         shares: of the rows that are compacted, by what `Runs.format` says of them.
         max_keys: a bound on the keys of a head.
         processors: streaming multiprocessors of the device.
@@ -141,6 +161,7 @@ class CompressedBatch:
     largest_ring: int
     spans: list[Span]
     sums: Tensor | None
+    moments_of: Sequence[LayerAttention] | None
     shares: Mapping[int, Shares]
     max_keys: int
     processors: int
@@ -159,6 +180,8 @@ class CompressedBatch:
             seen = query if scales is None else scales.read_queries(query, output.dtype)
             for span in self.spans:
                 span.record(index, seen)
+        if self.moments_of is not None and layer.is_observed:
+            keep_moments(self.arrays, self.moments_of[index], index, query, rows, output.dtype, scales)
         adds_up = self.sums is not None and layer.is_observed
         if not (self.attends or self.formats or adds_up):
             return
@@ -200,6 +223,22 @@ class CompressedBatch:
             )
 
 
+def keep_moments(
+    arrays: RowArrays,
+    layer: LayerAttention,
+    index: int,
+    query: Tensor,
+    rows: Rows,
+    dtype: torch.dtype,
+    scales: Scales | None,
+) -> None:
+    """Add a layer's queries to the moments of the rows' requests."""
+    rotary = layer.rotary
+    assert rotary is not None
+    how = rotary.cos_sin, rotary.is_neox, rotary.first, dtype, scales
+    add_moments(arrays.moments, arrays.skip, index, query, rows, *how)
+
+
 class CompressedMetadataBuilder(AttentionMetadataBuilder):
     """Put before a stock builder: hands it the batch with compacted rows cut short, and adds our part."""
 
@@ -214,8 +253,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
         # In a captured graph nothing but kernels could note queries; piecewise graphs leave attention out.
         config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
-        in_graphs = config.watches_in_graphs(vllm_config.speculative_config is not None)
-        if config.watches_every_query and not in_graphs:
+        in_graphs = config.kept_in_graphs(vllm_config.speculative_config is not None)
+        if config.watches_every_query and in_graphs is None:
             return AttentionCGSupport.NEVER
         return super().get_cudagraph_support(vllm_config, kv_cache_spec)
 
@@ -244,7 +283,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             fast_build,
             **kwargs,
         )
-        if batch.attends or batch.formats or batch.largest_ring or batch.spans or batch.sums is not None:
+        noted = batch.largest_ring or batch.spans or batch.sums is not None or batch.moments_of is not None
+        if batch.attends or batch.formats or noted:
             stock.kv_compression = batch
         return stock
 
@@ -290,6 +330,9 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                     )
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
+        if self.state.observer.keeps_moments:
+            for index, of_layer in enumerate(self.state.observer.layers):  # whose rotations may differ
+                keep_moments(arrays, of_layer, index, query, rows, dtype, scales)
 
     def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
@@ -303,7 +346,9 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 ring = None if request_id is None else state.observer.ring(request_id)
                 place = (0, 0) if ring is None else (ring.data_ptr(), ring.shape[1])
                 adds = None if request_id is None else state.observer.adds(request_id)
-                shown.append((slots.get(request_id, -1), *place, ADDED[adds]))
+                kept = None if request_id is None else state.observer.moments(request_id)
+                moments = (0, 0) if kept is None else (kept.content.data_ptr(), kept.skip)
+                shown.append(RowNumbers(slots.get(request_id, -1), *place, ADDED[adds], *moments))
                 if (table := state.tables.get(request_id)) is not None:
                     held.add(table.format)
             if state.observer.needs_spans:
@@ -312,9 +357,10 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 )
         self.arrays.show(shown)
         captured = {self.format} if self._capturing else set()
-        largest_ring = max((capacity for _, _, capacity, _ in shown), default=0)
-        adds_up = self._capturing or any(added != NOT for *_, added in shown)
+        largest_ring = max((row.capacity for row in shown), default=0)
+        adds_up = self._capturing or any(row.added != NOT for row in shown)
         sums = state.observer.sums if adds_up else None
+        keeps = state.observer.keeps_moments and self._capturing or any(row.moments for row in shown)
         rows = Rows(
             slot=self.arrays.slot,
             block_table=common.block_table_tensor,
@@ -335,6 +381,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             largest_ring=common.max_query_len if self._capturing else largest_ring,
             spans=spans,
             sums=None if sums is None else sums.by_page,
+            moments_of=state.observer.layers if keeps else None,
             shares={number_of(format): self.share_lists.of(format) for format in listed},
             max_keys=common.max_seq_len,
             processors=self.processors,

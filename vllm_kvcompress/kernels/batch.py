@@ -5,6 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+MOMENT_ROWS = 32  # of a covariance that one program has
+
+
+def moment_shape(query_heads: int, head_size: int) -> tuple[int, int, int, int]:
+    """Shape of a layer's moments of queries, float32 (see `kernels.moments`).
+
+    Of each query head the rows of its `[D, D]` scatter, by so many; behind each of these parts a row with the
+    mean, and one that begins with the number of queries.
+    """
+    return query_heads, -(-head_size // MOMENT_ROWS), MOMENT_ROWS + 2, head_size
+
 
 @dataclass(frozen=True)
 class Runs:

@@ -30,7 +30,8 @@ if not __package__:  # run as a file: the package itself need not be installed
 
 from vllm_kvcompress.formats import FORMATS, RECORD, Format, number_of
 from vllm_kvcompress.kernels.attention import attend, programs_at_once
-from vllm_kvcompress.kernels.batch import Rows, Runs
+from vllm_kvcompress.kernels.batch import MOMENT_ROWS, Rows, Runs, moment_shape
+from vllm_kvcompress.kernels.moments import add_moments
 from vllm_kvcompress.kernels.pages import gather_pages, scatter_pages
 from vllm_kvcompress.kernels.prediction import DEVICES, predicted_seconds
 from vllm_kvcompress.kernels.records import attend_records, prepare, uses_shares
@@ -39,6 +40,7 @@ from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.kernels.scores import pool_columns, window_columns
 from vllm_kvcompress.kernels.selection import global_counts, select_columns, whole_pages
 from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.kernels.sums import ATTENTION, SQUARES, add_attention
 
 HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 8, 4, 128, 16  # a layer of Llama 3 8B, vLLM's block size
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -190,6 +192,8 @@ def check(device: str) -> dict[str, float]:
             if uses_shares(format) and dtype != torch.float32:
                 _check_records(device, format, dtype, 2 * tolerance, errors)
         _check_compaction(layer, name, errors)
+        _check_sums(make_layer(2, 256, 1.0, device, dtype), name, errors)
+        _check_moments(device, dtype, name, errors)
     _check_selection(device, errors)
     return errors
 
@@ -285,6 +289,43 @@ def _check_compaction(layer: Layer, name: str, errors: dict[str, float]) -> None
     write_rings(address, capacity, 1, queries, seq_lens, bounds, window, 40)
     places = torch.arange(50 - window, 50, device=device) % 40
     _note(errors, f"ring.{name}", ring[1, places], queries, 0)
+
+
+def _check_sums(layer: Layer, name: str, errors: dict[str, float]) -> None:
+    """What the queries of rows that are not compacted pay to each token."""
+    keys = layer.cache[None, ..., :HEAD_SIZE]
+    sums = torch.zeros(keys[..., 0].numel() // BLOCK_SIZE, BLOCK_SIZE, device=keys.device)
+    added = torch.tensor([ATTENTION, SQUARES], device=keys.device)
+    add_attention(sums, added, layer.query, keys, layer.runs, layer.rows, 0, 0.1, 0.0, 2, 2, min_share=64)
+    for row, power in enumerate((1, 2)):
+        blocks = layer.rows.block_table[row].long()
+        for head, query in enumerate(layer.query[row : row + 1].unflatten(1, (HEADS, GROUP)).unbind(1)):
+            attention = causal_logits(query, keys[0, blocks, head].flatten(0, 1), 0.1).softmax(-1)
+            found = sums.view(keys.shape[1:4])[blocks, head].flatten()
+            _note(errors, f"sums.{name}", found, attention.pow(power).sum((0, 1)), 1e-4)
+
+
+def _check_moments(device: str, dtype: torch.dtype, name: str, errors: dict[str, float]) -> None:
+    """Mean and covariance of a chunk's queries before RoPE, in two steps."""
+    length, skip, half = 150, 4, HEAD_SIZE // 2
+    angle = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(half) / half)
+    cos_sin = torch.cat([angle.cos(), angle.sin()], 1).to(dtype)
+    query = (3 + torch.randn(length, GROUP, HEAD_SIZE)).to(dtype)
+    moments = torch.zeros(1, *moment_shape(GROUP, HEAD_SIZE), device=device)
+    places = torch.tensor([[moments.data_ptr()], [skip]], device=device)
+    for begin, end in ((0, 149), (149, length)):
+        lengths = torch.tensor([0, end - begin, end], dtype=torch.int32, device=device)
+        rows = Rows(lengths[:1], lengths[None], lengths[2:], lengths[:2], end - begin)
+        add_moments(*places, 0, query[begin:end].to(device), rows, cos_sin.to(device), True)
+    cos, sin = cos_sin.double()[:, None].chunk(2, -1)
+    cos, sin = (each / (cos**2 + sin**2) for each in (cos, sin))
+    left, right = query.double().chunk(2, -1)
+    undone = torch.cat([left * cos + right * sin, right * cos - left * sin], -1)
+    mean, found = undone[skip:].mean(0), moments[0].cpu()
+    covariance = torch.stack([own.T.cov(correction=0) for own in undone[skip:].unbind(1)])
+    scatter = found[:, :, :MOMENT_ROWS].flatten(1, 2)[:, :HEAD_SIZE]
+    _note(errors, f"moments.mean.{name}", found[:, 0, MOMENT_ROWS], mean, 1e-4)
+    _note(errors, f"moments.covariance.{name}", scatter / (length - skip), covariance, 1e-4)
 
 
 def _check_selection(device: str, errors: dict[str, float]) -> None:

@@ -23,7 +23,7 @@ from vllm_kvcompress.paging.leaving import Leaving
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.prefixes import Prefixes
 from vllm_kvcompress.paging.repetition import Repetitions
-from vllm_kvcompress.paging.rings import Rings, memory_for_rings
+from vllm_kvcompress.paging.rings import Rings, memory_for_rings, of_moments
 from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.paging.spec import compactable_groups
 from vllm_kvcompress.paging.statistics import CompressionStats
@@ -83,7 +83,8 @@ class _Compression(Telling):
         )
         num_tokens = self.kv_cache_config.num_blocks // len(own) * manager.block_size
         of_what = self.max_num_running_reqs, num_tokens, groups[0].kv_cache_spec.dtype
-        self._rings = Rings(memory_for_rings(self.vllm_config, self.compression, *of_what))
+        budget = memory_for_rings(self.vllm_config, self.compression, *of_what)
+        self._rings = Rings(budget, of_moments(self.vllm_config))
 
     def _unless_compacted(self, cache_blocks: Callable[[Request, int], None]) -> Callable[..., None]:
         """What offers blocks of all groups to the prefix cache: those of windows, too, may have been computed

@@ -122,6 +122,8 @@ class Policy(ABC):
             are never computed, so that what they keep does not depend on what was cached.
         sums: what `observe` adds up of each column over its group and all queries, attention or its square,
             if its state is that and no more, `[H, W]`: a kernel can do so in its place; else None.
+        moments: first tokens whose queries `observe` leaves out, if its state is the `QueryStatistics` of all
+            others and no more: a kernel can keep them in its place; else None.
         repeats: True if it must observe the queries with which the model repeats the context, see `repeat`.
         matches: True if it has biases and values of its own for what is kept, see `fit`.
         waits: True if a request whose context is repeated, or that is fitted, waits for its compaction.
@@ -151,6 +153,7 @@ class Policy(ABC):
     absolute: ClassVar[bool] = False
     accumulates: ClassVar[bool] = False
     sums: ClassVar[Literal["attention", "squares"] | None] = None
+    moments: ClassVar[int | None] = None
     repeats: ClassVar[bool] = False
     matches: ClassVar[bool] = False
     waits: ClassVar[bool] = True

@@ -72,6 +72,10 @@ class CriticalKV(Policy):
         return self.base.sums
 
     @property
+    def moments(self) -> int | None:  # type: ignore[override]
+        return self.base.moments
+
+    @property
     def repeats(self) -> bool:  # type: ignore[override]
         return self.base.repeats
 

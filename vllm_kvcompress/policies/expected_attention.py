@@ -15,12 +15,12 @@ class QueryStatistics(NamedTuple):
     """Running moments of queries before RoPE.
 
     Attributes:
-        seen: queries.
+        seen: queries; a number on the device where a kernel counts them.
         mean: `[H, G, D]` float32.
         scatter: `[H, G, D, D]` float32, Σ (q - mean)(q - mean)ᵀ.
     """
 
-    seen: int
+    seen: int | Tensor
     mean: Tensor
     scatter: Tensor
 
@@ -64,6 +64,13 @@ class ExpectedAttention(Policy):
         if self.skip < 0 or self.epsilon < 0:
             raise ValueError("skip and epsilon must not be negative")
 
+    @property
+    def moments(self) -> int | None:  # type: ignore[override]
+        own = type(self)
+        if own.observe is not ExpectedAttention.observe or own.carry is not ExpectedAttention.carry:
+            return None  # somebody's own state
+        return self.skip
+
     def observe(self, observation: LayerObservation) -> QueryStatistics | None:
         assert observation.rotary is not None
         first = observation.num_tokens - len(observation.queries)
@@ -88,8 +95,9 @@ class ExpectedAttention(Policy):
         assert observation.rotary is not None
         keys, size = observation.keys.float(), observation.keys.shape[-1]
         queries: QueryStatistics | None = observation.state
+        lengths = observation.values.float().norm(dim=-1)
         if queries is None:  # a context of outliers alone
-            return observation.values[:, : observation.num_scored].float().norm(dim=-1)
+            return lengths[:, : observation.num_scored]
         rotation = observation.rotary.mean_matrix(observation.num_tokens, self.future, size)
         mean = queries.mean @ rotation.T
         covariance = rotation @ (queries.scatter / queries.seen) @ rotation.T
@@ -100,9 +108,11 @@ class ExpectedAttention(Policy):
         first = 0 if observation.padding is None else observation.padding[:, None]
         logits.masked_fill_((column < first + self.skip).expand(len(keys), -1)[:, None], -torch.inf)
         expected = softmax_beside(observation.sinks, logits[:, :, None])[:, :, 0].mean(1)  # [H, W]
-        scores = (expected + self.epsilon) * observation.values.float().norm(dim=-1)
+        scores = (expected + self.epsilon) * lengths
         # The best of all, but finite: only the attention sinks are never dropped.
         scores.masked_fill_(column < first + self.skip, torch.finfo(torch.float32).max)
+        if isinstance(queries.seen, Tensor):  # whether there was none is not asked: it would be waited for
+            scores = torch.where(queries.seen > 0, scores, lengths)
         return scores[:, : observation.num_scored]
 
 

@@ -13,6 +13,7 @@ from vllm_kvcompress.plan import SPARE_QUERIES
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.requests.moments import QueryMoments
 from vllm_kvcompress.requests.sums import PageSums
 from vllm_kvcompress.requests.tables import RequestTable
 
@@ -55,6 +56,7 @@ class Observed:
         repeated: per layer, the request that repeats the context, and the position below which its queries
             are noted: it may be preempted and begin again.
         sums: where a kernel keeps what the policy's states would be.
+        moments: likewise, of policies that ask for moments.
     """
 
     policy: Policy
@@ -64,6 +66,12 @@ class Observed:
     paused: bool = False
     repeated: dict[int, tuple[str, int]] = field(default_factory=dict)
     sums: PageSums | None = None
+    moments: QueryMoments | None = None
+
+    @property
+    def noted_by_kernels(self) -> bool:
+        """Whether kernels note what the policy would observe."""
+        return self.sums is not None or self.moments is not None
 
     def window(self, layers: slice, num_tokens: int) -> Tensor:
         """Some layers' queries `[w, l, Hq, D]` of the last w of `num_tokens` tokens."""
@@ -348,6 +356,7 @@ class Observer:
         num_drafts: request id to the number of drafts among this step's tokens.
         sums: where the attention backend has a kernel add up what policies say with `sums`; None where
             spans do.
+        keeps_moments: whether it has a kernel keep the moments of queries that policies say with `moments`.
     """
 
     cache: PagedCache
@@ -359,6 +368,7 @@ class Observer:
     kernel_writes_rings: bool = False
     num_drafts: dict[str, int] = field(default_factory=dict)
     sums: PageSums | None = None
+    keeps_moments: bool = False
     _observed: dict[str, Observed] = field(default_factory=dict)
     _repetitions: dict[str, Repetition] = field(default_factory=dict)
 
@@ -369,8 +379,12 @@ class Observer:
         """Start to keep what a policy needs of a request."""
         shape = len(self.layers), policy.window + SPARE_QUERIES, self.num_query_heads, self.head_size
         ring = torch.zeros(shape, dtype=self.dtype, device=self.cache.device) if policy.window else None
-        sums = None if policy.sums is None else self.sums
-        self._observed[request_id] = Observed(policy, ring, [None] * len(self.layers), sums=sums)
+        sums, moments = None if policy.sums is None else self.sums, None
+        if self.keeps_moments and policy.moments is not None:
+            shape = len(self.layers), self.num_query_heads, self.head_size
+            moments = QueryMoments.empty(*shape, policy.moments, self.cache.device)
+        states = [None] * len(self.layers)
+        self._observed[request_id] = Observed(policy, ring, states, sums=sums, moments=moments)
 
     def watch_repetition(self, repetition: Repetition) -> None:
         """Start to keep what a repeating request tells of its owner's context."""
@@ -394,6 +408,11 @@ class Observer:
         """A request's query ring `[L, C, Hq, D]`, if it has one."""
         observed = self._observed.get(request_id)
         return None if observed is None or observed.paused else observed.ring
+
+    def moments(self, request_id: str) -> QueryMoments | None:
+        """Where a kernel is to keep the moments of a request's queries; None for none."""
+        observed = self._observed.get(request_id)
+        return None if observed is None or observed.paused else observed.moments
 
     def adds(self, request_id: str) -> Literal["attention", "squares", "nothing"] | None:
         """What a kernel adds up of a request: nothing while it is paused, but new tokens begin at 0; None if
@@ -436,7 +455,7 @@ class Observer:
 
     def _is_kernels(self, observed: Observed) -> bool:
         """Whether kernels note all that is kept of a request's own queries."""
-        return self.kernel_writes_rings and (observed.sums is not None or not observed.policy.accumulates)
+        return self.kernel_writes_rings and (observed.noted_by_kernels or not observed.policy.accumulates)
 
     def spans(
         self,

@@ -853,13 +853,14 @@ class Compactor:
             kept_positions=part.positions,
         )
 
-    @staticmethod
-    def _state(policy: Policy, observed: Observed | None, part: _Candidates, width: int) -> Any:
+    def _state(self, policy: Policy, observed: Observed | None, part: _Candidates, width: int) -> Any:
         """What was noted of the columns of some layers, by the policy or in its place."""
         if observed is None:
             return None
         if observed.sums is not None:
             return observed.sums.read(part.pages)[:, :width]
+        if observed.moments is not None:
+            return observed.moments.read(part.layers, self.grid.num_heads)
         return policy.stack(observed.states[part.layers])
 
     def _biases(self, held: _Candidates, format: Format, num_raw: int) -> Tensor | None:

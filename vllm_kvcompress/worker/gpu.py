@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm.model_executor.layers.attention import Attention
@@ -19,7 +19,7 @@ from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.plan import STAGED_BYTES, Plan, ring_budget
+from vllm_kvcompress.plan import STAGED_BYTES, Plan, moment_tokens, ring_budget
 from vllm_kvcompress.policies.base import QUERY_BLOCK
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.float8 import ON_GPU, Float8
@@ -58,8 +58,11 @@ class CompressionGPUWorker(CompressionWorker):
         self.compression.runs = RunArrays(grid, max_requests, max_blocks, device)
         observer = self.compression.observer
         observer.kernel_writes_rings = True
-        if self._adds_up:
+        if self._kept_in_graphs == "sums":
             observer.sums = PageSums.empty(grid, device)
+        # Without rotary embeddings the engine will say that it cannot serve the method.
+        rotates = all(layer.rotary is not None for layer in observer.layers)
+        observer.keeps_moments = self._kept_in_graphs == "moments" and rotates
         self.builder.arrays = RowArrays(self._max_rows, device)
         self.builder.processors, at_once = self._device_size(device)
         self.builder.share_lists = ShareLists(
@@ -113,9 +116,11 @@ class CompressionGPUWorker(CompressionWorker):
         longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs
         # Scores, their order and positions of a request's tokens, and one layer's keys and values in float32.
         available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
-        if self._adds_up:
+        if self._kept_in_graphs == "sums":
             token = 2 * size * (1 if self.cache_config.cache_dtype in ON_GPU else model.dtype.itemsize)
             available = available * token // (token + SUM_BYTES)
+        elif self._kept_in_graphs == "moments":
+            available -= 4 * 4 * layers * query_heads * size**2  # covariances of a request that is scored
         elif self._config.watches_every_query:
             available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
             policy = self._config.build_policy()
@@ -129,7 +134,9 @@ class CompressionGPUWorker(CompressionWorker):
         available -= self._share_bytes(layers, heads, group, size, sinks)
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
-        return available - per_query * ring_budget(self._config, max_num_seqs, num_cache_tokens, group)
+        of_moments = moment_tokens(size, model.dtype.itemsize)
+        budget = ring_budget(self._config, max_num_seqs, num_cache_tokens, group, of_moments)
+        return available - per_query * budget
 
     def _share_bytes(self, layers: int, heads: int, group: int, head_size: int, sinks: bool) -> int:
         """Bytes of the lists of shares, of raw rows and of records, and of what shares leave to be merged."""
@@ -153,9 +160,9 @@ class CompressionGPUWorker(CompressionWorker):
         return processors, processors * programs_at_once(properties.shared_memory_per_multiprocessor)
 
     @property
-    def _adds_up(self) -> bool:
-        """Whether a kernel adds up what the engine's policy is to observe of every query."""
-        return self._config.watches_in_graphs(self.vllm_config.speculative_config is not None)
+    def _kept_in_graphs(self) -> Literal["sums", "moments"] | None:
+        """What a kernel keeps of every query in place of the engine's policy."""
+        return self._config.kept_in_graphs(self.vllm_config.speculative_config is not None)
 
     @property
     def _config(self) -> KVCompressionConfig:
@@ -184,7 +191,7 @@ class CompressionGPUWorker(CompressionWorker):
         refused = NEEDS_HEAD_SIZE in self.lacks and config.record_format is not None
         if refused or any(getattr(policy, need, False) for need in self.lacks):  # the engine will say so
             return
-        watches = config.watches_every_query and not self._adds_up
+        watches = config.watches_every_query and self._kept_in_graphs is None
         if watches or plan is None or blocks[-1] >= grid.num_blocks:
             return
         name = "kv-compression-warm-up"

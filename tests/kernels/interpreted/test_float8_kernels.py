@@ -7,7 +7,8 @@ import torch
 from paged import TOLERANCE, Batch, Row, make_cache
 
 from vllm_kvcompress.kernels.attention import attend
-from vllm_kvcompress.kernels.batch import Scales
+from vllm_kvcompress.kernels.batch import Rows, Scales, moment_shape
+from vllm_kvcompress.kernels.moments import add_moments
 from vllm_kvcompress.kernels.reference import causal_logits
 from vllm_kvcompress.kernels.ring import write_rings
 from vllm_kvcompress.paging.layout import PageGrid
@@ -164,3 +165,17 @@ def test_rings_hold_queries_as_numbers_of_the_models_dtype(dtype):
     assert torch.equal(scales.read_queries(query, dtype), wanted)
     assert ring[0].isnan().all() and ring[1, 3:7].isnan().all()
     assert scales.read_queries(wanted, dtype) is wanted  # they are numbers already
+
+
+def test_moments_are_those_of_queries_as_numbers_of_the_models_dtype():
+    torch.manual_seed(3)
+    query = (8 * torch.randn(5, 2, 32)).to(E4M3)
+    scales = Scales(torch.tensor(0.3), *(torch.tensor(torch.nan) for _ in range(2)))
+    batch = torch.tensor([12], dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+    rows, table = Rows(batch[0], batch[0][None], *batch, 5), torch.tensor([0.6, 0.8]).expand(12, 2)
+    found = []
+    for own in (query, scales.read_queries(query, torch.float32)):
+        found.append(torch.zeros(1, *moment_shape(2, 32)))
+        places = torch.tensor([found[-1].data_ptr()]), torch.tensor([8])
+        add_moments(*places, 0, own, rows, table, True, 4, torch.float32, scales)
+    assert torch.equal(*found) and found[0][0, 0, 0, -1, 0] == 4 and found[0].isfinite().all()
