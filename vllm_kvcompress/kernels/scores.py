@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from vllm_kvcompress.kernels.arithmetic import dot, tanh
+from vllm_kvcompress.kernels.tiles import keys_at_once
 
-TILE_BYTES = 16 * 1024  # of the keys that a program holds, and of the queries that meet them at once
+MOST_COLUMNS = 64  # whose keys a program holds
 POOLED = 256  # columns per program
 SCRATCH_BYTES = 256 * 2**20  # of what `window_scores` holds beside its result
 MOST = tl.constexpr(torch.finfo(torch.float32).max)
@@ -250,8 +251,7 @@ def rank_columns(scores: Tensor, padding: Tensor, sinks: int) -> None:
 
 def _tile_columns(queries: Tensor) -> int:
     """Columns whose keys a program holds, in the dtype of queries `[..., D]`."""
-    channels = triton.next_power_of_2(queries.shape[-1])
-    return max(16, min(64, TILE_BYTES // (channels * queries.element_size())))
+    return keys_at_once(queries.shape[-1], queries.dtype, MOST_COLUMNS)
 
 
 def _by_layer(value: float | Tensor, layers: int, device: torch.device) -> Tensor:

@@ -56,14 +56,13 @@ class Tiles:
             most_rows: likewise.
         """
         num_tokens, query_heads, head_size = query.shape
-        group, channels = query_heads // heads, triton.next_power_of_2(head_size)
-        keys = max(MIN_DOT, min(most_keys, TILE_BYTES // (channels * dtype.itemsize)))
+        group, keys = query_heads // heads, keys_at_once(head_size, dtype, most_keys)
         wanted = triton.next_power_of_2(group * rows.max_query_len)
         of_tile = max(MIN_DOT, triton.next_power_of_2(group), min(wanted, keys, most_rows))
         queries, num_rows = of_tile // group, rows.seq_lens.shape[0]
         one = rows.max_query_len <= queries
         count = num_rows if one else num_tokens // queries + num_rows
-        return cls(channels, keys, of_tile, queries, one, count)
+        return cls(triton.next_power_of_2(head_size), keys, of_tile, queries, one, count)
 
     def constants(self, query: Tensor, keys: Tensor) -> dict[str, int]:
         """What kernels are told of themselves, and of queries `[T, Hq, D]` and pages `[L, B, H, N, D]`."""
@@ -79,6 +78,11 @@ class Tiles:
             ROWS=self.rows,
             QUERIES=self.queries,
         )
+
+
+def keys_at_once(head_size: int, dtype: torch.dtype, most: int) -> int:
+    """Keys of so many channels that a program reads at once."""
+    return max(MIN_DOT, min(most, TILE_BYTES // (triton.next_power_of_2(head_size) * dtype.itemsize)))
 
 
 def empty_shares(query: Tensor, num_splits: int, *sums: int) -> tuple[Tensor, Tensor]:
