@@ -103,12 +103,19 @@ def test_sums_are_added_up_in_registers_with_keys_16_bytes_at_once(
 
 @pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)
 @pytest.mark.parametrize(
-    ("dtype", "head_size", "is_neox"),
-    [(torch.bfloat16, 128, True), (torch.float32, 256, False), (torch.bfloat16, 512, True)],
+    ("dtype", "head_size", "is_neox", "num_rows", "query_len"),
+    [
+        (torch.bfloat16, 128, True, 2, 4096),
+        (torch.bfloat16, 128, True, 512, 1),
+        (torch.float32, 256, False, 512, 1),
+        (torch.bfloat16, 512, True, 512, 1),
+    ],
 )
-def test_moments_are_kept_in_registers_with_queries_16_bytes_at_once(compiled, dtype, head_size, is_neox):
-    rows = Rows(int32(2), int32(2, 4), int32(2), int32(3), 4096)
-    query, places = torch.zeros(16, 8, head_size, dtype=dtype), torch.zeros(2, 2, dtype=torch.int64)
+def test_moments_are_kept_in_registers_with_queries_16_bytes_at_once(
+    compiled, dtype, head_size, is_neox, num_rows, query_len
+):
+    rows = Rows(int32(num_rows), int32(num_rows, 4), int32(num_rows), int32(num_rows + 1), query_len)
+    query, places = torch.zeros(16, 8, head_size, dtype=dtype), torch.zeros(2, num_rows, dtype=torch.int64)
     add_moments(*places, 1, query, rows, torch.zeros(99, head_size, dtype=dtype), is_neox)
     compiled.assert_fit("_moment_kernel")
     compiled.assert_in_registers()

@@ -147,12 +147,16 @@ def test_two_launches_add_up_what_any_number_of_rows_is_paid(launched, num_rows,
     assert launched == [("_level_kernel", (tiles, HEADS, 4)), ("_add_kernel", (num_rows, HEADS, 8))]
 
 
-@pytest.mark.parametrize(("num_rows", "query_len"), [(1, 1), (256, 1), (3, 4096)])
-def test_one_launch_keeps_moments_of_any_number_of_rows(launched, num_rows, query_len):
+@pytest.mark.parametrize(
+    ("num_rows", "query_len", "programs"), [(1, 1, 24), (256, 1, 8), (3, 4096, 24), (256, 100, 24)]
+)
+def test_one_launch_keeps_moments_with_few_programs_where_rows_decode(
+    launched, num_rows, query_len, programs
+):
     rows = Rows(int32(num_rows), int32(num_rows, 4), int32(num_rows), int32(num_rows + 1), query_len)
     query = torch.zeros(num_rows * query_len, 8, 80, dtype=torch.bfloat16)
     add_moments(*torch.zeros(2, num_rows).long(), 1, query, rows, torch.zeros(99, 80), True)
-    assert launched == [("_moment_kernel", (num_rows, 8, 3))]
+    assert launched == [("_moment_kernel", (num_rows, programs))]
 
 
 def test_rings_are_written_by_few_programs_however_long_rows_may_be(launched):

@@ -372,17 +372,17 @@ def test_requests_wait_for_memory_for_their_queries(gpu, again):
 
 
 def test_requests_wait_for_memory_for_the_moments_of_their_queries(gpu):
-    sim = Simulation("expected_attention:budget=0.25")
+    sim = Simulation("expected_attention:budget=0.25,recompact_every=40")  # they last as long as requests
     own = of_moments(sim.scheduler.vllm_config)
     assert own == 34, "a part, its mean and its count, of as many float32 numbers as a query's"
     sim.scheduler._rings.budget = 2 * own
-    names = [sim.add(prompt_of(300, seed), max_tokens=20) for seed in range(3)]
-    started = {}
+    names = [sim.add(prompt_of(300, seed), max_tokens=20 + 10 * seed) for seed in range(3)]
+    left = {}
     while sim._unfinished():
         for new in sim.step().scheduled_new_reqs:
-            started[new.req_id] = {job.request_id for job in sim.jobs}
+            left[new.req_id] = set(names) - set(sim.scheduler.requests)
         assert sim.scheduler._rings.taken <= 2 * own
-    assert names[0] not in started[names[1]] and started[names[2]] & set(names[:2])
+    assert not left[names[1]] and names[0] in left[names[2]]
     sim.check_nothing_left()
 
 

@@ -331,8 +331,12 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
         if self.state.observer.keeps_moments:
+            bounds = torch.zeros(len(arrays.slot) + 1, dtype=torch.int32, device=device)
+            # Of as many rows as there may be few programs serve each, and these are compiled otherwise.
+            most = Rows(arrays.slot, block_table, bounds[:-1], bounds, 1)
             for index, of_layer in enumerate(self.state.observer.layers):  # whose rotations may differ
                 keep_moments(arrays, of_layer, index, query, rows, dtype, scales)
+                keep_moments(arrays, of_layer, index, query, most, dtype, scales)
 
     def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""

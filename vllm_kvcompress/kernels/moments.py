@@ -18,6 +18,7 @@ from vllm_kvcompress.kernels.tiles import MIN_DOT
 
 AT_ONCE = 2048  # elements of the queries that a program works on at once
 BUFFER_BYTES = 48 * 1024  # of those that it reads meanwhile, with what rotates them
+MOST_PROGRAMS = 2048  # of rows that decode: most of a graph's have nothing to do
 
 
 def add_moments(
@@ -61,7 +62,10 @@ def add_moments(
     queries = max(MIN_DOT, min(64, AT_ONCE // channels))
     read = 2 * queries * channels * (query.element_size() + cos_sin.element_size())
     buffers = min(2, BUFFER_BYTES // read) if pipelines(query.device) else 0
-    _moment_kernel[rows.seq_lens.shape[0], query_heads, parts](
+    num_rows, programs = rows.seq_lens.shape[0], query_heads * parts
+    if rows.max_query_len <= queries and channels <= 256:  # wider ones have no registers to loop with
+        programs = min(programs, max(1, MOST_PROGRAMS // num_rows))
+    _moment_kernel[num_rows, programs](
         address,
         skip,
         layer,
@@ -76,6 +80,8 @@ def add_moments(
         FLOAT8=float8,
         NEOX=is_neox,
         HEADS=query_heads,
+        PARTS=parts,
+        ALL=programs == query_heads * parts,
         HEAD_SIZE=head_size,
         CHANNELS=channels,
         ROTATED=cos_sin.shape[1],
@@ -133,43 +139,18 @@ def _undone(
     return (own.to(tl.float32) * cos + tl.where(left[None, :], other, -other) * sin) / (cos * cos + sin * sin)
 
 
-@triton.jit(do_not_specialize=["layer"])
-def _moment_kernel(
-    address,
-    skip,
-    layer,
-    query,
-    cos_sin,
-    seq_lens,
-    query_start_loc,
-    scale,
-    query_token,
-    query_head,
-    table_row,
-    DTYPE: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    NEOX: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROTATED: tl.constexpr,
-    FIRST: tl.constexpr,
-    ROWS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    row, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    place = tl.load(address + row)
-    if place == 0:
-        return
-    first_token = tl.load(query_start_loc + row)
-    num_queries = tl.load(query_start_loc + row + 1) - first_token
-    first_position = tl.load(seq_lens + row) - num_queries
-    begin = tl.maximum(tl.load(skip + row) - first_position, 0).to(tl.int32)
-    if begin >= num_queries:
-        return
-    slab = ((layer * HEADS + head) * tl.num_programs(2) + part).to(tl.int64) * ((ROWS + 2) * HEAD_SIZE)
-    own = place.to(tl.pointer_type(tl.float32)) + slab
-    if HEAD_SIZE % 4 == 0:  # PyTorch's memory begins at such an address, and so does every slab of it
+@triton.jit
+def _add_to_part(
+    item, moments, layer, query, cos_sin, first_token, first_position, begin, num_queries,
+    scale, query_token, query_head, table_row,
+    DTYPE: tl.constexpr, FLOAT8: tl.constexpr, NEOX: tl.constexpr, HEADS: tl.constexpr, PARTS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr, ROTATED: tl.constexpr, FIRST: tl.constexpr,
+    ROWS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """Add a row's queries from `begin` on to some rows of one head's covariance."""
+    head, part = item // PARTS, item % PARTS
+    own = moments + (layer * (HEADS * PARTS) + item).to(tl.int64) * ((ROWS + 2) * HEAD_SIZE)
+    if HEAD_SIZE % 4 == 0:  # PyTorch's memory begins at such an address, and so does every part of it
         own = tl.multiple_of(own, 16)
     channel, line = tl.arange(0, CHANNELS), tl.arange(0, ROWS)
     mine = part * ROWS + line
@@ -208,3 +189,55 @@ def _moment_kernel(
     tl.store(scatter_at, scatter, mask=held)
     tl.store(mean_at + channel, mean, mask=channel < HEAD_SIZE)
     tl.store(seen_at, seen)
+
+
+@triton.jit(do_not_specialize=["layer"])
+def _moment_kernel(
+    address,
+    skip,
+    layer,
+    query,
+    cos_sin,
+    seq_lens,
+    query_start_loc,
+    scale,
+    query_token,
+    query_head,
+    table_row,
+    DTYPE: tl.constexpr,
+    FLOAT8: tl.constexpr,
+    NEOX: tl.constexpr,
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ALL: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ROTATED: tl.constexpr,
+    FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    row = tl.program_id(0)
+    place = tl.load(address + row)
+    if place == 0:
+        return
+    first_token = tl.load(query_start_loc + row)
+    num_queries = tl.load(query_start_loc + row + 1) - first_token
+    first_position = tl.load(seq_lens + row) - num_queries
+    begin = tl.maximum(tl.load(skip + row) - first_position, 0).to(tl.int32)
+    if begin >= num_queries:
+        return
+    moments = place.to(tl.pointer_type(tl.float32))
+    if ALL:
+        _add_to_part(
+            tl.program_id(1), moments, layer, query, cos_sin, first_token, first_position, begin, num_queries,
+            scale, query_token, query_head, table_row,
+            DTYPE, FLOAT8, NEOX, HEADS, PARTS, HEAD_SIZE, CHANNELS, ROTATED, FIRST, ROWS, QUERIES,
+        )  # fmt: skip
+    else:
+        for item in range(tl.program_id(1), HEADS * PARTS, tl.num_programs(1)):
+            _add_to_part(
+                item, moments, layer, query, cos_sin, first_token, first_position, begin, num_queries,
+                scale, query_token, query_head, table_row,
+                DTYPE, FLOAT8, NEOX, HEADS, PARTS, HEAD_SIZE, CHANNELS, ROTATED, FIRST, ROWS, QUERIES,
+            )  # fmt: skip

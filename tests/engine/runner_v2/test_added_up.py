@@ -3,7 +3,7 @@
 import pytest
 import torch
 from harness import first_difference, sampling
-from test_captured import captured
+from test_captured import assert_warm_up_leaves_nothing, captured
 
 from vllm_kvcompress.attention import gpu
 from vllm_kvcompress.requests.observer import Observer
@@ -40,14 +40,7 @@ def engine(tiny, start_engine):
 
 def test_the_warm_up_leaves_nothing_behind(engine, monkeypatch):
     monkeypatch.setattr(gpu, "MAX_TILE", 2)  # longer rows are slow to interpret
-    engine._computed = {"kv-compression-warm-up": 0}
-    engine.check_written_blocks = lambda job: None
-    engine.worker.warm_up_kernels()
-    del engine.check_written_blocks
-    assert len(engine.compactions) == 2, "in place, and elsewhere"
-    state = engine.worker.compression
-    assert not state.tables and not state.runs.slots and not len(state.observer)
-    engine.compactions.clear()
+    assert_warm_up_leaves_nothing(engine)
 
 
 def served(engine, requests):

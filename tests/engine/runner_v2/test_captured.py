@@ -23,7 +23,7 @@ def engine(tiny, start_engine):
     )
 
 
-def test_the_warm_up_leaves_nothing_behind(engine):
+def assert_warm_up_leaves_nothing(engine):
     heard = len(engine.compactions)
     engine._computed = {"kv-compression-warm-up": 0}
     engine.check_written_blocks = lambda job: None
@@ -33,6 +33,10 @@ def test_the_warm_up_leaves_nothing_behind(engine):
     state = engine.worker.compression
     assert not state.tables and not state.runs.slots and not len(state.observer)
     engine.compactions.clear()
+
+
+def test_the_warm_up_leaves_nothing_behind(engine):
+    assert_warm_up_leaves_nothing(engine)
 
 
 def captured(runner, num_rows: int) -> dict:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from paged import pairwise
 
+from vllm_kvcompress.kernels import moments
 from vllm_kvcompress.kernels.batch import MOMENT_ROWS, Rows, moment_shape
 from vllm_kvcompress.kernels.moments import add_moments
 
@@ -139,12 +140,14 @@ def test_a_mean_far_from_the_origin_costs_no_digits():
     assert 50 < scatter.diagonal().min() and scatter.diagonal().max() < 400, "of deviations of 1"
 
 
-def test_what_is_kept_is_the_same_to_the_last_bit_beside_other_rows():
+def test_what_is_kept_is_the_same_to_the_last_bit_beside_other_rows_and_by_fewer_programs(monkeypatch):
     found = []
-    for count in (1, 3):
+    for count, programs in ((1, 2048), (3, 2048), (3, 12)):  # of four rows, so three for four parts
+        monkeypatch.setattr(moments, "MOST_PROGRAMS", programs)
         torch.manual_seed(2)
         requests = Requests(3, 64, 2, "neox", torch.bfloat16)
-        for ends, lens in (([40, 1, 9], [40, 1, 9]), ([41, 2, 10], [1, 1, 1])):
+        for ends, lens in (([9, 1, 9], [9, 1, 9]), ([10, 2, 10], [1, 1, 1])):
             requests.step(ends, lens, 4, watched=range(count))
         found.append(requests.moments[0])
-    assert torch.equal(*found) and found[0][LAYER, 0, 0, -1, 0] == 37 and found[0].isfinite().all()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert found[0][LAYER, 0, 0, -1, 0] == 6 and found[0].isfinite().all()
