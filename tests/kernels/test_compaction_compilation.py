@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from vllm_kvcompress.kernels.networks import network_scores  # noqa: E402
 from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages  # noqa: E402
 from vllm_kvcompress.kernels.scores import rank_columns, window_scores  # noqa: E402
 from vllm_kvcompress.kernels.selection import (  # noqa: E402
@@ -128,6 +129,33 @@ def test_scoring_and_moving_fit_registers_and_shared_memory(compiled, block_size
     assert "cp.async.cg.shared.global" in compiled["_window_kernel"].asm["ptx"]  # those of 16 bytes
     for access in ("ld.global.v4.b32", "st.global.v4.b32"):
         assert access in compiled["_copy_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize(
+    ("compiled", "head_size", "dtype", "width", "read"),
+    [
+        (80, 64, torch.bfloat16, 64, None),
+        (80, 128, torch.bfloat16, 64, None),
+        (90, 128, torch.bfloat16, 64, None),
+        (100, 128, torch.bfloat16, 64, None),
+        (90, 128, torch.float16, 16, torch.float8_e4m3fn),
+        (80, 256, torch.bfloat16, 64, None),
+        (90, 512, torch.bfloat16, 64, None),
+        (80, 128, torch.float32, 130, None),
+    ],
+    indirect=["compiled"],
+)
+def test_networks_fit_registers_and_shared_memory(compiled, head_size, dtype, width, read):
+    step = Step(1, 1, 2, 32, head_size, read or dtype)
+    up, of_units = torch.zeros(2, 2 * head_size, width, dtype=dtype), torch.zeros(2, width, dtype=dtype)
+    network = up, of_units, of_units, torch.zeros(2)
+    scales = None if read is None else (torch.ones(2), torch.ones(2))
+    table = torch.zeros(1000, head_size)
+    network_scores(step.keys, step.values, step.pages, 320, network, table, True, 0, None, scales)
+    compiled.assert_fit("_network_kernel")
+    compiled.assert_in_registers()
+    vectors = re.findall(r"ld\.global\S*\.v\d\.b\d+|cp\.async\.cg", compiled["_network_kernel"].asm["ptx"])
+    assert vectors, "numbers one by one"
 
 
 @pytest.mark.parametrize("compiled", [80, 90, 100], indirect=True)

@@ -66,7 +66,7 @@ class Foresight(Policy):
         positions = None if observation.kept_positions is None else observation.positions()
         on_cpu = keys.device.type == "cpu"
         dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else values.dtype
-        own = _on(self.scorer, keys.device, dtype)
+        own = self.network_on(keys.device, dtype)
         step = max(1, AT_ONCE // keys[:, 0].numel() if on_cpu else number)
         parts = []
         for columns in (slice(begin, min(begin + step, number)) for begin in range(0, max(1, number), step)):
@@ -77,13 +77,20 @@ class Foresight(Policy):
                 some = observation.rotary.undo_at(some, positions[:, columns])
             some, of = some.to(dtype), values[:, columns].to(dtype)
             parts.append(own.log_scores(observation.layers, observation.first_head, some, of))
-        scores = torch.cat(parts, 1)
+        return self.pooled(torch.cat(parts, 1), observation.padding)
+
+    def network_on(self, device: torch.device, dtype: torch.dtype) -> scorers.Scorer:
+        """The scorer with its tensors on a device, in the dtype to compute in."""
+        return _on(self.scorer, device, dtype)
+
+    def pooled(self, log_scores: Tensor, padding: Tensor | None) -> Tensor:
+        """Scores `[H, W]` of their logarithms; `padding [H]` leading columns hold nothing."""
         if self.pooling > 1:
-            if observation.padding is not None:
-                absent = ~observation.holds()[:, :number]
-                scores = scores.masked_fill(absent, -torch.inf)
-            scores = F.max_pool1d(scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
-        return scores.exp()
+            if padding is not None:
+                column = torch.arange(log_scores.shape[1], device=log_scores.device)
+                log_scores = log_scores.masked_fill(column < padding[:, None], -torch.inf)
+            log_scores = F.max_pool1d(log_scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
+        return log_scores.exp()
 
 
 @functools.cache

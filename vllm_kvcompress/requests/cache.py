@@ -12,6 +12,7 @@ from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.formats import Format, RecordFormat
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.float8 import Float8
 from vllm_kvcompress.requests.tables import RequestTable
@@ -165,6 +166,40 @@ class PagedCache(ABC):
             sinks: `[L·H, G]` float32, one more logit of each query head, -inf for none; None for none at all.
             num_scored: T, columns to score.
             ends: how many of the columns are each request's, the window included.
+
+        Returns:
+            `[X, T]` float32.
+        """
+        raise NotImplementedError
+
+    def scores_tokens(self, policy: Policy) -> bool:
+        """Whether `token_scores` answers for this policy, without a copy of keys and values."""
+        return False
+
+    def token_scores(
+        self,
+        policy: Policy,
+        pages: Tensor,
+        num_scored: int,
+        padding: Tensor | None,
+        positions: Tensor | None,
+        layers: slice,
+        numbers: Sequence[int],
+        first_head: int,
+        rotary: Rotary,
+    ) -> Tensor:
+        """What the policy's `score` returns for some layers of one request, X = l·H.
+
+        Args:
+            policy: one that looks at a token's key and value alone.
+            pages: `[X, W / N]` int64; -1 for padding.
+            num_scored: T, columns to score.
+            padding: `[X]` int64, leading columns that hold nothing; None for none.
+            positions: `[X, W]` int64, of the columns' tokens; None where column i is token i.
+            layers: which of the cache's.
+            numbers: theirs in the model.
+            first_head: which of the model's KV heads the cache's first one is.
+            rotary: the layers' position embedding.
 
         Returns:
             `[X, T]` float32.

@@ -76,6 +76,17 @@ class Scorer:
         tensors = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **{name: t.to(dtype) if t.ndim > 2 else t for name, t in tensors.items()})
 
+    def of(self, layers: Sequence[int], first_head: int, num_heads: int) -> tuple[Tensor, ...]:
+        """The networks of some layers' heads, as of `log_scores`.
+
+        Returns:
+            `up [l·H', 2D, M]`, `up_bias [l·H', M]`, `down [l·H', M]` and `down_bias [l·H']`, contiguous.
+        """
+        own = slice(first_head, first_head + num_heads)
+        consecutive = slice(layers[0], layers[0] + len(layers))  # makes a view
+        some = consecutive if [*layers] == [*range(consecutive.start, consecutive.stop)] else [*layers]
+        return tuple(getattr(self, name)[some, own].flatten(0, 1) for name in TENSORS)
+
     def log_scores(self, layers: Sequence[int], first_head: int, keys: Tensor, values: Tensor) -> Tensor:
         """What tokens are worth.
 
@@ -88,10 +99,7 @@ class Scorer:
         Returns:
             `[l·H', W]` float32.
         """
-        own = slice(first_head, first_head + len(keys) // len(layers))
-        consecutive = slice(layers[0], layers[0] + len(layers))  # makes a view
-        some = consecutive if [*layers] == [*range(consecutive.start, consecutive.stop)] else [*layers]
-        up, up_bias, down, down_bias = (getattr(self, name)[some, own].flatten(0, 1) for name in TENSORS)
+        up, up_bias, down, down_bias = self.of(layers, first_head, len(keys) // len(layers))
         size, dtype = keys.shape[2], keys.dtype
         hidden = torch.baddbmm(up_bias[:, None].to(dtype), keys, up[:, :size].to(dtype))
         hidden = torch.baddbmm(hidden, values, up[:, size:].to(dtype))

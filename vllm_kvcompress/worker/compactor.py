@@ -59,6 +59,11 @@ class _Task:
     raw: Tensor
     destination: Tensor
 
+    @property
+    def is_encoded(self) -> bool:
+        """Whether some of what it holds is in records."""
+        return self.work.table is not None and self.work.table.format is not None
+
 
 @dataclass(frozen=True)
 class _Candidates:
@@ -695,7 +700,7 @@ class Compactor:
 
     def _candidates(self, task: _Task, layers: slice) -> _Candidates:
         job, table = task.work.job, task.work.table
-        encoded = table is not None and table.format is not None
+        encoded = task.is_encoded
         pages = self.cache.context(layers, None if encoded else table, task.raw)
         num_scored = (pages.shape[1] - len(job.tail)) * self.grid.block_size
         records, parts = table.aligned_records(layers) if table is not None and encoded else (None, None)
@@ -726,7 +731,8 @@ class Compactor:
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
             # Keys and attention in float32, or else a number of each token. Who reads values, too, makes
             # several of their kind of both.
-            per_token = policy.reads_keys * self.cache.head_size * (4 if policy.reads_values else 1)
+            copies = policy.reads_keys and not self._reads_in_place(policy, task)
+            per_token = copies * self.cache.head_size * (4 if policy.reads_values else 1)
             per_token = per_token + group * policy.window or 1
             at_once = max(1, self.cache.slice_bytes // (4 * heads * columns * per_token))
         begin = 0
@@ -762,12 +768,34 @@ class Compactor:
             scores = torch.full(shape, -torch.inf, device=self.cache.device)
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
                 for part in self._slices(task, policy):
-                    self._of(own, part)[:] = policy.score(self._observe(policy, task, part))
+                    self._of(own, part)[:] = self._scores_of(policy, task, part)
         if self._agree is not None:
             scores = self._agree(scores, policy.of_ranks)
         # One broken score must not rank a token below what does not exist, nor above what is protected.
         self.cache.rank(scores, together.padding, sinks)
         return scores
+
+    def _scores_of(self, policy: Policy, task: _Task, part: _Candidates) -> Tensor:
+        """A policy's scores of some layers of a request, `[X, T]`."""
+        if not self._reads_in_place(policy, task):
+            return policy.score(self._observe(policy, task, part))
+        layers = self.layers[part.layers]
+        assert layers[0].rotary is not None
+        return self.cache.token_scores(
+            policy,
+            part.pages,
+            part.num_scored,
+            part.padding,
+            None if part.positions is None else part.positions(),
+            part.layers,
+            [layer.index for layer in layers],
+            layers[0].first_head,
+            layers[0].rotary,
+        )
+
+    def _reads_in_place(self, policy: Policy, task: _Task) -> bool:
+        """Whether the cache itself makes a request's scores, without a copy of what it holds."""
+        return self.cache.scores_tokens(policy) and not task.is_encoded
 
     def _window_scores(self, policy: Policy, tasks: list[_Task], together: _Candidates) -> Tensor:
         """The scores that the cache itself makes of all layers and requests."""

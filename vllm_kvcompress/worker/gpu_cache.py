@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import Adaptive, Allocation, Global, Profile, Pyramid, Uniform
+from vllm_kvcompress.kernels.networks import network_scores
 from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages
 from vllm_kvcompress.kernels.scores import rank_columns, window_scores
 from vllm_kvcompress.kernels.selection import adaptive_counts, global_counts, select_columns, whole_pages
 from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.foresight import Foresight
+from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.policies.window import WindowPolicy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
 
@@ -104,6 +107,43 @@ class PlainCache(PagedCache):
             each_end,
             sink_logits=None if sinks is None else sinks.repeat(jobs, 1),
         )
+
+    def scores_tokens(self, policy: Policy) -> bool:
+        return type(policy) is Foresight  # one derived from it may score otherwise
+
+    def token_scores(
+        self,
+        policy: Policy,
+        pages: Tensor,
+        num_scored: int,
+        padding: Tensor | None,
+        positions: Tensor | None,
+        layers: slice,
+        numbers: Sequence[int],
+        first_head: int,
+        rotary: Rotary,
+    ) -> Tensor:
+        assert isinstance(policy, Foresight)
+        keys, values, dtype, scales = self.keys, self.values, self.keys.dtype, None
+        heads = len(pages) // len(numbers)
+        if self.float8 is not None:
+            keys, values = (each.view(self.float8.dtype) for each in (keys, values))
+            of_layers = self.float8.key_scales[layers], self.float8.value_scales[layers]
+            dtype, scales = self.float8.plain, tuple(own.repeat_interleave(heads) for own in of_layers)
+        network = policy.network_on(self.device, dtype).of(numbers, first_head, heads)
+        found = network_scores(
+            keys,
+            values,
+            pages,
+            num_scored,
+            network,
+            rotary.cos_sin,
+            rotary.is_neox,
+            rotary.first,
+            positions,
+            scales,
+        )
+        return policy.pooled(found, padding)
 
     def rank(self, scores: Tensor, padding: Tensor | None, sinks: int) -> None:
         if padding is None:

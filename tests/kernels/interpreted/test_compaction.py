@@ -1,12 +1,18 @@
 """A compaction on the kernels keeps and writes what the lists of `worker/test_compactor.py` say."""
 
+import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from vllm_kvcompress import scorers
+from vllm_kvcompress.policies.foresight import Foresight
+from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.worker.gpu_cache import PlainCache
 
@@ -105,6 +111,43 @@ def test_all_layers_windows_are_scored_on_the_pages():
     for tokens, blocks in ((41, 4), (23, 4)):
         request.compute(tokens)
         compact(request, config, blocks, window_scores(request, 5, 3, squared=True), raw_tail=5)
+
+
+@pytest.mark.parametrize("pooling", [1, 3])
+def test_networks_score_all_layers_tokens_on_the_pages(pooling, tmp_path, monkeypatch):
+    angles = torch.arange(200)[:, None] * torch.tensor([1.0, 0.2])
+    rotary = Rotary(torch.cat([angles.cos(), angles.sin()], 1), True)  # of 4 of the 6 channels
+    request = compaction.Request(17)
+    request.layers[:] = (dataclasses.replace(layer, rotary=rotary, first_head=1) for layer in request.layers)
+    last, draw = request.layers[-1].index, torch.Generator().manual_seed(2)
+    shapes = (12, 5), (5,), (5,), ()
+    own = scorers.Scorer("", "", *(torch.randn(last + 1, 3, *shape, generator=draw) for shape in shapes))
+    scorers.write(tmp_path / "scorer", own)
+    own = scorers.load(str(tmp_path / "scorer"))  # as rounded as it is written
+
+    def scores(request, candidates):
+        found = []
+        for layer, heads in zip(request.layers, candidates, strict=True):
+            of_heads = []
+            for head, positions in enumerate(heads):
+                at, number = torch.tensor(positions), len(found)
+                before = rotary.undo_at(request.keys[number, head, at], at)
+                inputs = torch.cat([before, request.values[number, head, at]], 1)
+                up, up_bias, down, bias = (
+                    getattr(own, name)[layer.index, 1 + head].float() for name in scorers.TENSORS
+                )
+                logs = (F.gelu(inputs @ up + up_bias) @ down + bias).tolist()
+                reach = pooling // 2
+                near = [logs[max(i - reach, 0) : i + reach + 1] for i in range(len(logs))]
+                of_heads.append(dict(zip(positions, map(max, near), strict=True)))
+            found.append(of_heads)
+        return found
+
+    monkeypatch.setattr(Foresight, "score", None)  # PyTorch's part, which copies
+    config = configure(f"foresight:scorer={tmp_path / 'scorer'},pooling={pooling}", "global")
+    for tokens, blocks, reuse in ((43, 4, "none"), (17, 5, "none"), (12, 3, "both")):
+        request.compute(tokens)
+        compact(request, config, blocks, scores, reuse=reuse)
 
 
 @pytest.mark.parametrize("threshold", [1.0, 1000.0])
