@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kvcompress.kernels.arithmetic import DTYPES, dot
+from vllm_kvcompress.kernels.arithmetic import DTYPES, before_rotation, dot
 from vllm_kvcompress.kernels.attention import pipelines
 from vllm_kvcompress.kernels.batch import MOMENT_ROWS, Rows, Scales, moment_shape
 from vllm_kvcompress.kernels.tiles import MIN_DOT
@@ -94,52 +94,6 @@ def add_moments(
 
 
 @triton.jit
-def _undone(
-    query,
-    cos_sin,
-    position,
-    channel,
-    real,
-    scale,
-    query_token,
-    table_row,
-    DTYPE: tl.constexpr,
-    FLOAT8: tl.constexpr,
-    NEOX: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ROTATED: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Some channels of queries before RoPE, `[QUERIES, channels]` float32; 0 where there is none."""
-    HALF: tl.constexpr = ROTATED // 2
-    number = tl.arange(0, real.shape[0]).to(tl.int64)
-    inside = channel - FIRST
-    if NEOX:
-        left = inside < HALF
-        pair, angle = tl.where(left, channel + HALF, channel - HALF), tl.where(left, inside, inside - HALF)
-    else:
-        left = inside % 2 == 0
-        pair, angle = tl.where(left, channel + 1, channel - 1), inside // 2
-    there = real[:, None] & (channel < HEAD_SIZE)[None, :]
-    turned = there
-    if ROTATED != HEAD_SIZE:
-        turned = there & ((inside >= 0) & (inside < ROTATED))[None, :]
-    at = query + (number * query_token)[:, None]
-    own = tl.load(at + channel[None, :], mask=there, other=0.0)
-    other = tl.load(at + pair[None, :], mask=turned, other=0.0)
-    if FLOAT8:
-        factor = tl.load(scale)
-        own = (own.to(tl.float32) * factor).to(DTYPE)
-        other = (other.to(tl.float32) * factor).to(DTYPE)
-    table = cos_sin + (position.to(tl.int64) * table_row)[:, None] + angle[None, :]
-    cos = tl.load(table, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(table + HALF, mask=turned, other=0.0).to(tl.float32)
-    other = other.to(tl.float32)
-    # Their squares do not sum to 1 where the embedding also scales (YaRN).
-    return (own.to(tl.float32) * cos + tl.where(left[None, :], other, -other) * sin) / (cos * cos + sin * sin)
-
-
-@triton.jit
 def _add_to_part(
     item, moments, layer, query, cos_sin, first_token, first_position, begin, num_queries,
     scale, query_token, query_head, table_row,
@@ -162,17 +116,19 @@ def _add_to_part(
     mean = tl.load(mean_at + channel, mask=channel < HEAD_SIZE, other=0.0)
     my_mean = tl.load(mean_at + mine, mask=mine < HEAD_SIZE, other=0.0)
     scatter = tl.load(scatter_at, mask=held, other=0.0)
+    factor = tl.load(scale) if FLOAT8 else 1.0
     for first in range(begin, num_queries, QUERIES):
         number = first + tl.arange(0, QUERIES)
         real = number < num_queries
         position = first_position + number
-        at = query + (first_token + first).to(tl.int64) * query_token + head * query_head
-        every = _undone(
-            at, cos_sin, position, channel, real, scale, query_token, table_row,
+        token = (first_token + number).to(tl.int64)
+        at = query + head * query_head + token * query_token
+        every = before_rotation(
+            at, cos_sin, position, channel, real, factor, table_row,
             DTYPE, FLOAT8, NEOX, HEAD_SIZE, ROTATED, FIRST,
         )  # fmt: skip
-        some = _undone(
-            at, cos_sin, position, mine, real, scale, query_token, table_row,
+        some = before_rotation(
+            at, cos_sin, position, mine, real, factor, table_row,
             DTYPE, FLOAT8, NEOX, HEAD_SIZE, ROTATED, FIRST,
         )  # fmt: skip
         count = tl.minimum(num_queries - first, QUERIES).to(tl.float32)

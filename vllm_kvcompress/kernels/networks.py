@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vllm_kvcompress.kernels.arithmetic import DTYPES, dot
+from vllm_kvcompress.kernels.arithmetic import DTYPES, before_rotation, dot
 
 COLUMNS, UNITS = 64, 64  # at once, at most
 WIDE_BYTES, WIDE_UNITS = 8 * 1024, 32  # of heads with larger keys, or there are too few registers
@@ -79,6 +79,7 @@ def network_scores(
         0 if positions is None else positions.stride(0),
         cos_sin.stride(0),
         DTYPE=DTYPES[dtype],
+        FLOAT8=scales is not None,
         NEOX=is_neox,
         BLOCK_SIZE=block_size,
         HEAD_SIZE=head_size,
@@ -91,42 +92,6 @@ def network_scores(
         num_stages=2,
     )
     return out
-
-
-@triton.jit
-def _before_rotation(
-    vectors,
-    cos_sin,
-    position,
-    channel,
-    held,
-    factor,
-    table_row,
-    NEOX: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    ROTATED: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Keys before RoPE `[columns, channels]` float32, from where each begins; 0 where there is none."""
-    HALF: tl.constexpr = ROTATED // 2
-    inside = channel - FIRST
-    if NEOX:
-        left = inside < HALF
-        pair, angle = tl.where(left, channel + HALF, channel - HALF), tl.where(left, inside, inside - HALF)
-    else:
-        left = inside % 2 == 0
-        pair, angle = tl.where(left, channel + 1, channel - 1), inside // 2
-    there = held[:, None] & (channel < HEAD_SIZE)[None, :]
-    turned = there
-    if ROTATED != HEAD_SIZE:
-        turned = there & ((inside >= 0) & (inside < ROTATED))[None, :]
-    own = tl.load(vectors[:, None] + channel[None, :], mask=there, other=0.0).to(tl.float32) * factor
-    other = tl.load(vectors[:, None] + pair[None, :], mask=turned, other=0.0).to(tl.float32) * factor
-    table = cos_sin + (position * table_row)[:, None] + angle[None, :]
-    cos = tl.load(table, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(table + HALF, mask=turned, other=0.0).to(tl.float32)
-    # Their squares do not sum to 1 where the embedding also scales (YaRN).
-    return (own * cos + tl.where(left[None, :], other, -other) * sin) / (cos * cos + sin * sin)
 
 
 @triton.jit(do_not_specialize=["num_scored", "page_row", "position_row"])
@@ -151,6 +116,7 @@ def _network_kernel(
     position_row,
     table_row,
     DTYPE: tl.constexpr,
+    FLOAT8: tl.constexpr,
     NEOX: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -172,27 +138,20 @@ def _network_kernel(
     if positions is not None:
         position = tl.load(positions + row * position_row + column, mask=held, other=0)
     key_factor, value_factor = 1.0, 1.0
-    if key_scales is not None:
+    if FLOAT8:
         key_factor, value_factor = tl.load(key_scales + row), tl.load(value_scales + row)
     offset = page * page_stride + (column % BLOCK_SIZE) * token_stride
     channel = tl.arange(0, CHANNELS)
-    k = _before_rotation(
-        keys + offset,
-        cos_sin,
-        position,
-        channel,
-        held,
-        key_factor,
-        table_row,
-        NEOX,
-        HEAD_SIZE,
-        ROTATED,
-        FIRST,
-    ).to(DTYPE)
+    k = before_rotation(
+        keys + offset, cos_sin, position, channel, held, key_factor, table_row,
+        DTYPE, FLOAT8, NEOX, HEAD_SIZE, ROTATED, FIRST,
+    ).to(DTYPE)  # fmt: skip
     in_head = channel < HEAD_SIZE
     there = held[:, None] & in_head[None, :]
     v = tl.load((values + offset)[:, None] + channel[None, :], mask=there, other=0.0)
-    v = (v.to(tl.float32) * value_factor).to(DTYPE)
+    if FLOAT8:
+        v = v.to(tl.float32) * value_factor
+    v = v.to(DTYPE)
     score = tl.zeros([COLUMNS], tl.float32) + tl.load(down_bias + row)
     of_keys = up + row * (2 * HEAD_SIZE) * width
     for first in range(0, width, UNITS):
