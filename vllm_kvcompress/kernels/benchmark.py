@@ -32,6 +32,7 @@ from vllm_kvcompress.formats import FORMATS, RECORD, Format, number_of
 from vllm_kvcompress.kernels.attention import attend, programs_at_once
 from vllm_kvcompress.kernels.batch import MOMENT_ROWS, Rows, Runs, moment_shape
 from vllm_kvcompress.kernels.moments import add_moments
+from vllm_kvcompress.kernels.networks import network_scores
 from vllm_kvcompress.kernels.pages import gather_pages, scatter_pages
 from vllm_kvcompress.kernels.prediction import DEVICES, predicted_seconds
 from vllm_kvcompress.kernels.records import attend_records, prepare, uses_shares
@@ -194,6 +195,7 @@ def check(device: str) -> dict[str, float]:
         _check_compaction(layer, name, errors)
         _check_sums(make_layer(2, 256, 1.0, device, dtype), name, errors)
         _check_moments(device, dtype, name, errors)
+        _check_networks(layer, name, errors)
     _check_selection(device, errors)
     return errors
 
@@ -307,9 +309,8 @@ def _check_sums(layer: Layer, name: str, errors: dict[str, float]) -> None:
 
 def _check_moments(device: str, dtype: torch.dtype, name: str, errors: dict[str, float]) -> None:
     """Mean and covariance of a chunk's queries before RoPE, in two steps."""
-    length, skip, half = 150, 4, HEAD_SIZE // 2
-    angle = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(half) / half)
-    cos_sin = torch.cat([angle.cos(), angle.sin()], 1).to(dtype)
+    length, skip = 150, 4
+    cos_sin = _rotation(length).to(dtype)
     query = (3 + torch.randn(length, GROUP, HEAD_SIZE)).to(dtype)
     moments = torch.zeros(1, *moment_shape(GROUP, HEAD_SIZE), device=device)
     places = torch.tensor([[moments.data_ptr()], [skip]], device=device)
@@ -317,15 +318,49 @@ def _check_moments(device: str, dtype: torch.dtype, name: str, errors: dict[str,
         lengths = torch.tensor([0, end - begin, end], dtype=torch.int32, device=device)
         rows = Rows(lengths[:1], lengths[None], lengths[2:], lengths[:2], end - begin)
         add_moments(*places, 0, query[begin:end].to(device), rows, cos_sin.to(device), True)
-    cos, sin = cos_sin.double()[:, None].chunk(2, -1)
-    cos, sin = (each / (cos**2 + sin**2) for each in (cos, sin))
-    left, right = query.double().chunk(2, -1)
-    undone = torch.cat([left * cos + right * sin, right * cos - left * sin], -1)
+    undone = _undone(query, cos_sin[:, None])
     mean, found = undone[skip:].mean(0), moments[0].cpu()
     covariance = torch.stack([own.T.cov(correction=0) for own in undone[skip:].unbind(1)])
     scatter = found[:, :, :MOMENT_ROWS].flatten(1, 2)[:, :HEAD_SIZE]
     _note(errors, f"moments.mean.{name}", found[:, 0, MOMENT_ROWS], mean, 1e-4)
     _note(errors, f"moments.covariance.{name}", scatter / (length - skip), covariance, 1e-4)
+
+
+def _check_networks(layer: Layer, name: str, errors: dict[str, float]) -> None:
+    """What small networks make of the keys and values of some pages."""
+    keys, values = (part.flatten(0, 1) for part in layer.cache.split(HEAD_SIZE, -1))
+    dtype, device, width = keys.dtype, keys.device, 40
+    pages = torch.randperm(len(keys), device=device)[: 4 * HEADS].view(HEADS, 4)
+    cos_sin = _rotation(4 * BLOCK_SIZE).to(device, dtype)
+    up = torch.randn(HEADS, 2 * HEAD_SIZE, width, device=device, dtype=dtype) / HEAD_SIZE
+    bias, down = torch.randn(2, HEADS, width, device=device, dtype=dtype) / width
+    network = up, bias, down, torch.randn(HEADS, device=device)
+    found = network_scores(keys, values, pages, 4 * BLOCK_SIZE, network, cos_sin, True)
+    before = _undone(keys[pages].flatten(1, 2), cos_sin).to(dtype).double()
+    hidden = torch.cat([before, values[pages].flatten(1, 2).double()], -1) @ up.double()
+    hidden = torch.nn.functional.gelu(hidden + bias[:, None].double())
+    _note(
+        errors,
+        f"networks.{name}",
+        found,
+        (hidden @ down[..., None].double())[..., 0] + network[3][:, None],
+        1e-3,
+    )
+
+
+def _rotation(length: int) -> Tensor:
+    """Cosines of the angles of so many positions, then their sines, `[n, D]`."""
+    half = HEAD_SIZE // 2
+    angle = torch.arange(length)[:, None] * 100.0 ** (-torch.arange(half) / half)
+    return torch.cat([angle.cos(), angle.sin()], 1)
+
+
+def _undone(rotated: Tensor, cos_sin: Tensor) -> Tensor:
+    """Vectors before their rotation, float64."""
+    cos, sin = cos_sin.double().chunk(2, -1)
+    cos, sin = (each / (cos**2 + sin**2) for each in (cos, sin))
+    left, right = rotated.double().chunk(2, -1)
+    return torch.cat([left * cos + right * sin, right * cos - left * sin], -1)
 
 
 def _check_selection(device: str, errors: dict[str, float]) -> None:
