@@ -14,7 +14,9 @@ import torch
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton.backends
+    from interpreter import hasten
 
+    hasten()
     triton.backends.backends["cpu"] = SimpleNamespace(
         driver=SimpleNamespace(is_active=lambda: True), compiler=None
     )

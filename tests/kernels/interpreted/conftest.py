@@ -2,5 +2,9 @@
 
 import os
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import hasten
+
+    hasten()
+else:
     collect_ignore_glob = ["*.py"]
