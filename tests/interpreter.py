@@ -9,12 +9,42 @@
 """
 
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
+
+
+def outcomes(request: pytest.FixtureRequest, folder: Path, **environment: str) -> Callable[[str], None]:
+    """Run those files of a folder that a module's chosen tests have for their `name`, interpreted.
+
+    All in one process: what it imports, and its first engine, take as long as most of the files.
+
+    Returns:
+        What asserts of a name that all tests of the file were run and passed.
+    """
+    names = [item.callspec.params["name"] for item in request.session.items if item.path == request.path]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-rap", "-p", "no:cacheprovider"]
+    run = subprocess.run(
+        [*command, *(str(folder / f"{name}.py") for name in names)],
+        env={**os.environ, "TRITON_INTERPRET": "1"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+    def passed(name: str) -> None:
+        found = re.findall(rf"^([A-Z]+) (?:\[\d+\] )?\S*\b{name}\.py", run.stdout, re.M)
+        assert found and set(found) == {"PASSED"}, run.stdout[-20000:] + run.stderr[-2000:]
+
+    return passed
 
 
 def hasten() -> None:
