@@ -1,5 +1,6 @@
 """Engines shared by the tests of a process, by configuration."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,20 @@ def models_looked_at_here():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started_soon():
+    """At each start vLLM copies the tokenizer, for other threads, of which there are none here, and looks
+    through all modules to put the same kernels for CPUs in their places again: four fifths of a start."""
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.renderers import hf
+
+    once = functools.cache(CpuPlatform.register_triton_kernel_overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(once))
+        patch.setattr(hf, "maybe_make_thread_pool", lambda tokenizer, copies: tokenizer)
         yield
 
 
@@ -50,7 +65,7 @@ def short_vectors_lose_little():
 
 
 @pytest.fixture(scope="session")
-def engines(nothing_compiled, models_looked_at_here) -> Callable:
+def engines(nothing_compiled, models_looked_at_here, started_soon) -> Callable:
     """`engines(model, compression=None, **options)`: the process's engine of that configuration.
 
     Stock without a compression, in its string form.
