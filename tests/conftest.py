@@ -109,6 +109,24 @@ def read_environment():
         envs.disable_envs_cache()
 
 
+@pytest.fixture
+def blocked(monkeypatch):
+    """No prefix is written to its file before `set()`."""
+    import threading
+
+    from vllm_kvcompress.requests import saved
+
+    go_on, write = threading.Event(), saved.write
+
+    def waiting(*args):
+        assert go_on.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(saved, "write", waiting)
+    yield go_on
+    go_on.set()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a bfloat16 Hugging Face checkpoint; made on the first use, some 40 s."""

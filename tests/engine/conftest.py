@@ -101,6 +101,20 @@ def stock(engines, random_model, shared_engine):
 
 
 @pytest.fixture
+def attachments(sharing):
+    """The requests that attach to a prefix of `sharing`, a module's engine, and to how many blocks."""
+    attached, plain = [], sharing.scheduler._attaching.attach
+
+    def noted(request, hit):
+        attached.append((request.request_id.rpartition("-")[0], len(hit.blocks[0])))
+        return plain(request, hit)
+
+    sharing.scheduler._attaching.attach = noted
+    yield attached
+    sharing.scheduler._attaching.attach = plain
+
+
+@pytest.fixture
 def engine(shared_engine):
     """The shared engine with an empty prefix cache; afterwards nothing may be left in it."""
     shared_engine.forget_prefixes()

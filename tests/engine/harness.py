@@ -349,6 +349,11 @@ def tokens(output: RequestOutput, sample: int = 0) -> list[int]:
     return list(output.outputs[sample].token_ids)
 
 
+def exact(output) -> list:
+    """Tokens and log-probabilities to the last bit."""
+    return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]
+
+
 def first_difference(
     one: RequestOutput, other: RequestOutput, sample: int = 0, gap: float = 1e-3
 ) -> int | None:

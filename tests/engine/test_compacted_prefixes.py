@@ -1,16 +1,15 @@
 """Compacted prefixes in the engine: who attaches to one answers as whoever was compacted there."""
 
-import threading
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from harness import first_difference, same_kept, sampling, tokens
+from pinned import from_token, pin, save_and_drop
+from saving import outcome
 
 from vllm_kvcompress import load_prefix, prefix_files, save_prefix
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.requests import saved as requests_saved
 from vllm_kvcompress.requests.saved import read, unfinished_name
 
 DOCUMENT = 640  # tokens; blocks of 32
@@ -42,33 +41,6 @@ def sharing(engine):
     assert not engine.worker.compression.prefixes
 
 
-def pin(engine, prompt, compression, name="document", max_tokens=2, **options):
-    separator = "," if ":" in compression else ":"
-    output = engine.run(prompt, sampling(max_tokens, f"{compression}{separator}prefix={name}", **options))
-    prefix = engine.scheduler._prefixes.named(name, None)
-    assert prefix is not None
-    return prefix, output
-
-
-def attached(engine) -> list[str]:
-    """Watches which requests attach."""
-    names, use = [], engine.scheduler._attaching.attach
-
-    def noting(request, hit):
-        names.append((request.request_id.rpartition("-")[0], len(hit.blocks[0])))
-        return use(request, hit)
-
-    engine.scheduler._attaching.attach = noting
-    return names
-
-
-@pytest.fixture
-def attachments(sharing):
-    plain = sharing.scheduler._attaching.attach
-    yield attached(sharing)
-    sharing.scheduler._attaching.attach = plain
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_who_attaches_goes_on_as_the_one_that_was_compacted_there(sharing, attachments, long_ids, method):
     document = long_ids(DOCUMENT, seed=3)
@@ -84,21 +56,10 @@ def test_who_attaches_goes_on_as_the_one_that_was_compacted_there(sharing, attac
     sharing.finish()
     for n, name in zip((40, 45), names, strict=True):
         answer, rest = sharing.outputs.pop(name), alone
-        difference = first_difference(answer, _from(rest, n), gap=2e-3)
+        difference = first_difference(answer, from_token(rest, n), gap=2e-3)
         assert difference is None or difference > 3
     assert prefix.hits == 2 and sharing.free == free
     assert {c.request for c in sharing.compactions} == {sharing.compactions[0].request}
-
-
-def _from(output, begin):
-    """An output without its first tokens."""
-    from copy import copy
-
-    output = copy(output)
-    sample = copy(output.outputs[0])
-    sample.token_ids, sample.logprobs = list(sample.token_ids)[begin:], sample.logprobs[begin:]
-    output.outputs = [sample]
-    return output
 
 
 @pytest.mark.parametrize(
@@ -184,13 +145,6 @@ def test_nobody_attaches_whose_prompt_is_another_or_who_asks_for_prompt_logprobs
 # ---------------------------------------------------------------------- saved
 
 
-def saved(engine, path, name="document"):
-    save_prefix(engine.llm, name, path)
-    engine.scheduler._prefixes.drop(engine.scheduler._prefixes.named(name, None))
-    engine.run(range(2, 9), sampling(1, "off"))  # the worker hears of it
-    assert not engine.worker.compression.prefixes
-
-
 @pytest.mark.parametrize(
     "method",
     [
@@ -204,7 +158,7 @@ def test_a_saved_prefix_is_loaded_and_answers_the_same(sharing, attachments, lon
     pin(sharing, document, method)
     expected = sharing.run(document + suffix, sampling(40, method))
     again = sharing.run(document + suffix + tokens(expected), sampling(30, method))
-    saved(sharing, tmp_path / "document")
+    save_and_drop(sharing, tmp_path / "document")
     # All of the pool is written by others meanwhile.
     sharing.run(long_ids(3500, seed=22), sampling(2, "off"))
     sharing.forget_prefixes()
@@ -267,29 +221,14 @@ def test_what_cannot_be_saved_or_loaded_is_said_in_one_line(sharing, long_ids, t
     load_prefix(sharing.llm, path)
 
 
-def outcome(core, name, salt=None, path=None, ticket="ticket") -> str | None:
-    """Of a save, or of one that was begun if no name is given."""
-    if name is not None:
-        core.kv_compression_save_prefix(ticket, name, salt, path)
-    deadline = time.monotonic() + 60
-    while not (ended := core.kv_compression_prefix_saved(ticket))[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return ended[1]
+def saved_as(core, name, salt=None) -> str | None:
+    """What is in the way of a prefix in the engine's folder."""
+    core.kv_compression_save_prefix("ticket", name, salt)
+    return became(core, "ticket")
 
 
-@pytest.fixture
-def blocked(monkeypatch):
-    """No prefix is written before `set()`."""
-    go_on, write = threading.Event(), requests_saved.write
-
-    def waiting(*args):
-        assert go_on.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(requests_saved, "write", waiting)
-    yield go_on
-    go_on.set()
+def became(core, ticket: str) -> str | None:
+    return outcome(lambda: core.kv_compression_prefix_saved(ticket))
 
 
 def test_an_engine_steps_on_while_a_prefix_is_written(sharing, long_ids, tmp_path, blocked):
@@ -307,9 +246,9 @@ def test_an_engine_steps_on_while_a_prefix_is_written(sharing, long_ids, tmp_pat
         assert core.kv_compression_prefix_saved(name) == (False, None)
     assert not list(tmp_path.iterdir())
     blocked.set()
-    assert outcome(core, None, ticket="one") is None
+    assert became(core, "one") is None
     # Of one that waited for its turn nothing was copied.
-    assert outcome(core, None, ticket="two") == "there is no prefix 'document'"
+    assert became(core, "two") == "there is no prefix 'document'"
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     load_prefix(sharing.llm, tmp_path / "one")
     assert first_difference(sharing.run(document + suffix, sampling(20, method)), expected) is None
@@ -331,8 +270,8 @@ def test_a_prefix_that_is_deleted_while_it_is_written_leaves_nothing_in_its_fold
     again, _ = pin(sharing, long_ids(DOCUMENT, seed=19), method)
     core.kv_compression_save_prefix("four", "document")
     blocked.set()
-    assert outcome(core, None, ticket="one") == "it was deleted meanwhile"
-    assert outcome(core, None, ticket="four") is None
+    assert became(core, "one") == "it was deleted meanwhile"
+    assert became(core, "four") is None
     (path,) = tmp_path.iterdir()
     assert read(str(path)).tensors["tokens"].tolist() == list(again.tokens)
     assert [record.message for record in caplog.records if "not saved" in record.message] == [
@@ -341,7 +280,7 @@ def test_a_prefix_that_is_deleted_while_it_is_written_leaves_nothing_in_its_fold
     path.unlink()
     path.mkdir()  # where nothing can be written
     (path / "something").touch()
-    assert "cannot write" in outcome(core, "document")
+    assert "cannot write" in saved_as(core, "document")
     assert "was not saved: cannot write" in caplog.records[-1].message
     (path / "something").unlink(), path.rmdir()
 
@@ -359,7 +298,7 @@ def test_an_engine_begins_with_what_one_before_has_left_in_its_folder(
             sampling(2, f"{method},prefix={name}"),
         )
         sharing.finish()
-        assert outcome(core, name, salt) is None
+        assert saved_as(core, name, salt) is None
     assert len(list((tmp_path / "kept").iterdir())) == 3
     (tmp_path / "kept" / f"{unfinished_name('killed.safetensors')}12").write_bytes(b"half of it")
     for prefix in list(sharing.scheduler._prefixes):

@@ -18,7 +18,7 @@ from crowd import (
     serve,
     tolerate,
 )
-from harness import BLOCK_SIZE, Engine, first_difference, sampling, tokens
+from harness import BLOCK_SIZE, Engine, exact, first_difference, sampling, tokens
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
@@ -61,11 +61,6 @@ def stock(engines, hybrids, name, engine):
     found = engines(hybrids[name], **STARTED.get(name, {}))
     found.forget_prefixes()
     return found
-
-
-def exact(output) -> list:
-    """Tokens and log-probabilities to the last bit."""
-    return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]
 
 
 def chosen_logprobs(output) -> list[float]:

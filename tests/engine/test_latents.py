@@ -13,7 +13,7 @@ import pytest
 import test_oracle as oracle
 import torch
 from crowd import Member, compacted, compare_with_alone, finished, in_time, serve, tolerate
-from harness import ROTATES, first_difference, same_kept, sampling, tokens
+from harness import ROTATES, exact, first_difference, same_kept, sampling, tokens
 from test_pressure import options as under_pressure
 from test_pressure import points_of, replayed
 from torch import Tensor
@@ -80,11 +80,6 @@ def attention_with_masks(module, query, key, value, attention_mask, scaling, **_
         return oracle.eager_attention(module, query, key, value, attention_mask, scaling)
     finally:
         oracle.ATTENTION.bias = whole
-
-
-def exact(output) -> list:
-    """Tokens and log-probabilities to the last bit."""
-    return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]
 
 
 # ---------------------------------------------------------------------- idle

@@ -6,7 +6,7 @@ Who attaches also goes on from what these layers see at the prefix's end.
 import pytest
 import torch
 from harness import STATEFUL, first_difference, sampling, tokens
-from test_compacted_prefixes import _from, attached, pin
+from pinned import from_token, pin
 
 from vllm_kvcompress import save_prefix
 from vllm_kvcompress.config import KVCompressionError
@@ -34,13 +34,6 @@ def sharing(engines, hybrids, stateful, kind):
         engine.scheduler._prefixes.drop(prefix)
     engine.check_accounts(), engine.check_nothing_left()
     assert engine.free == free and not engine.worker.compression.prefixes
-
-
-@pytest.fixture
-def attachments(sharing):
-    plain = sharing.scheduler._attaching.attach
-    yield attached(sharing)
-    sharing.scheduler._attaching.attach = plain
 
 
 @pytest.fixture
@@ -102,7 +95,7 @@ def test_who_attaches_goes_on_as_the_one_that_was_compacted_there(
     sharing.finish()
     for n, name in zip((40, 45), names, strict=True):
         answer = sharing.outputs.pop(name)
-        difference = first_difference(answer, _from(alone, n), gap=2e-3)
+        difference = first_difference(answer, from_token(alone, n), gap=2e-3)
         assert difference is None or difference > 3
     assert prefix.hits == 2 and sharing.free == free and len(sharing.compactions) == 1
 

@@ -18,7 +18,7 @@ from crowd import (
     serve,
     tolerate,
 )
-from harness import BLOCK_SIZE, NUM_BLOCKS, STATEFUL, Engine, sampling, tokens
+from harness import BLOCK_SIZE, NUM_BLOCKS, STATEFUL, Engine, exact, sampling, tokens
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
@@ -57,11 +57,6 @@ def engine(engines, stateful, name):
 @pytest.fixture
 def stock(engines, stateful, name, engine):
     return emptied(started(engines, stateful, name, None))
-
-
-def exact(output) -> list:
-    """Tokens and log-probabilities to the last bit."""
-    return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]
 
 
 def state_layers(engine: Engine) -> list[MambaBase]:
