@@ -431,17 +431,6 @@ def test_prefixes_of_models_with_other_layers_are_served_or_refused_at_start_up(
         check_method(share, engine)
 
 
-@pytest.mark.parametrize(
-    ("model", "what"),
-    [(WINDOWS, "slide a window"), (STATES, "keep states"), (CHUNKS, "attend within chunks")],
-)
-def test_prefixes_of_models_with_other_layers_are_not_saved(model, what):
-    folder = KVCompressionConfig.parse("streaming_llm:prefix_folder=/nowhere")
-    check_method(folder, _engine_of())
-    with pytest.raises(KVCompressionError, match=f"{what} cannot be saved; leave prefix_folder out"):
-        check_method(folder, _engine_of(**model))
-
-
 def test_ranks_with_a_scheduler_each_cannot_solve_by_the_clock():
     def engine(executor):
         model = SimpleNamespace(

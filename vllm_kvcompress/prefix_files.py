@@ -98,8 +98,8 @@ class Saves:
             except KVCompressionError as error:
                 self._note(save, str(error))
                 continue
-            tail, about = [block.block_id for block in prefix.tail], leaving.describe(prefix)
-            args = save.path, names, tail, prefix.tokens, about
+            tail, *seen = ([block.block_id for block in own] for own in (prefix.tail, *prefix.beside))
+            args = save.path, names, tail, seen, prefix.tokens, leaving.describe(prefix)
             self._core.collective_rpc("kv_compression_save", args=args)
             self._writing = save
 
@@ -141,6 +141,7 @@ def load(core: EngineCore, path: str) -> str | None:
             config.prefix is None
             or not own
             or len(tokens) % about["block_size"]
+            or about["boundary"] % about["block_size"]
             or not 0 < about["boundary"] <= len(tokens)
         ):
             return f"{first} is damaged: its description is not what it should be"
@@ -150,8 +151,12 @@ def load(core: EngineCore, path: str) -> str | None:
         return f"{first} is damaged: its description is not what it should be"
     if about["block_size"] != scheduler.compacting_manager.block_size:
         return f"{first} is of blocks of {about['block_size']} tokens; use --block-size {about['block_size']}"
-    prefix_id = scheduler.leaving.new_id()
-    problem = next(filter(None, core.collective_rpc("kv_compression_read", args=(path, prefix_id))), None)
+    leaving = scheduler.leaving
+    prefix_id = leaving.new_id()
+    args = path, prefix_id, about, tokens, leaving.seen_blocks(len(tokens))
+    problem = next(filter(None, core.collective_rpc("kv_compression_read", args=args)), None)
+    if problem is None and len(tokens) % leaving.alignment:
+        problem = f"{first} is damaged: it does not end with a block of every cache group"
     if problem is None:
         request = Request(
             prefix_id,
@@ -162,7 +167,7 @@ def load(core: EngineCore, path: str) -> str | None:
             block_hasher=core.request_block_hasher,
         )
         try:
-            scheduler.leaving.load(about, request, prefix_id)
+            leaving.load(about, request, prefix_id)
         except KVCompressionError as error:
             problem = str(error)
     if problem is not None:

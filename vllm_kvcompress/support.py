@@ -124,11 +124,6 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             config.build_allocation().check_model(*shape)
     except ValueError as error:
         raise KVCompressionError(f"kv-compression: {error}") from None
-    if config.prefix_folder and (others := _other_layers(model)) is not None:
-        raise KVCompressionError(
-            f"kv-compression: compacted prefixes of models some of whose layers {others} cannot be saved; "
-            "leave prefix_folder out"
-        )
     if config.prefix is not None or config.prefix_share:
         _check_prefixes(config, vllm_config)
 

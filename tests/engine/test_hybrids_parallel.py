@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import NUM_BLOCKS, STATEFUL, external_id, first_difference, sampling, start
+from harness import NUM_BLOCKS, STATEFUL, exact, external_id, first_difference, sampling, start
+
+from vllm_kvcompress import KVCompressionError, load_prefix, save_prefix
 
 # vLLM 0.32 does not load a pipeline rank's weights of Granite 4 without experts.
 BOTH = ["tensor", "pipeline"]
@@ -45,11 +47,61 @@ def serve(folder: Path, model: str, name: str, kind: str) -> None:
         llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, sampling(NUM_TOKENS, METHODS[name]))
     while llm.llm_engine.has_unfinished_requests():
         outputs.update((out.request_id, out) for out in llm.llm_engine.step() if out.finished)
+    compacted, gone_on, refused = [*sent], [], None
+    if core.request_block_hasher is not None and scheduler.compacting_manager.num_groups == 1:
+        # Of which nothing is in the prefix cache.
+        gone_on, refused = saved_and_loaded(llm, prompts["off"][::-1], folder / f"{kind}-document")
     coordinator = scheduler.kv_cache_manager.coordinator
     rows = [len(manager.req_to_blocks) for manager in coordinator.single_type_managers]
     free = coordinator.block_pool.get_num_free_blocks()
-    (folder / kind).write_bytes(pickle.dumps((sent, outputs, rows, free)))
+    (folder / kind).write_bytes(pickle.dumps((compacted, outputs, rows, free, gone_on, refused)))
     core.shutdown()
+
+
+def saved_and_loaded(llm, prompt: list[int], path: Path) -> tuple[list, str]:
+    """Two answers of a request that goes on from a prefix, to the second once it was saved and loaded again;
+    and what is said of files of which one is of another prefix."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    prefixes, alignment, method = scheduler._prefixes, scheduler.leaving.alignment, METHODS["snapkv"]
+    document, second = prompt[: len(prompt) // alignment * alignment], path.with_name(f"{path.name}.1-of-2")
+
+    def answer(prompt: list[int], max_tokens: int, option: str):
+        llm.llm_engine.add_request("asks", {"prompt_token_ids": prompt}, sampling(max_tokens, option))
+        while not (outputs := llm.llm_engine.step()):
+            pass
+        return outputs[0]
+
+    def save(document: list[int]) -> bytes:
+        answer(document, 2, f"{method},prefix=document")
+        save_prefix(llm, "document", path)
+        return second.read_bytes()
+
+    another = save(document[::-1])
+    prefixes.drop(next(iter(prefixes)))
+    own = save(document)
+    answers = [exact(answer(document + prompt[:50], 30, method))]
+    (prefix,) = prefixes
+    assert prefix.hits == 1
+    prefixes.drop(prefix)
+    second.write_bytes(another)
+    with pytest.raises(KVCompressionError) as error:
+        load_prefix(llm, path)
+    second.write_bytes(own)
+    llm.collective_rpc(overwrite)
+    load_prefix(llm, path)
+    answers.append(exact(answer(document + prompt[:50], 30, method)))
+    (prefix,) = prefixes
+    assert prefix.hits == 1
+    prefixes.drop(prefix)
+    return answers, str(error.value).replace(str(path), "document")
+
+
+def overwrite(wrapper) -> None:
+    """As if all blocks had been taken by others."""
+    for layer in wrapper.worker.compilation_config.static_forward_context.values():
+        caches = getattr(layer, "kv_cache", ())
+        for cache in [caches] if hasattr(caches, "fill_") else caches:
+            cache.fill_(7)
 
 
 def warm_up(wrapper) -> None:
@@ -107,8 +159,18 @@ def test_answers_are_those_of_one_process_and_every_block_comes_back(parallel, e
     single = engines(model, "snapkv:budget=0.25", **OPTIONS.get(name, {}))
     single.forget_prefixes()
     alone = single.run_all((prompt, sampling(NUM_TOKENS, METHODS[name])) for name, prompt in prompts.items())
-    for kind, (sent, outputs, rows, free) in parallel.items():
+    for kind, (sent, outputs, rows, free, *_) in parallel.items():
         assert set(sent) == {*METHODS} - {"off"} and sent.count("snapkv, again") > 1
         for request, output in zip(prompts, alone, strict=True):
             assert first_difference(outputs[request], output) is None, (kind, request)
         assert not any(rows) and free == NUM_BLOCKS - 1
+
+
+def test_a_prefix_whose_parts_were_saved_is_as_it_was_once_they_are_loaded(parallel, name):
+    for _, _, _, _, gone_on, refused in parallel.values():
+        if name in ("granite", "padded"):  # without a prefix cache, or refused
+            assert not gone_on
+            continue
+        before, loaded = gone_on
+        assert before == loaded and len(loaded) == 30
+        assert refused == "document.1-of-2 is of another prefix than the first worker's file; save it again"

@@ -3,13 +3,18 @@
 Who attaches also goes on from what these layers see at the prefix's end.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
-from harness import STATEFUL, first_difference, sampling, tokens
-from pinned import from_token, pin
+from harness import NUM_BLOCKS, STATEFUL, exact, first_difference, sampling, tokens
+from pinned import from_token, overwrite, pin, save_and_drop
+from saving import outcome
 
-from vllm_kvcompress import save_prefix
+from vllm_kvcompress import load_prefix, prefix_files, save_prefix
 from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.paging.statistics import TAKEN
+from vllm_kvcompress.requests.saved import read, write
 
 KINDS = ["gemma3", "gpt-oss", "lfm2", "qwen3-next"]
 METHOD = "knorm:budget=0.25"
@@ -143,7 +148,7 @@ def test_a_conversation_goes_on_from_its_last_turn(sharing, attachments, long_id
         prompt = prompt + tokens(output) + long_ids(30, seed=30 + turn)
 
 
-def test_nobody_attaches_to_a_part_and_nothing_is_saved(sharing, attachments, long_ids, tmp_path):
+def test_nobody_attaches_to_a_part(sharing, attachments, long_ids):
     document = document_of(sharing, long_ids, 0, seed=8)
     pin(sharing, document, METHOD)
     other = list(document)
@@ -151,7 +156,127 @@ def test_nobody_attaches_to_a_part_and_nothing_is_saved(sharing, attachments, lo
     sharing.run(other + [5, 6], sampling(2, METHOD))
     sharing.run(document, sampling(2, METHOD))
     assert not attachments
-    with pytest.raises(KVCompressionError) as refused:
-        save_prefix(sharing.llm, "document", tmp_path / "document")
-    assert str(refused.value) == "prefixes of a model with windows or states cannot be saved"
-    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- saved
+
+
+def taken(sharing) -> tuple:
+    """What a refused file must leave as it is."""
+    return sharing.free, len(sharing.scheduler._prefixes), len(sharing.worker.compression.read)
+
+
+def refused(sharing, path) -> str:
+    """The one line by which a file is not loaded."""
+    before = taken(sharing)
+    with pytest.raises(KVCompressionError) as error:
+        load_prefix(sharing.llm, path)
+    assert "\n" not in str(error.value) and taken(sharing) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize("method", [METHOD, "snapkv+k4v3:budget=0.25"])
+def test_a_saved_prefix_is_loaded_and_answers_the_same_to_the_last_bit(
+    sharing, attachments, long_ids, method, tmp_path
+):
+    document, suffix = document_of(sharing, long_ids, 17, seed=9), long_ids(40, seed=14)
+    prefix, _ = pin(sharing, document, method)
+    others = [manager for manager in sharing.managers if manager is not sharing.manager]
+    held = [contents(sharing, *each) for each in zip(others, prefix.beside, strict=True)]
+    expected = sharing.run(document + suffix, sampling(40, method))
+    again = sharing.run(document + suffix + tokens(expected), sampling(30, method))
+    save_and_drop(sharing, tmp_path / "document")
+    overwrite(sharing)
+    free, num = sharing.free, len(attachments)
+    load_prefix(sharing.llm, tmp_path / "document")
+    (prefix,) = sharing.scheduler._prefixes
+    assert sharing.free == free - len(prefix.blocks)
+    # Attached to in the very step in which it is loaded.
+    name = sharing.add(document + suffix, sampling(40, method))
+    sharing.step()
+    assert len(attachments) == num + 1
+    sharing.check_accounts()
+    for manager, seen, before in zip(others, prefix.beside, held, strict=True):
+        found = contents(sharing, manager, seen)
+        assert all(torch.equal(one, other) for one, other in zip(found, before, strict=True))
+    sharing.finish()
+    assert exact(sharing.outputs.pop(name)) == exact(expected)
+    answer = sharing.run(document + suffix + tokens(expected), sampling(30, method))
+    assert len(attachments) == num + 2 and exact(answer) == exact(again)
+    save_prefix(sharing.llm, "document", tmp_path / "again")
+    one, other = (read(str(tmp_path / name)) for name in ("document", "again"))
+    assert one.about == other.about and one.tensors.keys() == other.tensors.keys()
+    assert all(torch.equal(one.tensors[name], other.tensors[name]) for name in one.tensors)
+
+
+def test_an_engine_that_is_started_again_answers_as_the_one_before(
+    sharing, engines, hybrids, stateful, kind, long_ids, tmp_path
+):
+    """With a pool of another size, and so of other places."""
+    document, suffix = document_of(sharing, long_ids, 5, seed=10), long_ids(40, seed=15)
+    pin(sharing, document, METHOD)
+    expected = sharing.run(document + suffix, sampling(40, METHOD))
+    save_and_drop(sharing, tmp_path / "document")
+    options = STATEFUL.get(kind, {}) | dict(num_gpu_blocks_override=NUM_BLOCKS + 71)
+    model = (stateful if kind in STATEFUL else hybrids)[kind]
+    again = engines(model, "snapkv:budget=0.25,prefix_share=0.6", **options)
+    free = again.free
+    load_prefix(again.llm, tmp_path / "document")
+    (prefix,) = again.scheduler._prefixes
+    assert exact(again.run(document + suffix, sampling(40, METHOD))) == exact(expected)
+    assert prefix.hits == 1
+    for prefix in list(again.scheduler._prefixes):
+        again.scheduler._prefixes.drop(prefix)
+    again.check_accounts(), again.check_nothing_left()
+    assert again.free == free
+
+
+def test_what_does_not_fit_is_refused_in_one_line_and_takes_nothing(sharing, long_ids, tmp_path, monkeypatch):
+    document, path = document_of(sharing, long_ids, 0, seed=11), tmp_path / "document"
+    prefix, _ = pin(sharing, document, METHOD)
+    save_prefix(sharing.llm, "document", path)
+    assert refused(sharing, path) == TAKEN
+    sharing.scheduler._prefixes.drop(prefix)
+    whole, (group, *_) = read(str(path)), sharing.worker.compression.beside
+    name = next(iter(group.caches))
+
+    def changed(tensors=(), **about) -> str:
+        """Of a file that is other than it was."""
+        own = {**whole.tensors, **dict(tensors)}
+        own = {key: each for key, each in own.items() if each is not None}
+        return refused(sharing, write(str(path), own, {**whole.about, **about}))
+
+    damaged, seen = "is damaged: its tensors are not what they should be", whole.tensors[name]
+    assert changed({name: None}).endswith(damaged)
+    assert changed({name: seen[:-1].clone()}).endswith(damaged)
+    assert changed({name: torch.cat([seen, seen])}).endswith(damaged)
+    assert changed({name: seen.to(torch.float64)}).endswith(damaged)
+    assert changed({name: seen.flatten(1)[:, 1:].clone()}).endswith(damaged)
+    size = sharing.manager.block_size
+    assert "is of blocks of 16 tokens; use --block-size 16" in changed(block_size=16)
+    assert "its description is not what it should be" in changed(boundary=whole.about["boundary"] - 1)
+    longer = torch.cat([whole.tensors["tokens"], torch.ones(size, dtype=torch.int64)])
+    assert "is damaged: " in changed({"tokens": longer})
+    # Groups that are alike but for what a block is.
+    monkeypatch.setattr(sharing.worker.compression, "beside", [replace(group, layout="another")])
+    assert "is of another model" in changed()
+    monkeypatch.undo()
+    with sharing.squeezed(leave=len(prefix.blocks) - 1):
+        num = len(prefix.blocks)
+        assert refused(sharing, path).endswith(f"takes {num} blocks, and {num - 1} are free")
+    load_prefix(sharing.llm, path)
+
+
+def test_a_folder_brings_them_back(sharing, attachments, long_ids, tmp_path, monkeypatch):
+    core = sharing.llm.llm_engine.engine_core.engine_core
+    document = document_of(sharing, long_ids, 3, seed=12)
+    ours = replace(sharing.scheduler.compression, prefix_folder=str(tmp_path))
+    monkeypatch.setattr(sharing.scheduler, "compression", ours)
+    prefix, _ = pin(sharing, document, METHOD)
+    core.kv_compression_save_prefix("ticket", "document")
+    assert outcome(lambda: core.kv_compression_prefix_saved("ticket")) is None
+    sharing.scheduler._prefixes.drop(prefix)
+    prefix_files.load_folder(core)
+    sharing.run(document + [5, 6, 7], sampling(3, METHOD))
+    assert len(attachments) == 1
+    assert core.kv_compression_delete_prefix("document", None) and not list(tmp_path.iterdir())

@@ -33,10 +33,10 @@ from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.config import _as_dict as as_dict
 from vllm_kvcompress.paging import compactions, rings, scheduler, yielding
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Loaded, Solve
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.plan import SPARE_QUERIES
@@ -201,6 +201,8 @@ class FakeWorker:
         self.rows: dict[str, Row] = {}
         self.prefixes: dict[str, Row] = {}  # what their requests were, up to the end of the prefix
         self.attached: dict[str, int] = {}  # requests to the tokens that they took from a prefix
+        self.read: dict[str, Row] = {}  # prefixes that are to be loaded
+        self.loaded = 0  # prefixes that were
         self.records: dict[str, Record] = {}
         self.repeating: dict[str, object] = {}
         self.repeated: dict[str, set[int]] = {}  # owner to the positions that were repeated
@@ -220,11 +222,16 @@ class FakeWorker:
             self._keep(prefix, name)
         for name in (*step.released, *output.finished_req_ids):
             self._forget(name)
+        loaded = [self._load(each) for each in step.loaded]
         for name in output.preempted_req_ids or ():
             self.rows[name].blocks, self.rows[name].keys, self.rows[name].windows = [], [], []
         attaching = {name: self.prefixes[prefix] for name, prefix in step.attached.items()}
         for prefix in step.dropped:
             del self.prefixes[prefix]
+        held = [*self.prefixes.values(), *attaching.values()]
+        for row in loaded:
+            if any(row is other for other in held):
+                self._write_loaded(row)
         for name in step.unsolved:
             assert name in self.rows
             self.solved.pop(name, None), self.repeated.pop(name, None)
@@ -300,6 +307,33 @@ class FakeWorker:
             windows=windows,
             keys=row.keys[:end],
         )
+
+    def _load(self, loaded: Loaded) -> Row:
+        """A prefix that was read is in these blocks, once it is written there."""
+        saved = self.read.pop(loaded.prefix_id)
+        row = replace(saved, destination=loaded.destination)
+        row.blocks = [0] * (saved.boundary // BLOCK) + list(loaded.tail)
+        row.windows = []
+        for group in loaded.beside:
+            row.windows = [0] * (len(row.blocks) - len(group)) + list(group)
+        assert len(row.blocks) * BLOCK == len(row.keys) and len(row.destination) == len(saved.destination)
+        self.prefixes[loaded.prefix_id] = row
+        self.loaded += 1
+        return row
+
+    def _write_loaded(self, row: Row) -> None:
+        others = (each for each in (*self.rows.values(), *self.prefixes.values()) if each is not row)
+        taken = {block for each in others for block in self._readable_of(each)}
+        assert not taken & self._readable_of(row), "a prefix is loaded into what somebody reads"
+        for block in row.destination:
+            self.blocks.pop(block, None)
+            self.compacted[block] = (row.compacted_by, row.history)
+        for blocks in (row.blocks, row.windows):
+            for position, key in enumerate(row.keys):
+                block = blocks[position // BLOCK] if blocks else 0
+                if block:
+                    self.compacted.pop(block, None)
+                    self.blocks.setdefault(block, {})[position % BLOCK] = key
 
     def _attach(self, name: str, prefix: Row, computed: int) -> None:
         row = self.rows[name]
@@ -686,6 +720,39 @@ class Simulation:
         self.scheduler.running.remove(request)
         self.scheduler._preempt_request(request, 0.0)
 
+    def saved(self, name: str) -> tuple[dict, list[int], Row] | None:
+        """What a file has of a prefix: its description, its tokens, and what the worker knows of it; None if
+        that has not heard of it."""
+        leaving = self.scheduler.leaving
+        prefix, names = leaving.to_save(name, None)
+        known = self.worker.prefixes | self.worker.rows
+        row = next((known[each] for each in names if each in known), None)
+        if row is None:
+            return None
+        end = len(prefix.tokens)
+        row = replace(row, tokens=row.tokens[:end], keys=row.keys[:end])
+        return leaving.describe(prefix), list(prefix.tokens), row
+
+    def load(self, about: dict, tokens: list[int], row: Row) -> bool:
+        """As an engine core does; whether there was room and a name for it."""
+        leaving = self.scheduler.leaving
+        name = leaving.new_id()
+        request = Request(
+            name,
+            tokens,
+            SamplingParams(max_tokens=1),
+            None,
+            cache_salt=about["salt"],
+            block_hasher=self._hasher,
+        )
+        self.worker.read[name] = row
+        try:
+            leaving.load(about, request, name)
+        except KVCompressionError:
+            del self.worker.read[name]
+            return False
+        return True
+
     # ------------------------------------------------------------------ looking
 
     @property
@@ -736,7 +803,7 @@ class Simulation:
             assert not prefix.users
             scheduler._prefixes.drop(prefix)
         self.step()  # the worker hears of the last ones
-        assert not self.worker.prefixes
+        assert not self.worker.prefixes and not self.worker.read
         assert not self.worker.records and not self.worker.repeating and not self.worker.solved
         assert not self.scheduler._solving._solves
         assert self.free == self.free_at_start

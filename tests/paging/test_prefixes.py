@@ -361,12 +361,47 @@ def test_beside_windows_a_prefix_may_be_deleted_and_its_readers_preempted(mode):
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [0, 20, 300])
+def test_a_prefix_that_is_loaded_is_read_as_the_one_that_was_saved(mode, window):
+    """Also in the step in which it is loaded, and where it goes in that step."""
+    document, answers = prompt_of(40 * BLOCK + 3), []
+    sim = Simulation(PINS, max_model_len=1280, num_blocks=300, window=window, **mode)
+    pinned = pin(sim, document)
+    answers.append(sim.run(document + prompt_of(20, 1), max_tokens=30))
+    file = sim.saved("document")
+    assert sim.load(*file) is False, "its name is taken"
+    sim.scheduler._prefixes.drop(pinned)
+    sim.run(prompt_of(70 * BLOCK, 9), "off", 30)  # writes what is free
+    forget_raw(sim)
+    free = sim.free
+    taken = sim.pool.get_new_blocks(free - len(pinned.blocks) + 1)
+    assert sim.load(*file) is False, "there is no room"
+    sim.pool.free_blocks(taken)
+    assert sim.load(*file)
+    (prefix,) = sim.scheduler._prefixes
+    assert [len(group) for group in prefix.beside] == [len(group) for group in pinned.beside]
+    assert prefix.hashes == pinned.hashes and sim.free == free - len(prefix.blocks)
+    name = sim.add(document + prompt_of(20, 1), max_tokens=30)
+    sim.step()
+    assert sim.worker.attached[name] == 40 * BLOCK and sim.worker.loaded == 1
+    sim.finish()
+    assert sim.answers[name] == answers[0]
+    sim.scheduler._prefixes.drop(prefix)
+    assert sim.load(*file)
+    sim.scheduler._prefixes.drop(next(iter(sim.scheduler._prefixes)))  # before a step
+    sim.run(prompt_of(70 * BLOCK, 10), "off", 3)
+    assert sim.free == free
+    sim.check_nothing_left()
+
+
 @pytest.mark.parametrize("window", [0, 20, 90])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("when", ["prompt", "pressure", "streaming"])
 def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, when, window):
-    """Conversations that go on, branch and are deleted, documents that are pinned, in a small pool."""
+    """Conversations that go on, branch and are deleted, documents that are pinned, in a small pool; some are
+    saved, and loaded again."""
     draw = random.Random(seed)
     every = ",recompact_every=160" if when == "streaming" else ""
     engine = f"knorm:budget=0.25,prefix_share=0.4,when={when}{every},min_freed_tokens=16"
@@ -376,6 +411,7 @@ def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, wh
     sim = Simulation(engine, num_blocks=num_blocks, max_model_len=1280, window=window, **mode)
     talks = [prompt_of(draw.randrange(100, 500), number) for number in range(6)]
     live: dict[str, int] = {}
+    files: dict[str, tuple] = {}
     for number in range(60):
         talk = draw.randrange(len(talks))
         if len(talks[talk]) > 1000:
@@ -408,10 +444,17 @@ def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, wh
         prefixes = list(sim.scheduler._prefixes)
         if prefixes and draw.random() < 0.1:
             sim.scheduler._prefixes.drop(draw.choice(prefixes))
+        for prefix in list(sim.scheduler._prefixes):
+            if prefix.name is not None and prefix.salt is None and draw.random() < 0.3:
+                files[prefix.name] = sim.saved(prefix.name) or files[prefix.name]
+                sim.scheduler._prefixes.drop(prefix)
+        if files and draw.random() < 0.5:
+            sim.load(*files[draw.choice(sorted(files))])
         running = [request.request_id for request in sim.scheduler.running]
         if running and draw.random() < 0.1:
             sim.preempt(draw.choice(running))
     sim.finish()
+    assert sim.worker.loaded or when != "prompt" or not files
     assert sim.worker.attached or when != "prompt" or window == 90  # where it is rare
     sim.check_nothing_left()
 

@@ -1,5 +1,6 @@
 """What the scheduler tells the workers, attached to each `SchedulerOutput` as `kv_compression`, and hears."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from vllm_kvcompress.config import KVCompressionConfig
@@ -58,7 +59,7 @@ class Job:
         """
 
         def parts(ids: tuple[int, ...]) -> tuple[int, ...]:
-            return tuple(id * num_parts + part for id in ids for part in range(num_parts))
+            return parts_of(ids, num_parts)
 
         num_tail = -(-(self.num_tokens - self.boundary) // block_size)
         return replace(
@@ -70,6 +71,11 @@ class Job:
             other_sources=tuple(map(parts, self.other_sources)),
             other_tails=tuple(parts(tail)[:num_tail] for tail in self.other_tails),
         )
+
+
+def parts_of(ids: Sequence[int], num_parts: int) -> tuple[int, ...]:
+    """Blocks as attention kernels see them, of which so many are one of the scheduler's."""
+    return tuple(id * num_parts + part for id in ids for part in range(num_parts))
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,18 @@ class Loaded:
         prefix_id: its name.
         destination: block ids of its compacted pages.
         tail: block ids of the raw ones behind them.
+        beside: of each group that is not compacted, block ids of what its layers see behind the end.
     """
 
     prefix_id: str
     destination: tuple[int, ...]
     tail: tuple[int, ...]
+    beside: tuple[tuple[int, ...], ...] = ()
+
+    def split(self, num_parts: int) -> "Loaded":
+        """The same in smaller blocks, so many of each; but for those of other groups."""
+        destination, tail = parts_of(self.destination, num_parts), parts_of(self.tail, num_parts)
+        return replace(self, destination=destination, tail=tail)
 
 
 @dataclass(frozen=True)

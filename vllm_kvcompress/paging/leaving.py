@@ -1,6 +1,8 @@
 """Compacted prefixes that come into being: left by requests that end, or read from files."""
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -22,7 +24,11 @@ from vllm_kvcompress.plan import Plan
 
 
 class Leaving:
-    """Keeps what requests were compacted to, and tells what must be known to save and to load it."""
+    """Keeps what requests were compacted to, and tells what must be known to save and to load it.
+
+    Attributes:
+        alignment: tokens of which a prefix has a multiple, so that it ends with a block of every group.
+    """
 
     def __init__(
         self,
@@ -42,7 +48,7 @@ class Leaving:
         self._prefixes = prefixes
         managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self._others = [each for each in managers if each is not manager]
-        self._alignment = math.lcm(*(each.block_size for each in managers))
+        self.alignment = math.lcm(*(each.block_size for each in managers))
         self.kept: dict[str, str] = {}  # requests, by the prefix that each has left since the last step
         self._loaded: list[Loaded] = []
 
@@ -63,7 +69,7 @@ class Leaving:
         if not request.block_hashes:
             return "the server runs without prefix caching"
         # Whatever follows may be of drafts, or is yet to be computed.
-        computed = request.num_computed_tokens // self._alignment * self._alignment
+        computed = request.num_computed_tokens // self.alignment * self.alignment
         num_tokens = min(self.end(request, config), computed)
         begin, end = tracked.held.source_blocks, num_tokens // manager.block_size
         if begin > end:
@@ -111,19 +117,26 @@ class Leaving:
         num_tokens = request.num_tokens - 1
         if config.prefix is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens)
-        return num_tokens // self._alignment * self._alignment
+        return num_tokens // self.alignment * self.alignment
 
     def _beside(self, name: str, num_tokens: int) -> tuple[tuple[KVCacheBlock, ...], ...] | None:
         """Of each group that is not compacted the blocks of a request that its layers see behind so many of
         its tokens; None if some are given back."""
         beside = []
-        for manager in self._others:
-            first = manager.get_num_skipped_tokens(num_tokens) // manager.block_size
-            seen = manager.req_to_blocks[name][first : num_tokens // manager.block_size]
+        for manager, num_seen in zip(self._others, self.seen_blocks(num_tokens), strict=True):
+            end = num_tokens // manager.block_size
+            seen = manager.req_to_blocks[name][end - num_seen : end]
             if any(block.is_null for block in seen):
                 return None
             beside.append(tuple(seen))
         return tuple(beside)
+
+    def seen_blocks(self, num_tokens: int) -> list[int]:
+        """Of each group that is not compacted, how many blocks its layers see behind so many tokens."""
+        return [
+            num_tokens // each.block_size - each.get_num_skipped_tokens(num_tokens) // each.block_size
+            for each in self._others
+        ]
 
     def describe(self, prefix: Prefix) -> dict[str, Any]:
         """What must be known of a prefix to load it again, but for its tokens."""
@@ -148,8 +161,6 @@ class Leaving:
             raise KVCompressionError(f"there is no prefix {name!r}")
         if prefix.adapter is not None or prefix.tokens is None:
             raise KVCompressionError("prefixes of an adapter, pictures or embeddings cannot be saved")
-        if prefix.beside:
-            raise KVCompressionError("prefixes of a model with windows or states cannot be saved")
         names = (prefix.id, self.kept[prefix.id]) if prefix.id in self.kept else (prefix.id,)
         return prefix, names
 
@@ -165,10 +176,10 @@ class Leaving:
             KVCompressionError: there is no room, or its name is taken.
         """
         manager, pool = self._manager, self._manager.block_pool
-        assert not self._others, "what others see was not saved"
         num_kept, num_source = about["kept_blocks"], about["boundary"] // manager.block_size
         hashes = manager.block_hashes(request)
-        needed = num_kept + len(hashes) - num_source
+        numbers = num_kept, len(hashes) - num_source, *self.seen_blocks(request.num_tokens)
+        needed = sum(numbers)
         while pool.get_num_free_blocks() < needed and self._prefixes.make_room():
             pass
         if pool.get_num_free_blocks() < needed:
@@ -176,6 +187,8 @@ class Leaving:
                 f"the prefix takes {needed} blocks, and {pool.get_num_free_blocks()} are free"
             )
         blocks = pool.get_new_blocks(needed)
+        in_order = iter(blocks)
+        compacted, tail, *beside = [tuple(itertools.islice(in_order, number)) for number in numbers]
         prefix = Prefix(
             id=prefix_id,
             name=about["name"],
@@ -184,15 +197,15 @@ class Leaving:
             tokens=_tokens_of(request, request.num_tokens),
             plan=Plan(about["boundary"], num_source, num_kept),
             kept=about["kept"],
-            compacted=tuple(blocks[:num_kept]),
-            tail=tuple(blocks[num_kept:]),
+            compacted=compacted,
+            tail=tail,
+            beside=tuple(beside),
             salt=about["salt"],
         )
         problem = self._unnameable(prefix)
         if problem is None:
             self._prefixes.keep(prefix)
-            ids = [block.block_id for block in blocks]
-            self._loaded.append(Loaded(prefix_id, tuple(ids[:num_kept]), tuple(ids[num_kept:])))
+            self._loaded.append(Loaded(prefix_id, _ids(compacted), _ids(tail), tuple(map(_ids, beside))))
         pool.free_blocks(reversed(blocks))  # a prefix has references of its own
         if problem is not None:
             raise KVCompressionError(problem)
@@ -238,6 +251,10 @@ def _keeps_what_is_seen(manager: SingleTypeKVCacheManager) -> bool:
     if isinstance(manager, MambaManager):
         return manager.mamba_cache_mode == "align" and not manager.has_prefill_checkpoint_blocks
     return isinstance(manager, SlidingWindowManager)
+
+
+def _ids(blocks: Sequence[KVCacheBlock]) -> tuple[int, ...]:
+    return tuple(block.block_id for block in blocks)
 
 
 def _tokens_of(request: Request, num_tokens: int) -> tuple[int, ...] | None:

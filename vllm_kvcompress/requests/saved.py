@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vllm_kvcompress.config import KVCompressionConfig
+from vllm_kvcompress.requests.beside import Beside
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.tables import Records, RequestTable
 
@@ -21,6 +22,7 @@ VERSION = 1
 MARK = "kvcompress_prefix"  # of the description in a file's header
 COPIED_BYTES = 64 * 2**20  # at a time, from a device
 PROBED = 16  # numbers of each weight that tell models apart
+Place = tuple[str, Tensor, Tensor]  # a name, rows `[X, ...]`, and which of these, int64
 
 
 def path_of(path: str, rank: int, num_ranks: int) -> str:
@@ -28,14 +30,16 @@ def path_of(path: str, rank: int, num_ranks: int) -> str:
     return path if num_ranks == 1 else f"{path}.{rank}-of-{num_ranks}"
 
 
-def fingerprint(model: torch.nn.Module, cache: PagedCache) -> str:
-    """Of the numbers that a prefix's pages are worth something with: a model's weights and how pages lie."""
+def fingerprint(model: torch.nn.Module, cache: PagedCache, beside: Sequence[Beside] = ()) -> str:
+    """Of the numbers with which a prefix's blocks are worth something: a model's weights, how blocks lie."""
     told = hashlib.sha256()
     grid = cache.grid
     shape = grid.num_layers, grid.num_heads, grid.block_size, cache.head_size, cache.content.shape[1]
     told.update(json.dumps([type(cache).__name__, *shape]).encode())
     for order in cache.packed_orders:
         told.update(order.cpu().numpy().tobytes())
+    for group in beside:
+        told.update(group.layout.encode())
     for name, weight in model.named_parameters():
         some = weight.detach().flatten()
         some = some[:: max(1, len(some) // PROBED)].float().cpu()
@@ -51,7 +55,8 @@ class Saved:
         about: what the scheduler knows of it, and `fingerprint`.
         tensors: `tokens` `[T]` int64, those that it stands for; `compacted` and `tail` `[pages, page_bytes]`
             uint8, in the order of `PageGrid.linear_pages` and `positional_pages`; `counts` `[L, H]` int64; of
-            some `positions`, `records` and `first` (see `RequestTable`, `Records`).
+            some `positions`, `records` and `first` (see `RequestTable`, `Records`); and what each cache of
+            `Beside` has in the blocks that its layers see behind the end, by its name.
     """
 
     about: Mapping[str, Any]
@@ -67,30 +72,50 @@ class Saved:
         counts, positions = tensors["counts"], tensors.get("positions")
         return RequestTable(cache.grid, destination, counts, self.about["boundary"], positions, records)
 
-    def put(self, cache: PagedCache, destination: Tensor, tail: Tensor) -> None:
-        """Write its pages into blocks, `[n]` and `[m]` int64."""
-        for pages, name in _places(cache, destination, tail):
-            cache.content[pages] = self.tensors[name].to(cache.device)
+    def num_blocks(self, cache: PagedCache) -> int:
+        """Compacted blocks of which there are pages: with a threshold, fewer than the scheduler counts in its
+        own, larger ones."""
+        return len(self.tensors["compacted"]) // cache.grid.pages_per_block
+
+    def put(self, places: Iterable[Place]) -> None:
+        """Write what it has into its places."""
+        for name, rows, index in places:
+            rows[index] = self.tensors[name].to(rows.device)
 
 
 _OF_TABLE = {"counts", "positions", "records", "first"}
 
 
-def _places(cache: PagedCache, destination: Tensor, tail: Tensor) -> list[tuple[Tensor, str]]:
+def places(
+    cache: PagedCache,
+    destination: Tensor,
+    tail: Tensor,
+    beside: Sequence[Beside],
+    seen: Sequence[Sequence[int]],
+) -> list[Place]:
+    """Where a prefix is, or is to be.
+
+    Args:
+        cache: of the layers that are compacted.
+        destination: `[n]` int64, its compacted blocks.
+        tail: `[m]` int64, its raw blocks.
+        beside: the other groups.
+        seen: of each of these, block ids of what its layers see behind the end.
+    """
     grid = cache.grid
     return [
-        (grid.linear_pages(destination), "compacted"),
-        (grid.positional_pages(tail).flatten(), "tail"),
+        ("compacted", cache.content, grid.linear_pages(destination)),
+        ("tail", cache.content, grid.positional_pages(tail).flatten()),
+        *(place for group, blocks in zip(beside, seen, strict=True) for place in group.places(blocks)),
     ]
 
 
-def copied(cache: PagedCache, table: RequestTable, tail: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """A prefix in the host's memory, of as many bytes as its pages; a device needs `COPIED_BYTES` for it.
+def copied(table: RequestTable, places: Iterable[Place], tokens: Tensor) -> dict[str, Tensor]:
+    """A prefix in the host's memory, of as many bytes as its blocks; a device needs `COPIED_BYTES` for it.
 
     Args:
-        cache: where its pages are.
         table: what it is.
-        tail: `[m]` int64, its raw blocks.
+        places: where it is.
         tokens: `[T]` int64, of which it is.
 
     Returns:
@@ -102,12 +127,12 @@ def copied(cache: PagedCache, table: RequestTable, tail: Tensor, tokens: Tensor)
     if table.records is not None:
         tensors |= {"records": table.records.counts, "first": table.records.first}
     tensors = {name: each.cpu().clone().contiguous() for name, each in tensors.items()}
-    num_bytes = cache.content.shape[1]
-    for pages, name in _places(cache, table.destination, tail):
-        found = torch.empty((len(pages), num_bytes), dtype=cache.content.dtype)
-        for begin in range(0, len(pages), max(1, COPIED_BYTES // num_bytes)):
-            part = pages[begin : begin + max(1, COPIED_BYTES // num_bytes)]
-            found[begin : begin + len(part)] = cache.content[part].cpu()
+    for name, rows, index in places:
+        at_once = max(1, COPIED_BYTES // rows[0].nbytes)
+        found = torch.empty((len(index), *rows.shape[1:]), dtype=rows.dtype)
+        for begin in range(0, len(index), at_once):
+            part = index[begin : begin + at_once]
+            found[begin : begin + len(part)] = rows[part].cpu()
         tensors[name] = found
     return tensors
 
@@ -188,8 +213,25 @@ def read(path: str, only: Collection[str] | None = None) -> Saved:
     return Saved(about, tensors)
 
 
-def check(saved: Saved, cache: PagedCache, fingerprint: str, path: str) -> None:
+def check(
+    saved: Saved,
+    cache: PagedCache,
+    num_parts: int,
+    beside: Sequence[Beside],
+    num_seen: Sequence[int],
+    fingerprint: str,
+    path: str,
+) -> None:
     """Refuse what would not be read as it was written.
+
+    Args:
+        saved: what was read.
+        cache: that it is to be in.
+        num_parts: of its blocks, in one of the destination as the scheduler counts.
+        beside: the other groups.
+        num_seen: of each of these, blocks that its layers see behind so many tokens.
+        fingerprint: what it should be.
+        path: the file.
 
     Raises:
         ValueError: it is of another model or cache, or damaged; one line.
@@ -197,24 +239,51 @@ def check(saved: Saved, cache: PagedCache, fingerprint: str, path: str) -> None:
     if saved.about.get("fingerprint") != fingerprint:
         raise ValueError(
             f"{path} is of another model, or of one that was started with other weights, ranks, "
-            "--block-size or KV cache dtype"
+            "--block-size, cache groups or KV cache dtype"
         )
-    grid, about = cache.grid, saved.about
     try:
-        num_kept, num_source = int(about["kept_blocks"]), int(about["boundary"]) // grid.block_size
-        num_tail = len(saved.tensors["tokens"]) // grid.block_size - num_source
-        heads, page_bytes = (grid.num_layers, grid.num_heads), cache.content.shape[1]
-        shapes: dict[str, tuple[int, ...]] = {
-            "compacted": (num_kept * grid.pages_per_block, page_bytes),
-            "tail": (num_tail * grid.pages_per_block, page_bytes),
-            "counts": heads,
-        }
-        if (format := KVCompressionConfig.parse(about["config"]).record_format) is not None:
-            shapes |= dict.fromkeys(("records", "first"), (len(format.parts), *heads))
-        fits = all(tuple(saved.tensors[name].shape) == shape for name, shape in shapes.items())
-        fits &= 0 <= int(saved.tensors["counts"].min()) and num_tail >= 0
-        fits &= int(saved.tensors["counts"].sum()) <= shapes["compacted"][0]
+        fits = _fits(saved, cache, num_parts, beside, num_seen)
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(f"{path} is damaged: its tensors are not what they should be")
+
+
+def _fits(
+    saved: Saved, cache: PagedCache, num_parts: int, beside: Sequence[Beside], num_seen: Sequence[int]
+) -> bool:
+    """Whether tensors are what `Saved` says; arguments as of `check`."""
+    grid, about, tensors, integer = cache.grid, saved.about, saved.tensors, torch.int64
+    num_tail = (len(tensors["tokens"]) - int(about["boundary"])) // grid.block_size
+    num_pages = saved.num_blocks(cache) * grid.pages_per_block
+    heads, page_bytes = (grid.num_layers, grid.num_heads), cache.content.shape[1]
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "compacted": (torch.uint8, (num_pages, page_bytes)),
+        "tail": (torch.uint8, (num_tail * grid.pages_per_block, page_bytes)),
+        "counts": (integer, heads),
+    }
+    if (format := KVCompressionConfig.parse(about["config"]).record_format) is not None:
+        expected |= dict.fromkeys(("records", "first"), (integer, (len(format.parts), *heads)))
+    for group, number in zip(beside, num_seen, strict=True):
+        for name, rows, index in group.places(range(number)):
+            expected[name] = rows.dtype, (len(index), *rows.shape[1:])
+    counts = tensors["counts"]
+    return (
+        num_tail >= 0
+        and saved.num_blocks(cache) <= int(about["kept_blocks"]) * num_parts
+        and all((tensors[name].dtype, tuple(tensors[name].shape)) == own for name, own in expected.items())
+        and 0 <= int(counts.min())
+        and int(counts.sum()) <= num_pages
+    )
+
+
+def check_same(saved: Saved, about: Mapping[str, Any], tokens: Sequence[int], path: str) -> None:
+    """Refuse the part of a worker that is not of the prefix which the first worker's part is of.
+
+    Raises:
+        ValueError: it is of another one, as where not all of them could be written; one line.
+    """
+    if {**saved.about, "fingerprint": None} != {**about, "fingerprint": None} or (
+        saved.tensors["tokens"].tolist() != list(tokens)
+    ):
+        raise ValueError(f"{path} is of another prefix than the first worker's file; save it again")

@@ -8,9 +8,10 @@ import numpy as np
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvcompress.paging.job import Loaded
+from vllm_kvcompress.requests.beside import Beside
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.runs import RunArrays
-from vllm_kvcompress.requests.saved import Saved
+from vllm_kvcompress.requests.saved import Saved, places
 from vllm_kvcompress.requests.tables import BatchTables, RequestTable
 
 
@@ -66,6 +67,7 @@ class CompressionState:
     Attributes:
         tables: request id to the pages of each compacted request.
         prefixes: likewise of each compacted prefix that requests may attach to.
+        beside: the groups that are not compacted.
         batch: the tables of the current batch; for vLLM's CPU kernel.
         runs: the tables of all requests on the GPU; for our own kernel, None elsewhere.
         observer: what is kept of the queries of requests to be compacted.
@@ -73,10 +75,17 @@ class CompressionState:
         live: False while vLLM computes batches of its own making, whose rows only look like requests.
     """
 
-    def __init__(self, rows: Rows, observer: Observer, runs: RunArrays | None = None) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        observer: Observer,
+        runs: RunArrays | None = None,
+        beside: Sequence[Beside] = (),
+    ) -> None:
         self.rows = rows
         self.observer = observer
         self.runs = runs
+        self.beside = beside
         self.tables: dict[str, RequestTable] = observer.tables
         self.prefixes: dict[str, RequestTable] = {}
         self.read: dict[str, Saved] = {}  # prefixes that are to be loaded
@@ -108,14 +117,15 @@ class CompressionState:
         self.prefixes[prefix_id] = self.tables[request_id].shared()
 
     def load(self, loaded: Loaded) -> Callable[[], None]:
-        """Have a prefix that was read; what then writes its pages, unless they are nobody's by then."""
+        """Have a prefix that was read; what then writes its blocks, unless they are nobody's by then."""
         saved, cache = self.read.pop(loaded.prefix_id), self.observer.cache
-        destination, tail = cache.on_device(loaded.destination), cache.on_device(loaded.tail)
+        destination = cache.on_device(loaded.destination[: saved.num_blocks(cache)])
+        tail = cache.on_device(loaded.tail)
         table = self.prefixes[loaded.prefix_id] = saved.table(cache, destination)
 
         def written() -> None:
             if table.is_held:
-                saved.put(cache, destination, tail)
+                saved.put(places(cache, destination, tail, self.beside, loaded.beside))
 
         return written
 

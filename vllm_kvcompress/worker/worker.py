@@ -28,10 +28,11 @@ from vllm_kvcompress import attention
 from vllm_kvcompress.attention.unsupported import OwnLayer, slides
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
-from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve
+from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Solve, parts_of
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import CompactableSpec, compactable_groups
 from vllm_kvcompress.requests import saved
+from vllm_kvcompress.requests.beside import Beside
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.latents import latent_layers
 from vllm_kvcompress.requests.layers import ProbedLayers, draft_layers, probe_layers
@@ -174,7 +175,7 @@ class CompressionWorker(Worker):
         dtype = self.model_config.dtype
         observer = Observer(cache, probed.layers, impl.num_heads, impl.head_size, dtype, tables={})
         rows = (RunnerV2Rows if self.use_v2_model_runner else RunnerV1Rows)(self.model_runner)
-        self.compression = CompressionState(rows, observer)
+        self.compression = CompressionState(rows, observer, beside=self._beside(indices))
         self._saver = Saver()
         # Latents are on every rank, query heads on one each.
         agree = agreed_by_ranks if self.model_config.use_mla else None
@@ -192,6 +193,16 @@ class CompressionWorker(Worker):
     def _draft_groups(self) -> list[AttentionGroup]:
         """vLLM's groups of a draft model's layers; none without one."""
         return getattr(getattr(self.model_runner, "drafter", None), "draft_attn_groups", [])
+
+    def _beside(self, compacted: Sequence[int]) -> list[Beside]:
+        """The groups that are not among those which are compacted."""
+        config, context = self.model_runner.kv_cache_config, self.compilation_config.static_forward_context
+        found = []
+        for index, group in enumerate(config.kv_cache_groups):
+            layers = {name: context[name] for name in group.layer_names if owner_of(context[name]) is None}
+            if index not in compacted:
+                found.append(Beside.of(group, layers, config.num_blocks))
+        return found
 
     def _num_drafting(self, layers: Sequence[Attention]) -> int:
         """How many layers of a draft model there are: behind the model's, and alike.
@@ -254,7 +265,13 @@ class CompressionWorker(Worker):
         }
 
     def kv_compression_save(
-        self, path: str, names: Sequence[str], tail: Sequence[int], tokens: Sequence[int], about: dict
+        self,
+        path: str,
+        names: Sequence[str],
+        tail: Sequence[int],
+        seen: Sequence[Sequence[int]],
+        tokens: Sequence[int],
+        about: dict,
     ) -> None:
         """Begin to write a prefix to a file; asked by the engine, while none is being written.
 
@@ -264,6 +281,7 @@ class CompressionWorker(Worker):
             path: the file; of several workers each has one of its own.
             names: of the prefix, and of the request that it is of if this worker has not been told yet.
             tail: block ids of its raw tail.
+            seen: of each group that is not compacted, block ids of what its layers see behind the end.
             tokens: of which it is.
             about: what the scheduler knows of it.
         """
@@ -274,8 +292,11 @@ class CompressionWorker(Worker):
             return self._saver.refuse("it is being loaded; try again")
         cache, own = state.observer.cache, saved.path_of(path, self.rank, self.parallel_config.world_size)
         about = about | {"fingerprint": self._fingerprint()}
-        copied = saved.copied(cache, table, cache.on_device(tail), torch.tensor(tokens))
-        self._saver.begin(own, copied, about)
+        # With a threshold a GPU's tables have room for all that the budget allows.
+        destination = table.destination[: about["kept_blocks"] * self._parts_of_groups]
+        raw = cache.on_device(parts_of(tail, self._num_parts))
+        places = saved.places(cache, destination, raw, state.beside, seen)
+        self._saver.begin(own, saved.copied(table, places, torch.tensor(tokens)), about)
 
     def kv_compression_saved(self) -> tuple[bool, str | None]:
         """Whether what was begun to be written has ended, and what was in its way; asked by the engine."""
@@ -285,19 +306,30 @@ class CompressionWorker(Worker):
         """Have a file not appear that is being written; asked by the engine."""
         self._saver.forget(saved.path_of(path, self.rank, self.parallel_config.world_size))
 
-    def kv_compression_read(self, path: str, prefix_id: str) -> str | None:
+    def kv_compression_read(
+        self, path: str, prefix_id: str, about: dict, tokens: Sequence[int], num_seen: Sequence[int]
+    ) -> str | None:
         """Read a prefix into the host's memory, to be loaded in a step; asked by the engine.
+
+        Args:
+            path: as of `kv_compression_save`.
+            prefix_id: its name.
+            about: what the first worker's file says.
+            tokens: of which it is, likewise.
+            num_seen: of each group that is not compacted, blocks that its layers see behind the end.
 
         Returns:
             What is in the way; None if nothing is.
         """
-        own = saved.path_of(path, self.rank, self.parallel_config.world_size)
+        own, state = saved.path_of(path, self.rank, self.parallel_config.world_size), self.compression
         try:
             found = saved.read(own)
-            saved.check(found, self.compression.observer.cache, self._fingerprint(), own)
+            shape = state.observer.cache, self._parts_of_groups, state.beside, num_seen
+            saved.check(found, *shape, self._fingerprint(), own)
+            saved.check_same(found, about, tokens, own)
         except ValueError as error:
             return str(error)
-        self.compression.read[prefix_id] = found
+        state.read[prefix_id] = found
         return None
 
     def kv_compression_unread(self, prefix_id: str) -> None:
@@ -305,7 +337,8 @@ class CompressionWorker(Worker):
         self.compression.read.pop(prefix_id, None)
 
     def _fingerprint(self) -> str:
-        return saved.fingerprint(self.model_runner.get_model(), self.compression.observer.cache)
+        state = self.compression
+        return saved.fingerprint(self.model_runner.get_model(), state.observer.cache, state.beside)
 
     @abstractmethod
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
@@ -371,7 +404,7 @@ class CompressionWorker(Worker):
         for request_id in (*step.released, *finished):
             state.forget(request_id)
             self.compactor.forget(request_id)
-        loaded = [state.load(each) for each in step.loaded]
+        loaded = [state.load(each.split(self._num_parts)) for each in step.loaded]
         for request_id, prefix_id in step.attached.items():
             state.attach(request_id, prefix_id)
         for prefix_id in step.dropped:
