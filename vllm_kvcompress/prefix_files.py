@@ -98,8 +98,10 @@ class Saves:
             except KVCompressionError as error:
                 self._note(save, str(error))
                 continue
-            tail, *seen = ([block.block_id for block in own] for own in (prefix.tail, *prefix.beside))
-            args = save.path, names, tail, seen, prefix.tokens, leaving.describe(prefix)
+            tails, seen = (
+                [[block.block_id for block in row] for row in rows] for rows in (prefix.tails, prefix.beside)
+            )
+            args = save.path, names, tails, seen, prefix.tokens, leaving.describe(prefix)
             self._core.collective_rpc("kv_compression_save", args=args)
             self._writing = save
 

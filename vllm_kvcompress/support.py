@@ -15,7 +15,7 @@ from vllm_kvcompress.formats.base import CHANNELS, NEEDS_HEAD_SIZE
 from vllm_kvcompress.formats.hybrid import Hybrid
 from vllm_kvcompress.formats.turboquant import TurboQuant
 from vllm_kvcompress.log import logger
-from vllm_kvcompress.paging.groups import block_size, compacted_shape, num_groups, tokens_of_page
+from vllm_kvcompress.paging.groups import block_size, compacted_shape, tokens_of_page
 from vllm_kvcompress.plan import page_tokens
 from vllm_kvcompress.policies import Policy
 from vllm_kvcompress.policies.foresight import Foresight
@@ -135,11 +135,6 @@ def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
         raise KVCompressionError(
             f"kv-compression: compacted prefixes are found by vLLM's prefix cache; leave {option} out, or "
             "remove --no-enable-prefix-caching"
-        )
-    if num_groups(vllm_config) > 1:
-        raise KVCompressionError(
-            "kv-compression: compacted prefixes of models whose layers of full attention are in several of "
-            f"vLLM's cache groups were not tried; leave {option} out"
         )
     if (others := _other_layers(model)) is not None:
         _check_prefixes_beside(others, option, vllm_config)

@@ -314,7 +314,7 @@ class Engine:
                 if not block.is_null:
                     references[block.block_id] = references.get(block.block_id, 0) + 1
         for prefix in self.scheduler._prefixes:
-            for block in (*prefix.tail, *(block for group in prefix.beside for block in group)):
+            for block in (block for row in prefix.tails + prefix.beside for block in row):
                 references[block.block_id] = references.get(block.block_id, 0) + 1
         shared = [prefix.compacted for prefix in self.scheduler._prefixes]
         taken_over = self.scheduler._prefixes or self.scheduler._attaching.users

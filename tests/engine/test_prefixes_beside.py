@@ -13,11 +13,14 @@ from saving import outcome
 
 from vllm_kvcompress import load_prefix, prefix_files, save_prefix
 from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.statistics import TAKEN
 from vllm_kvcompress.requests.saved import read, write
 
-KINDS = ["gemma3", "gpt-oss", "lfm2", "qwen3-next"]
-METHOD = "knorm:budget=0.25"
+# Of "padded" vLLM has the layers of full attention in three groups.
+KINDS = ["gemma3", "padded", "gpt-oss", "lfm2", "qwen3-next"]
+STARTED = STATEFUL | {"padded": dict(max_model_len=2048)}
+OPTIONS, METHOD = "snapkv:budget=0.25,prefix_share=0.6", "knorm:budget=0.25"
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -28,8 +31,7 @@ def kind(request) -> str:
 @pytest.fixture
 def sharing(engines, hybrids, stateful, kind):
     """Afterwards no prefix is left, and all blocks of all groups are given back."""
-    model = (stateful if kind in STATEFUL else hybrids)[kind]
-    engine = engines(model, "snapkv:budget=0.25,prefix_share=0.6", **STATEFUL.get(kind, {}))
+    engine = engines((hybrids | stateful)[kind], OPTIONS, **STARTED.get(kind, {}))
     engine.scheduler._prefixes.keeps_unnamed = False
     engine.forget_prefixes()
     engine.compactions.clear(), engine.outputs.clear()
@@ -61,6 +63,11 @@ def contents(sharing, manager, blocks) -> list[torch.Tensor]:
     return found
 
 
+def others_of(sharing) -> list:
+    """The managers of groups that are not compacted."""
+    return [manager for manager in sharing.managers if not isinstance(manager, CompactingManager)]
+
+
 def document_of(sharing, long_ids, rest: int, seed: int) -> list[int]:
     size = sharing.manager.block_size
     return long_ids(-(-600 // size) * size + rest, seed=seed)
@@ -74,8 +81,7 @@ def test_a_prefix_holds_what_windows_and_states_saw_at_its_end(sharing, long_ids
     live = sharing.live(sharing.add(document, sampling(3, "off")))
     while live.num_computed_tokens < len(document):
         sharing.step()
-    others = [manager for manager in sharing.managers if manager is not sharing.manager]
-    for manager, seen in zip(others, prefix.beside, strict=True):
+    for manager, seen in zip(others_of(sharing), prefix.beside, strict=True):
         end = len(document) // sharing.manager.block_size * sharing.manager.block_size // manager.block_size
         raw = manager.req_to_blocks[live.request_id][end - len(seen) : end]
         assert len(seen) > 0 and not {block.block_id for block in seen} & {block.block_id for block in raw}
@@ -113,7 +119,7 @@ def test_a_prefix_that_is_deleted_while_it_is_read_stays_whole_for_its_readers(s
     sharing.step()
     sharing.scheduler._prefixes.drop(prefix)
     sharing.check_accounts()
-    other = sharing.add(long_ids(2500, seed=21), sampling(20, "off"))  # writes what is free
+    other = sharing.add(long_ids(2000, seed=21), sampling(20, "off"))  # writes what is free
     sharing.finish()
     assert first_difference(sharing.outputs.pop(name), expected) is None
     sharing.outputs.pop(other)
@@ -181,7 +187,7 @@ def test_a_saved_prefix_is_loaded_and_answers_the_same_to_the_last_bit(
 ):
     document, suffix = document_of(sharing, long_ids, 17, seed=9), long_ids(40, seed=14)
     prefix, _ = pin(sharing, document, method)
-    others = [manager for manager in sharing.managers if manager is not sharing.manager]
+    others = others_of(sharing)
     held = [contents(sharing, *each) for each in zip(others, prefix.beside, strict=True)]
     expected = sharing.run(document + suffix, sampling(40, method))
     again = sharing.run(document + suffix + tokens(expected), sampling(30, method))
@@ -217,9 +223,8 @@ def test_an_engine_that_is_started_again_answers_as_the_one_before(
     pin(sharing, document, METHOD)
     expected = sharing.run(document + suffix, sampling(40, METHOD))
     save_and_drop(sharing, tmp_path / "document")
-    options = STATEFUL.get(kind, {}) | dict(num_gpu_blocks_override=NUM_BLOCKS + 71)
-    model = (stateful if kind in STATEFUL else hybrids)[kind]
-    again = engines(model, "snapkv:budget=0.25,prefix_share=0.6", **options)
+    options = STARTED.get(kind, {}) | dict(num_gpu_blocks_override=NUM_BLOCKS + 71)
+    again = engines((hybrids | stateful)[kind], OPTIONS, **options)
     free = again.free
     load_prefix(again.llm, tmp_path / "document")
     (prefix,) = again.scheduler._prefixes

@@ -36,10 +36,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.config import _as_dict as as_dict
 from vllm_kvcompress.paging import compactions, rings, scheduler, yielding
+from vllm_kvcompress.paging.groups import GROUP
 from vllm_kvcompress.paging.job import CompressionReport, CompressionStep, Job, Loaded, Solve
 from vllm_kvcompress.paging.scheduler import AsyncCompressionScheduler, CompressionScheduler
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.plan import SPARE_QUERIES
+from vllm_kvcompress.plugin import _group
 
 BLOCK = 16
 VOCABULARY = 1000
@@ -138,8 +140,8 @@ class Row:
 
     Attributes:
         tokens: its prompt and all it sampled.
-        blocks: by position; those below `boundary` are stale.
-        windows: blocks by position of the group whose layers slide a window, if there is one.
+        blocks: by position, of each group; stale are those below `boundary` of the groups that are compacted,
+            and those that others have moved on from.
         keys: of its computed tokens.
         destination: its compacted blocks.
         boundary: first raw token.
@@ -149,13 +151,12 @@ class Row:
     """
 
     tokens: list[int]
-    blocks: list[int]
+    blocks: list[list[int]]
     keys: list[Key]
     destination: tuple[int, ...] = ()
     boundary: int = 0
     history: int = 0
     compacted_by: str = ""
-    windows: list[int] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
 
     def key(self, position: int, token: int, before: Sequence[Key], history: int | None = None) -> Key:
@@ -195,8 +196,9 @@ class Record:
 class FakeWorker:
     """Follows the scheduler's word and asserts that every block is what its reader takes it for."""
 
-    def __init__(self, scheduler, window: int = 0, seed: int = 0) -> None:
+    def __init__(self, scheduler, num_compacted: int = 1, window: int = 0, seed: int = 0) -> None:
         self.scheduler = scheduler
+        self.num_compacted = num_compacted  # groups: the first ones
         self.window = window  # tokens of the other group's; 0 without one
         self.rows: dict[str, Row] = {}
         self.prefixes: dict[str, Row] = {}  # what their requests were, up to the end of the prefix
@@ -224,7 +226,7 @@ class FakeWorker:
             self._forget(name)
         loaded = [self._load(each) for each in step.loaded]
         for name in output.preempted_req_ids or ():
-            self.rows[name].blocks, self.rows[name].keys, self.rows[name].windows = [], [], []
+            self.rows[name].blocks, self.rows[name].keys = [], []
         attaching = {name: self.prefixes[prefix] for name, prefix in step.attached.items()}
         for prefix in step.dropped:
             del self.prefixes[prefix]
@@ -279,7 +281,6 @@ class FakeWorker:
         row = self.rows.get(name)
         if row is not None:  # (its tokens are kept: a preempted request comes back with them)
             row.destination, row.boundary, row.history, row.blocks, row.keys = (), 0, 0, [], []
-            row.windows = []
         self.records.pop(name, None)
         self.repeating.pop(name, None)
         self.solved.pop(name, None)
@@ -293,30 +294,22 @@ class FakeWorker:
             return
         end = len(kept.hashes) * BLOCK
         assert end <= len(row.keys), "a prefix has tokens that are not computed"
-        assert [block.block_id for block in kept.tail] == row.blocks[row.boundary // BLOCK : end // BLOCK]
         assert tuple(block.block_id for block in kept.compacted) == row.destination
-        windows = row.windows[: end // BLOCK]
-        for group in kept.beside:
-            first = self._first_seen(end) // BLOCK
-            windows = [0] * first + [block.block_id for block in group]
-            assert windows[first:] == row.windows[first : end // BLOCK]
+        held = [[block.block_id for block in own] for own in kept.tails + kept.beside]
+        seen = self._seen(row.blocks, row.boundary, end)
+        assert len(kept.tails) == self.num_compacted and held == seen
         self.prefixes[prefix] = replace(
-            row,
-            tokens=row.tokens[:end],
-            blocks=row.blocks[: end // BLOCK],
-            windows=windows,
-            keys=row.keys[:end],
+            row, tokens=row.tokens[:end], blocks=self._placed(seen, end), keys=row.keys[:end]
         )
 
     def _load(self, loaded: Loaded) -> Row:
         """A prefix that was read is in these blocks, once it is written there."""
         saved = self.read.pop(loaded.prefix_id)
-        row = replace(saved, destination=loaded.destination)
-        row.blocks = [0] * (saved.boundary // BLOCK) + list(loaded.tail)
-        row.windows = []
-        for group in loaded.beside:
-            row.windows = [0] * (len(row.blocks) - len(group)) + list(group)
-        assert len(row.blocks) * BLOCK == len(row.keys) and len(row.destination) == len(saved.destination)
+        seen, end = [*map(list, loaded.tails), *map(list, loaded.beside)], len(saved.keys)
+        before = self._seen(saved.blocks, saved.boundary, end)
+        assert [*map(len, seen)] == [*map(len, before)] and len(loaded.tails) == self.num_compacted
+        assert len(loaded.destination) == len(saved.destination)
+        row = replace(saved, destination=loaded.destination, blocks=self._placed(seen, end))
         self.prefixes[loaded.prefix_id] = row
         self.loaded += 1
         return row
@@ -328,10 +321,9 @@ class FakeWorker:
         for block in row.destination:
             self.blocks.pop(block, None)
             self.compacted[block] = (row.compacted_by, row.history)
-        for blocks in (row.blocks, row.windows):
+        for blocks in row.blocks:
             for position, key in enumerate(row.keys):
-                block = blocks[position // BLOCK] if blocks else 0
-                if block:
+                if block := blocks[position // BLOCK]:
                     self.compacted.pop(block, None)
                     self.blocks.setdefault(block, {})[position % BLOCK] = key
 
@@ -339,12 +331,10 @@ class FakeWorker:
         row = self.rows[name]
         assert row.tokens[:computed] == prefix.tokens[:computed], "a prefix is of other tokens"
         assert prefix.boundary <= computed <= len(prefix.keys) and computed % BLOCK == 0
-        assert row.blocks[: computed // BLOCK] == [
-            0 if n < prefix.boundary // BLOCK else block
-            for n, block in enumerate(prefix.blocks[: computed // BLOCK])
+        assert not self.window or computed == len(prefix.keys)
+        assert [own[: computed // BLOCK] for own in row.blocks] == [
+            own[: computed // BLOCK] for own in prefix.blocks
         ]
-        if self.window:
-            assert row.windows[: computed // BLOCK] == prefix.windows
         row.keys, row.destination, row.boundary = prefix.keys[:computed], prefix.destination, prefix.boundary
         row.history, row.compacted_by = prefix.history, prefix.compacted_by
         self.attached[name] = computed
@@ -355,9 +345,7 @@ class FakeWorker:
             computed = new.num_computed_tokens
             tokens = list(new.prompt_token_ids)
             keys = row.keys[:computed] if row is not None else []
-            own, *others = new.block_ids
-            self.rows[new.req_id] = row = Row(tokens, list(own), keys)
-            row.windows = list(others[0]) if self.window else []
+            self.rows[new.req_id] = row = Row(tokens, [list(own) for own in new.block_ids], keys)
             if new.req_id in attaching:
                 self._attach(new.req_id, attaching.pop(new.req_id), computed)
             self._read_hit(row, computed)
@@ -368,14 +356,13 @@ class FakeWorker:
             row = self.rows[name]
             if name in cached.resumed_req_ids:
                 assert not row.destination, "a request came back, but its compacted pages were not released"
-                row.blocks, row.keys = list(blocks[0]), []
-                row.windows = list(blocks[1]) if self.window else []
+                row.blocks, row.keys = [list(own) for own in blocks], []
                 if name in attaching:
                     self._attach(name, attaching.pop(name), computed)
                 self._read_hit(row, computed)
             else:
-                row.blocks += blocks[0] if blocks else []
-                row.windows += blocks[1] if blocks and self.window else []
+                for own, more in zip(row.blocks, blocks or (), strict=False):
+                    own += more
         assert not attaching, "a request is attached that does not start"
 
     def _read_hit(self, row: Row, computed: int) -> None:
@@ -446,7 +433,8 @@ class FakeWorker:
         assert not row.destination and not job.destination and solve.shares and job.solved
         assert solve.shares.start == (before[-1].shares.stop if before else 0), "shares come in order"
         assert solve.shares.stop <= solve.num_shares and all(job == other.job for other in before)
-        self._check_keys(job.source + job.tail, row, 0, job.num_tokens)
+        for raw in job.raw:
+            self._check_keys(raw, row, 0, job.num_tokens)
         if job.config.repeats:
             assert self.repeated[name] == set(range(job.num_tokens)), "it is solved for what is not repeated"
         before.append(solve)
@@ -459,11 +447,14 @@ class FakeWorker:
         assert job.boundary % BLOCK == 0 and job.boundary >= job.previous_boundary
         assert job.boundary > job.previous_boundary or len(job.destination) < len(job.previous)
         assert job.boundary <= job.num_tokens
-        assert len(job.source) == (job.boundary - job.previous_boundary) // BLOCK
-        assert len(job.tail) == -(-(job.num_tokens - job.boundary) // BLOCK)
+        sources, tails = (job.source, *job.other_sources), (job.tail, *job.other_tails)
+        assert len(sources) == len(tails) == self.num_compacted
+        assert {len(own) for own in sources} == {(job.boundary - job.previous_boundary) // BLOCK}
+        assert {len(own) for own in tails} == {-(-(job.num_tokens - job.boundary) // BLOCK)}
         for block in job.previous:
             assert self.compacted[block] == (row.compacted_by, row.history)
-        self._check_keys(job.source + job.tail, row, job.previous_boundary, job.num_tokens)
+        for raw in job.raw:
+            self._check_keys(raw, row, job.previous_boundary, job.num_tokens)
         self._check_queries(job, row)
         assert len(set(job.destination)) == len(job.destination) > 0 and 0 not in job.destination
         for block in job.destination:
@@ -473,18 +464,19 @@ class FakeWorker:
                     raise AssertionError(f"{name} can read a destination of {job.request_id}")
             for name, prefix in self.prefixes.items():
                 assert block not in self._readable_of(prefix), f"{name} has a destination of {job.request_id}"
-        assert not set(job.tail) & set(job.destination)
+        assert not any(set(tail) & set(job.destination) for tail in tails)
         if job.solved:
             solves = self.solved.pop(job.request_id)
             assert solves[-1].shares.stop == solves[-1].num_shares, "it is not all solved"
             assert (
                 replace(job, destination=()) == solves[0].job and len(job.destination) == solves[0].num_blocks
             )
-        kept = len(job.destination)
+        kept, rest = divmod(len(job.destination), self.num_compacted)
+        assert not rest
         if job.config.threshold is not None:
             kept = 1 + hash((row.history, row.keys[job.num_tokens - 1])) % kept
         row.history = hash((row.history, job.boundary, job.num_tokens, kept))
-        row.destination, row.boundary = job.destination[:kept], job.boundary
+        row.destination, row.boundary = job.destination[: kept * self.num_compacted], job.boundary
         row.compacted_by = job.request_id
         for block in job.destination:  # also what is not kept may be written
             self.blocks.pop(block, None)
@@ -516,9 +508,19 @@ class FakeWorker:
     def _readable_of(self, row: Row) -> set[int]:
         if not row.keys:
             return set()
-        end = -(-len(row.keys) // BLOCK)
-        windows = row.windows[self._first_seen(len(row.keys)) // BLOCK : end]
-        return {*row.blocks[row.boundary // BLOCK : end], *row.destination, *windows}
+        seen = self._seen(row.blocks, row.boundary, len(row.keys))
+        return {*row.destination, *(block for own in seen for block in own)}
+
+    def _seen(self, blocks: Sequence[list[int]], boundary: int, end: int) -> list[list[int]]:
+        """Of blocks by position, of each group, those that are read from a token on, of whose row is raw from
+        another on."""
+        first = [boundary // BLOCK] * self.num_compacted + [self._first_seen(end) // BLOCK]
+        return [own[begin : -(-end // BLOCK)] for own, begin in zip(blocks, first, strict=False)]
+
+    @staticmethod
+    def _placed(seen: list[list[int]], end: int) -> list[list[int]]:
+        """These blocks by position, the last ones of a row of whole blocks."""
+        return [[0] * (end // BLOCK - len(own)) + own for own in seen]
 
     def _first_seen(self, num_tokens: int) -> int:
         """The first token that is in the window of one behind so many."""
@@ -528,11 +530,10 @@ class FakeWorker:
         for block in row.destination:
             written = self.compacted.get(block)
             assert written == (row.compacted_by, row.history), "compacted pages were overwritten"
-        begin = row.boundary // BLOCK
-        self._check_keys(row.blocks[begin:], row, row.boundary, len(row.keys))
-        if self.window:
-            begin = self._first_seen(len(row.keys)) // BLOCK
-            self._check_keys(row.windows[begin:], row, begin * BLOCK, len(row.keys))
+        end = len(row.keys)
+        for seen in self._seen(row.blocks, row.boundary, end):
+            if end:
+                self._check_keys(seen, row, (-(-end // BLOCK) - len(seen)) * BLOCK, end)
 
     def _check_keys(self, blocks: Sequence[int], row: Row, begin: int, end: int) -> None:
         for position in range(begin, end):
@@ -542,9 +543,8 @@ class FakeWorker:
 
     def _write(self, name: str, row: Row, position: int, key: Key) -> None:
         assert position >= row.boundary
-        self._write_into(row.blocks[position // BLOCK], name, position, key)
-        if self.window:
-            self._write_into(row.windows[position // BLOCK], name, position, key)
+        for own in row.blocks:
+            self._write_into(own[position // BLOCK], name, position, key)
 
     def _write_into(self, block: int, name: str, position: int, key: Key) -> None:
         assert block != 0, "a token was written into the null block"
@@ -558,9 +558,10 @@ class FakeWorker:
                 continue
             # vLLM lets a request hit blocks that another one computes in the same step.
             assert block not in reader.destination, "compacted pages are written"
-            raw = reader.blocks[reader.boundary // BLOCK :]
-            places = [0] * (reader.boundary // BLOCK) + raw if block in raw else reader.windows
-            read = reader.keys[places.index(block) * BLOCK :][:BLOCK]
+            end = len(reader.keys)
+            seen = self._seen(reader.blocks, reader.boundary, end)
+            own = next(own for own in seen if block in own)
+            read = reader.keys[(-(-end // BLOCK) - len(own) + own.index(block)) * BLOCK :][:BLOCK]
             assert read[position % BLOCK :][:1] == [key], f"{name} writes a block that {other} can read"
         self.compacted.pop(block, None)
         slots[position % BLOCK] = key
@@ -594,26 +595,29 @@ class Simulation:
         num_blocks: int = 200,
         log_stats: bool = False,
         window: int = 0,
+        num_compacted: int = 1,
         **options,
     ) -> None:
         vllm_config = configured(compression, num_blocks, **options)
         shape = dict(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
-        groups = [KVCacheGroupSpec(["layer"], CompactableSpec(**shape))]
+        groups = [
+            KVCacheGroupSpec([f"layers.{number}"], CompactableSpec(**shape))
+            for number in range(num_compacted)
+        ]
         if window:
-            groups.append(KVCacheGroupSpec(["sliding"], SlidingWindowSpec(**shape, sliding_window=window)))
+            spec = SlidingWindowSpec(**shape, sliding_window=window)
+            groups.append(KVCacheGroupSpec(["layers.9"], spec))
+        kv_cache_config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+        vllm_config.additional_config[GROUP] = _group(kv_cache_config, vllm_config)
         kind = AsyncCompressionScheduler if options.get("asynchronous") else CompressionScheduler
         self.scheduler = kind(
             vllm_config=vllm_config,
-            kv_cache_config=KVCacheConfig(
-                num_blocks=num_blocks,
-                kv_cache_tensors=[],
-                kv_cache_groups=groups,
-            ),
+            kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(vllm_config),
             block_size=BLOCK,
             log_stats=log_stats,
         )
-        self.worker = FakeWorker(self.scheduler, window)
+        self.worker = FakeWorker(self.scheduler, num_compacted, window)
         self.manager = self.scheduler.compacting_manager
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.free

@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm_kvcompress import KVCompressionConfig
 from vllm_kvcompress.attention.cpu import CompressedCPUAttentionBackend
 from vllm_kvcompress.config import KVCompressionError
-from vllm_kvcompress.paging.job import Job
+from vllm_kvcompress.paging.job import Job, Loaded
 from vllm_kvcompress.paging.spec import CompactableSpec, compactable_groups
 
 SHAPE = dict(num_kv_heads=2, head_size=32, dtype=torch.float32)
@@ -30,6 +30,12 @@ def test_a_job_in_smaller_blocks_names_all_of_each_block_and_of_the_last_what_ho
     assert several.raw == [(9, 2, 7), (3, 1, 6)] and several.freed == {4, 9, 2, 3, 1}
     others = several.split(3, 32)
     assert others.raw == [split.source + split.tail, (9, 10, 11, 3, 4, 5, 18, 19)]
+
+
+def test_a_loaded_prefix_in_smaller_blocks_has_those_of_other_groups_whole():
+    loaded = Loaded("a", destination=(4, 2), tails=((7,), (1,)), beside=((9, 8), ()))
+    split = Loaded("a", (12, 13, 14, 6, 7, 8), ((21, 22, 23), (3, 4, 5)), ((9, 8), ()))
+    assert loaded.split(3) == split and loaded.split(1) == loaded
 
 
 def test_a_spec_keeps_how_its_blocks_are_split():

@@ -57,10 +57,10 @@ class Attaching:
     def _rows(self, prefix: Prefix, end: int) -> tuple[list[KVCacheBlock], ...]:
         """Of each group the row of a request that takes over so many blocks."""
         own, num_compacted = self._manager, prefix.plan.source_blocks
-        beside, null, rows = iter(prefix.beside), own._null_block, []
+        tails, beside, null, rows = iter(prefix.tails), iter(prefix.beside), own._null_block, []
         for manager in self._scheduler.kv_cache_manager.coordinator.single_type_managers:
-            if manager is own:
-                rows.append([null] * num_compacted + list(prefix.tail[: end - num_compacted]))
+            if isinstance(manager, CompactingManager):
+                rows.append([null] * num_compacted + list(next(tails)[: end - num_compacted]))
             else:
                 seen = next(beside)
                 num_blocks = end * own.block_size // manager.block_size

@@ -148,19 +148,19 @@ class Loaded:
     Attributes:
         prefix_id: its name.
         destination: block ids of its compacted pages.
-        tail: block ids of the raw ones behind them.
+        tails: of each group that is compacted, block ids of the raw ones behind them.
         beside: of each group that is not compacted, block ids of what its layers see behind the end.
     """
 
     prefix_id: str
     destination: tuple[int, ...]
-    tail: tuple[int, ...]
+    tails: tuple[tuple[int, ...], ...]
     beside: tuple[tuple[int, ...], ...] = ()
 
     def split(self, num_parts: int) -> "Loaded":
         """The same in smaller blocks, so many of each; but for those of other groups."""
-        destination, tail = parts_of(self.destination, num_parts), parts_of(self.tail, num_parts)
-        return replace(self, destination=destination, tail=tail)
+        tails = tuple(parts_of(tail, num_parts) for tail in self.tails)
+        return replace(self, destination=parts_of(self.destination, num_parts), tails=tails)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.request import Request
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.paging.groups import blocks_beside
 from vllm_kvcompress.paging.job import Loaded
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.prefixes import Prefix, Prefixes
@@ -47,7 +48,7 @@ class Leaving:
         self._scheduler, self._manager, self._tracked = scheduler, manager, tracked
         self._prefixes = prefixes
         managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-        self._others = [each for each in managers if each is not manager]
+        self._others = [each for each in managers if not isinstance(each, CompactingManager)]
         self.alignment = math.lcm(*(each.block_size for each in managers))
         self.kept: dict[str, str] = {}  # requests, by the prefix that each has left since the last step
         self._loaded: list[Loaded] = []
@@ -90,7 +91,7 @@ class Leaving:
             plan=tracked.held,
             kept=config.ladder_steps[tracked.step] if config.when == "pressure" else config.budget,
             compacted=tuple(manager.compacted[name]),
-            tail=tuple(manager.req_to_blocks[name][begin:end]),
+            tails=tuple(tuple(row[begin:end]) for row in manager.rows(name)),
             beside=beside,
             salt=request.cache_salt,
             adapter=request.lora_request.lora_name if request.lora_request else None,
@@ -100,13 +101,19 @@ class Leaving:
         if not self._prefixes.keep(prefix):
             return "there is one like it, or it is larger than prefix_share"
         if config.prefix is not None:
-            # A raw copy that nobody reads would be taken instead, and compacted each time.
-            pool = manager.block_pool
-            found = (pool.get_cached_block(each, [manager.kv_cache_group_id]) for each in prefix.hashes)
-            idle = {blocks[0].block_id for blocks in found if blocks and not blocks[0].ref_cnt}
-            pool.evict_blocks(idle)
+            self._forget_raw(prefix.hashes)
         self.kept[prefix.id] = name
         return prefix
+
+    def _forget_raw(self, hashes: Sequence[bytes]) -> None:
+        """Drop raw copies that nobody reads: they would be taken instead of the prefix, and compacted each
+        time."""
+        pool = self._manager.block_pool
+        for manager in (self._manager, *self._manager.others):
+            group = [manager.kv_cache_group_id]
+            for each in hashes:  # which several requests may have computed
+                while (copies := pool.get_cached_block(each, group)) and not copies[0].ref_cnt:
+                    pool.evict_blocks({copies[0].block_id})
 
     def is_wanted(self, config: KVCompressionConfig) -> bool:
         """Whether a request with these options should leave a prefix, if it is compacted."""
@@ -178,7 +185,9 @@ class Leaving:
         manager, pool = self._manager, self._manager.block_pool
         num_kept, num_source = about["kept_blocks"], about["boundary"] // manager.block_size
         hashes = manager.block_hashes(request)
-        numbers = num_kept, len(hashes) - num_source, *self.seen_blocks(request.num_tokens)
+        num_groups = manager.num_groups
+        numbers = [num_kept * num_groups] + [len(hashes) - num_source] * num_groups
+        numbers += self.seen_blocks(request.num_tokens)
         needed = sum(numbers)
         while pool.get_num_free_blocks() < needed and self._prefixes.make_room():
             pass
@@ -188,7 +197,7 @@ class Leaving:
             )
         blocks = pool.get_new_blocks(needed)
         in_order = iter(blocks)
-        compacted, tail, *beside = [tuple(itertools.islice(in_order, number)) for number in numbers]
+        compacted, *raw = [tuple(itertools.islice(in_order, number)) for number in numbers]
         prefix = Prefix(
             id=prefix_id,
             name=about["name"],
@@ -198,14 +207,15 @@ class Leaving:
             plan=Plan(about["boundary"], num_source, num_kept),
             kept=about["kept"],
             compacted=compacted,
-            tail=tail,
-            beside=tuple(beside),
+            tails=tuple(raw[:num_groups]),
+            beside=tuple(raw[num_groups:]),
             salt=about["salt"],
         )
         problem = self._unnameable(prefix)
         if problem is None:
             self._prefixes.keep(prefix)
-            self._loaded.append(Loaded(prefix_id, _ids(compacted), _ids(tail), tuple(map(_ids, beside))))
+            tails, beside = (tuple(map(_ids, rows)) for rows in (prefix.tails, prefix.beside))
+            self._loaded.append(Loaded(prefix_id, _ids(compacted), tails, beside))
         pool.free_blocks(reversed(blocks))  # a prefix has references of its own
         if problem is not None:
             raise KVCompressionError(problem)
@@ -235,8 +245,10 @@ class Leaving:
         assert prefix.name is not None
         if self._prefixes.named(prefix.name, prefix.salt) is not None:
             return TAKEN
-        pool, block_size = self._manager.block_pool, self._manager.block_size
-        usable, longest = pool.num_gpu_blocks - 1, -(-self._scheduler.max_model_len // block_size)
+        manager, scheduler = self._manager, self._scheduler
+        usable = manager.block_pool.num_gpu_blocks - 1
+        longest = -(-scheduler.max_model_len // manager.block_size) * manager.num_groups
+        longest += blocks_beside(scheduler.vllm_config)
         own, others = len(prefix.blocks), self._prefixes.named_blocks
         if usable - others - own >= longest:  # of whom vLLM has promised to serve
             return None

@@ -129,7 +129,7 @@ class CompactingManager(FullAttentionManager):
         self.block_pool.touch([block for block in new_computed_blocks if not block.is_null])
         row.extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(row)
-        if prefix is not None:
+        if prefix is not None and request_id not in self.compacted:  # of all groups together
             self.block_pool.touch(prefix.compacted)
             self.compacted[request_id] = list(prefix.compacted)
 

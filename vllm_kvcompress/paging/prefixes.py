@@ -26,7 +26,7 @@ class Prefix:
         plan: its compaction.
         kept: fraction of the raw bytes that this was given.
         compacted: its compacted blocks.
-        tail: raw blocks behind them, computed on top of them; all are full.
+        tails: of each group that is compacted, raw blocks behind them, computed on top of them; all are full.
         beside: of each other group of the cache what its layers see behind the end: the last blocks of
             windows, the block of a state. Without these a request can take over no less than all.
         salt: without which nobody may see it; None for nobody's.
@@ -43,7 +43,7 @@ class Prefix:
     plan: Plan
     kept: float | None
     compacted: tuple[KVCacheBlock, ...]
-    tail: tuple[KVCacheBlock, ...]
+    tails: tuple[tuple[KVCacheBlock, ...], ...]
     beside: tuple[tuple[KVCacheBlock, ...], ...] = ()
     salt: str | None = None
     adapter: str | None = None
@@ -53,7 +53,7 @@ class Prefix:
     @property
     def blocks(self) -> tuple[KVCacheBlock, ...]:
         """All that it holds."""
-        return self.compacted + self.tail + tuple(block for group in self.beside for block in group)
+        return self.compacted + tuple(block for row in self.tails + self.beside for block in row)
 
 
 class Prefixes:

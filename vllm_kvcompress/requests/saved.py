@@ -35,7 +35,7 @@ def fingerprint(model: torch.nn.Module, cache: PagedCache, beside: Sequence[Besi
     told = hashlib.sha256()
     grid = cache.grid
     shape = grid.num_layers, grid.num_heads, grid.block_size, cache.head_size, cache.content.shape[1]
-    told.update(json.dumps([type(cache).__name__, *shape]).encode())
+    told.update(json.dumps([type(cache).__name__, *shape, *grid.groups, *grid.slots]).encode())
     for order in cache.packed_orders:
         told.update(order.cpu().numpy().tobytes())
     for group in beside:
@@ -89,7 +89,7 @@ _OF_TABLE = {"counts", "positions", "records", "first"}
 def places(
     cache: PagedCache,
     destination: Tensor,
-    tail: Tensor,
+    tails: Tensor,
     beside: Sequence[Beside],
     seen: Sequence[Sequence[int]],
 ) -> list[Place]:
@@ -98,14 +98,14 @@ def places(
     Args:
         cache: of the layers that are compacted.
         destination: `[n]` int64, its compacted blocks.
-        tail: `[m]` int64, its raw blocks.
+        tails: `[G, m]` int64, its raw blocks in each group that is compacted.
         beside: the other groups.
         seen: of each of these, block ids of what its layers see behind the end.
     """
     grid = cache.grid
     return [
         ("compacted", cache.content, grid.linear_pages(destination)),
-        ("tail", cache.content, grid.positional_pages(tail).flatten()),
+        ("tail", cache.content, grid.positional_pages(tails).flatten()),
         *(place for group, blocks in zip(beside, seen, strict=True) for place in group.places(blocks)),
     ]
 
@@ -259,7 +259,7 @@ def _fits(
     heads, page_bytes = (grid.num_layers, grid.num_heads), cache.content.shape[1]
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         "compacted": (torch.uint8, (num_pages, page_bytes)),
-        "tail": (torch.uint8, (num_tail * grid.pages_per_block, page_bytes)),
+        "tail": (torch.uint8, (num_tail * grid.num_layers * grid.num_heads, page_bytes)),
         "counts": (integer, heads),
     }
     if (format := KVCompressionConfig.parse(about["config"]).record_format) is not None:

@@ -120,12 +120,12 @@ class CompressionState:
         """Have a prefix that was read; what then writes its blocks, unless they are nobody's by then."""
         saved, cache = self.read.pop(loaded.prefix_id), self.observer.cache
         destination = cache.on_device(loaded.destination[: saved.num_blocks(cache)])
-        tail = cache.on_device(loaded.tail)
+        tails = cache.on_device(loaded.tails)
         table = self.prefixes[loaded.prefix_id] = saved.table(cache, destination)
 
         def written() -> None:
             if table.is_held:
-                saved.put(places(cache, destination, tail, self.beside, loaded.beside))
+                saved.put(places(cache, destination, tails, self.beside, loaded.beside))
 
         return written
 

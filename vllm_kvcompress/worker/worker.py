@@ -268,7 +268,7 @@ class CompressionWorker(Worker):
         self,
         path: str,
         names: Sequence[str],
-        tail: Sequence[int],
+        tails: Sequence[Sequence[int]],
         seen: Sequence[Sequence[int]],
         tokens: Sequence[int],
         about: dict,
@@ -280,7 +280,7 @@ class CompressionWorker(Worker):
         Args:
             path: the file; of several workers each has one of its own.
             names: of the prefix, and of the request that it is of if this worker has not been told yet.
-            tail: block ids of its raw tail.
+            tails: of each group that is compacted, block ids of its raw tail.
             seen: of each group that is not compacted, block ids of what its layers see behind the end.
             tokens: of which it is.
             about: what the scheduler knows of it.
@@ -294,7 +294,7 @@ class CompressionWorker(Worker):
         about = about | {"fingerprint": self._fingerprint()}
         # With a threshold a GPU's tables have room for all that the budget allows.
         destination = table.destination[: about["kept_blocks"] * self._parts_of_groups]
-        raw = cache.on_device(parts_of(tail, self._num_parts))
+        raw = cache.on_device([parts_of(tail, self._num_parts) for tail in tails])
         places = saved.places(cache, destination, raw, state.beside, seen)
         self._saver.begin(own, saved.copied(table, places, torch.tensor(tokens)), about)
 
