@@ -43,7 +43,6 @@ CONNECTORS = {  # of vLLM's own: what keeps each from it
 UNTRIED_CONNECTOR = "which was not tried on blocks that compaction moves"
 NO_DRAFT_MODEL = ("ngram", "suffix")  # ways to speculate
 DRAFT_MODELS = ("draft_model", "eagle", "eagle3", "mtp")  # those that were tried
-KEEP_STATES, WITHIN_CHUNKS = "keep states", "attend within chunks"  # layers that are not compacted
 LACKS = "kv_compression_lacks"  # in `additional_config`: what the workers found missing in the model
 
 
@@ -117,7 +116,7 @@ def check_method(config: KVCompressionConfig, vllm_config: VllmConfig) -> None:
             "kv-compression: threshold needs all layers in one worker; remove it or --pipeline-parallel-size"
         )
     shape = compacted_shape(vllm_config)
-    if shape is None and _other_layers(model) is None:
+    if shape is None and not _has_other_layers(model):
         shape = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
     try:
         if shape is not None:  # else it is asked again once the engine has its groups
@@ -136,24 +135,13 @@ def _check_prefixes(config: KVCompressionConfig, vllm_config: VllmConfig) -> Non
             f"kv-compression: compacted prefixes are found by vLLM's prefix cache; leave {option} out, or "
             "remove --no-enable-prefix-caching"
         )
-    if (others := _other_layers(model)) is not None:
-        _check_prefixes_beside(others, option, vllm_config)
-    if config.observed_window and not config.matches:
-        _warn_of_queries(config.method, option)
-
-
-def _check_prefixes_beside(others: str, option: str, vllm_config: VllmConfig) -> None:
-    """Refuse them where they would not hold what other layers see behind their ends."""
-    if others == WITHIN_CHUNKS:
-        raise KVCompressionError(
-            f"kv-compression: compacted prefixes of models some of whose layers {others} were not tried; "
-            f"leave {option} out"
-        )
-    if others == KEEP_STATES and vllm_config.cache_config.mamba_cache_mode != "align":
+    if model.is_hybrid and vllm_config.cache_config.mamba_cache_mode != "align":
         raise KVCompressionError(
             "kv-compression: compacted prefixes of models some of whose layers keep states need "
             f"--mamba-cache-mode align; leave {option} out, or set it"
         )
+    if config.observed_window and not config.matches:
+        _warn_of_queries(config.method, option)
 
 
 @functools.cache
@@ -472,13 +460,10 @@ def _latent_refusals(config: VllmConfig):
     )
 
 
-def _other_layers(model: ModelConfig) -> str | None:
-    """What layers of a model do that are not compacted; None if all are."""
-    if model.is_hybrid:
-        return KEEP_STATES
-    if "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
-        return WITHIN_CHUNKS
-    return "slide a window" if slides_windows(model) else None
+def _has_other_layers(model: ModelConfig) -> bool:
+    """Whether some layers are not compacted: they keep states, attend within chunks or slide a window."""
+    types = getattr(model.hf_text_config, "layer_types", None) or ()
+    return model.is_hybrid or "chunked_attention" in types or slides_windows(model)
 
 
 def slides_windows(model: ModelConfig) -> bool:

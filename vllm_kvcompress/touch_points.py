@@ -380,6 +380,7 @@ TABLE: dict[str, Touched] = {
     "vllm.v1.core.single_type_kv_cache_manager:MambaManager": Touched(
         reads="has_prefill_checkpoint_blocks kv_cache_spec mamba_cache_mode",
     ),
+    "vllm.v1.core.single_type_kv_cache_manager:ChunkedLocalAttentionManager": Touched(),
     "vllm.v1.core.single_type_kv_cache_manager:SlidingWindowManager": Touched(),
     "vllm.v1.core.single_type_kv_cache_manager:FullAttentionManager": Touched(
         reads="__init__ _null_block block_pool block_size num_cached_block req_to_blocks",

@@ -1,4 +1,4 @@
-"""Compacted prefixes of models some of whose layers slide a window or keep states.
+"""Compacted prefixes of models some of whose layers slide a window, attend within chunks or keep states.
 
 Who attaches also goes on from what these layers see at the prefix's end.
 """
@@ -18,7 +18,7 @@ from vllm_kvcompress.paging.statistics import TAKEN
 from vllm_kvcompress.requests.saved import read, write
 
 # Of "padded" vLLM has the layers of full attention in three groups.
-KINDS = ["gemma3", "padded", "gpt-oss", "lfm2", "qwen3-next"]
+KINDS = ["gemma3", "llama4", "padded", "gpt-oss", "lfm2", "qwen3-next"]
 STARTED = STATEFUL | {"padded": dict(max_model_len=2048)}
 OPTIONS, METHOD = "snapkv:budget=0.25,prefix_share=0.6", "knorm:budget=0.25"
 
@@ -74,7 +74,7 @@ def document_of(sharing, long_ids, rest: int, seed: int) -> list[int]:
 
 
 @pytest.mark.parametrize("rest", [0, 1, 17])
-def test_a_prefix_holds_what_windows_and_states_saw_at_its_end(sharing, long_ids, rest):
+def test_a_prefix_holds_what_other_layers_saw_at_its_end(sharing, long_ids, rest):
     """To the last bit as with a raw request of the same prompt."""
     document = document_of(sharing, long_ids, rest, seed=2)
     prefix, _ = pin(sharing, document, METHOD)

@@ -28,7 +28,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -196,10 +201,12 @@ class Record:
 class FakeWorker:
     """Follows the scheduler's word and asserts that every block is what its reader takes it for."""
 
-    def __init__(self, scheduler, num_compacted: int = 1, window: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, scheduler, num_compacted: int = 1, window: int = 0, chunk: int = 0, seed: int = 0
+    ) -> None:
         self.scheduler = scheduler
         self.num_compacted = num_compacted  # groups: the first ones
-        self.window = window  # tokens of the other group's; 0 without one
+        self.window, self.chunk = window, chunk  # tokens of the other group's, one of them; 0 without one
         self.rows: dict[str, Row] = {}
         self.prefixes: dict[str, Row] = {}  # what their requests were, up to the end of the prefix
         self.attached: dict[str, int] = {}  # requests to the tokens that they took from a prefix
@@ -331,7 +338,7 @@ class FakeWorker:
         row = self.rows[name]
         assert row.tokens[:computed] == prefix.tokens[:computed], "a prefix is of other tokens"
         assert prefix.boundary <= computed <= len(prefix.keys) and computed % BLOCK == 0
-        assert not self.window or computed == len(prefix.keys)
+        assert len(row.blocks) == self.num_compacted or computed == len(prefix.keys)
         assert [own[: computed // BLOCK] for own in row.blocks] == [
             own[: computed // BLOCK] for own in prefix.blocks
         ]
@@ -523,7 +530,9 @@ class FakeWorker:
         return [[0] * (end // BLOCK - len(own)) + own for own in seen]
 
     def _first_seen(self, num_tokens: int) -> int:
-        """The first token that is in the window of one behind so many."""
+        """The first token that is in the window, or in the chunk, of one behind so many."""
+        if self.chunk:
+            return num_tokens // self.chunk * self.chunk
         return max(num_tokens - self.window + 1, 0)
 
     def _check_reads(self, name: str, row: Row) -> None:
@@ -595,6 +604,7 @@ class Simulation:
         num_blocks: int = 200,
         log_stats: bool = False,
         window: int = 0,
+        chunk: int = 0,
         num_compacted: int = 1,
         **options,
     ) -> None:
@@ -607,6 +617,9 @@ class Simulation:
         if window:
             spec = SlidingWindowSpec(**shape, sliding_window=window)
             groups.append(KVCacheGroupSpec(["layers.9"], spec))
+        if chunk:
+            spec = ChunkedLocalAttentionSpec(**shape, attention_chunk_size=chunk)
+            groups.append(KVCacheGroupSpec(["layers.9"], spec))
         kv_cache_config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
         vllm_config.additional_config[GROUP] = _group(kv_cache_config, vllm_config)
         kind = AsyncCompressionScheduler if options.get("asynchronous") else CompressionScheduler
@@ -617,7 +630,7 @@ class Simulation:
             block_size=BLOCK,
             log_stats=log_stats,
         )
-        self.worker = FakeWorker(self.scheduler, num_compacted, window)
+        self.worker = FakeWorker(self.scheduler, num_compacted, window, chunk)
         self.manager = self.scheduler.compacting_manager
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self.free

@@ -311,6 +311,25 @@ def test_a_prefix_has_what_windows_see_behind_its_end(mode, window, length):
         sim.check_nothing_left()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("chunk", [2 * BLOCK, 11 * BLOCK, 40 * BLOCK, 64 * BLOCK])
+@pytest.mark.parametrize("length", [40 * BLOCK, 41 * BLOCK - 1])
+def test_a_prefix_has_what_the_chunk_has_that_it_ends_in(mode, chunk, length):
+    sim = Simulation(PINS, max_model_len=1280, num_blocks=400, chunk=chunk, **mode)
+    document = prompt_of(length)
+    prefix = pin(sim, document)
+    (seen,) = prefix.beside
+    assert len(seen) == (40 * BLOCK) % chunk // BLOCK and not any(block.is_null for block in seen)
+    forget_raw(sim)
+    free = sim.free
+    names = [sim.add(document + prompt_of(50, seed), max_tokens=30) for seed in (1, 2, 3)]
+    sim.add(document[:-BLOCK] + prompt_of(50, 4), max_tokens=30)  # not to a part of it
+    sim.finish()
+    assert [sim.worker.attached[name] for name in names] == [40 * BLOCK] * 3 and prefix.hits == 3
+    assert sim.free == free and prefix.users == 0
+    sim.check_nothing_left()
+
+
 def test_beside_windows_a_prefix_is_taken_over_to_its_end_or_not_at_all():
     sim, document = Simulation(PINS, window=53, max_model_len=1280), prompt_of(40 * BLOCK)
     prefix = pin(sim, document)
@@ -423,12 +442,22 @@ def test_pins_leave_room_for_the_longest_request_in_every_group(num_compacted):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("num_compacted", "window"), [(1, 0), (1, 20), (1, 300), (2, 0), (3, 20)])
-def test_a_prefix_that_is_loaded_is_read_as_the_one_that_was_saved(mode, num_compacted, window):
+@pytest.mark.parametrize(
+    "groups",
+    [
+        dict(num_compacted=1),
+        dict(num_compacted=1, window=20),
+        dict(num_compacted=1, window=300),
+        dict(num_compacted=1, chunk=11 * BLOCK),
+        dict(num_compacted=2),
+        dict(num_compacted=3, window=20),
+    ],
+    ids=str,
+)
+def test_a_prefix_that_is_loaded_is_read_as_the_one_that_was_saved(mode, groups):
     """Also in the step in which it is loaded, and where it goes in that step."""
     document, answers = prompt_of(40 * BLOCK + 3), []
-    num_blocks = 300 * num_compacted
-    groups = dict(num_compacted=num_compacted, window=window)
+    num_blocks = 300 * groups["num_compacted"]
     sim = Simulation(PINS, max_model_len=1280, num_blocks=num_blocks, **groups, **mode)
     pinned = pin(sim, document)
     answers.append(sim.run(document + prompt_of(20, 1), max_tokens=30))
@@ -458,20 +487,24 @@ def test_a_prefix_that_is_loaded_is_read_as_the_one_that_was_saved(mode, num_com
     sim.check_nothing_left()
 
 
-@pytest.mark.parametrize(("num_compacted", "window"), [(1, 0), (1, 20), (2, 0), (2, 90)])
+@pytest.mark.parametrize(
+    ("num_compacted", "window", "chunk"), [(1, 0, 0), (1, 20, 0), (1, 0, 96), (2, 0, 0), (2, 90, 0)]
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("when", ["prompt", "pressure", "streaming"])
-def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, when, num_compacted, window):
+def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(
+    seed, mode, when, num_compacted, window, chunk
+):
     """Conversations that go on, branch and are deleted, documents that are pinned, in a small pool; some are
     saved, and loaded again."""
     draw = random.Random(seed)
     every = ",recompact_every=160" if when == "streaming" else ""
     engine = f"knorm:budget=0.25,prefix_share=0.4,when={when}{every},min_freed_tokens=16"
     num_blocks = draw.choice([90, 150, 260]) * num_compacted
-    if window:  # of at most 256 tokens in each of two steps, and the window
+    if window or chunk:  # of at most 256 tokens in each of two steps, and the window
         num_blocks = num_blocks + 64
-    groups = dict(num_compacted=num_compacted, window=window)
+    groups = dict(num_compacted=num_compacted, window=window, chunk=chunk)
     sim = Simulation(engine, num_blocks=num_blocks, max_model_len=1280, **groups, **mode)
     talks = [prompt_of(draw.randrange(100, 500), number) for number in range(6)]
     live: dict[str, int] = {}
@@ -519,7 +552,7 @@ def test_in_any_crowd_nothing_leaks_and_no_shared_page_is_written(seed, mode, wh
             sim.preempt(draw.choice(running))
     sim.finish()
     assert sim.worker.loaded or when != "prompt" or not files
-    assert sim.worker.attached or when != "prompt" or window  # where it is rare
+    assert sim.worker.attached or when != "prompt" or window or chunk  # where it is rare
     sim.check_nothing_left()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import (
+    ChunkedLocalAttentionManager,
     MambaManager,
     SingleTypeKVCacheManager,
     SlidingWindowManager,
@@ -262,7 +263,7 @@ def _keeps_what_is_seen(manager: SingleTypeKVCacheManager) -> bool:
     """Whether blocks of a group that a request has moved on from stay what they were at their ends."""
     if isinstance(manager, MambaManager):
         return manager.mamba_cache_mode == "align" and not manager.has_prefill_checkpoint_blocks
-    return isinstance(manager, SlidingWindowManager)
+    return isinstance(manager, SlidingWindowManager | ChunkedLocalAttentionManager)
 
 
 def _ids(blocks: Sequence[KVCacheBlock]) -> tuple[int, ...]:

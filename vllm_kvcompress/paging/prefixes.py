@@ -28,7 +28,8 @@ class Prefix:
         compacted: its compacted blocks.
         tails: of each group that is compacted, raw blocks behind them, computed on top of them; all are full.
         beside: of each other group of the cache what its layers see behind the end: the last blocks of
-            windows, the block of a state. Without these a request can take over no less than all.
+            windows, those of the chunk that it ends in, the block of a state. Without these a request can
+            take over no less than all.
         salt: without which nobody may see it; None for nobody's.
         adapter: name of the adapter by which its tokens were computed; None for none.
         users: requests that hold its blocks, as many as did not end.

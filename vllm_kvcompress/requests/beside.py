@@ -14,7 +14,7 @@ from vllm_kvcompress.paging.job import parts_of
 
 @dataclass(frozen=True)
 class Beside:
-    """A group of layers that slide a window or keep a state, as one worker has it.
+    """A group of layers that slide a window, attend within chunks or keep a state, as one worker has it.
 
     Attributes:
         num_blocks: B, of the pool.
