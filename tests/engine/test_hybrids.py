@@ -195,6 +195,22 @@ def test_layers_of_several_groups_share_one_destination(engines, hybrids, long_i
     engine.check_nothing_left()
 
 
+def test_of_requests_compacted_together_each_leaves_room_in_its_own_blocks(engines, hybrids, long_ids):
+    engine = engines(hybrids["padded"], "snapkv:budget=0.25", **STARTED["padded"])
+    prompts = [long_ids(256, seed=seed) for seed in (15, 16)]
+    whole, answers = (
+        [engine.forget_prefixes(), engine.run_all((prompt, sampling(20, method)) for prompt in prompts)][1]
+        for method in ("off", "snapkv:budget=0.85")
+    )
+    for compaction in engine.compactions[-2:]:
+        assert compaction.num_computed == 256 and (compaction.counts == 7).all()
+        assert len(compaction.job.destination) == 6 * 3, "each has room for six layers, and there are five"
+    for answer, full in zip(answers, whole, strict=True):
+        assert first_difference(answer, full) is None
+        assert chosen_logprobs(answer) == pytest.approx(chosen_logprobs(full), abs=1e-3)
+    engine.check_nothing_left()
+
+
 def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in_any_group(
     engines, hybrids, name, long_ids
 ):

@@ -113,9 +113,14 @@ class RequestTable:
         return self._on_host.tolist()
 
     @property
+    def num_pages(self) -> int:
+        """Pages of all runs."""
+        return self._numbers[-1]
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of the destination that hold anything, the first ones."""
-        return -(-self._numbers[-1] // self.grid.pages_per_block)
+        return -(-self.num_pages // self.grid.pages_per_block)
 
     @functools.cached_property
     def _ends(self) -> Tensor:
@@ -137,7 +142,7 @@ class RequestTable:
         pages = torch.zeros(*self.counts.shape, width, dtype=torch.int32, device=self.counts.device)
         in_run = torch.arange(width, device=pages.device) < self.counts[..., None]
         # Runs follow each other in (layer, head) order, which is the order a boolean mask is filled in.
-        pages[in_run] = self.grid.linear_pages(self.destination)[: self._numbers[-1]].to(torch.int32)
+        pages[in_run] = self.grid.linear_pages(self.destination)[: self.num_pages].to(torch.int32)
         return pages
 
     def longest(self, layers: slice) -> int:

@@ -266,7 +266,7 @@ class Compactor:
         together = _aligned(own, self.grid.block_size)
         shape = len(jobs), self.grid.num_layers, self.grid.num_heads
         scores = self._scores(tasks, together)
-        most_pages = [self._num_pages(job, each) for job, each in zip(jobs, own, strict=True)]
+        most_pages = [self._num_pages(task.work) for task in tasks]
         num_pages: list[int] | Tensor = most_pages
         if (threshold := jobs[0].config.threshold) is not None:
             blocks = self.cache.num_blocks_above(scores, threshold, len(jobs[0].destination))
@@ -283,7 +283,10 @@ class Compactor:
         if type(tasks[0].policy).refine is not Policy.refine:
             self._refine(tasks, together, scores, counts * self.grid.block_size)
         columns, row = self.cache.select(scores, counts.flatten(), sum(room), known is not None)
-        target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))[: sum(room)]
+        target = self.grid.linear_pages(torch.cat([task.destination for task in tasks]))
+        if sum(room) < len(target):  # each leaves its own last pages empty
+            whole = target.split([len(task.destination) * self.grid.pages_per_block for task in tasks])
+            target = torch.cat([pages[:filled] for pages, filled in zip(whole, room, strict=True)])
         overlaps = any(not job.freed.isdisjoint(job.destination) for job in jobs)
         moved = Kept(together.pages, row, columns)
         self.cache.rewrite(moved, target, overlaps)
@@ -298,13 +301,13 @@ class Compactor:
                 kept, rows = kept - (together.num_scored - held.num_scored), rows - index * len(held.pages)
             yield self._finish(task, held, counts[index], kept, rows)
 
-    def _num_pages(self, job: Job, held: _Candidates) -> int:
+    def _num_pages(self, work: Work) -> int:
         """Pages of a Job's destination that can be filled."""
-        num_pages = len(job.destination) * self.grid.pages_per_block
+        num_pages = len(work.job.destination) * self.grid.pages_per_block
         if self._fills:
             return num_pages
-        empty = 0 if held.padding is None else int(held.padding.sum())
-        return min(num_pages, (len(held.pages) * held.num_scored - empty) // self.grid.block_size)
+        held = len(work.job.source) * self.grid.num_layers * self.grid.num_heads
+        return min(num_pages, held + (0 if work.table is None else work.table.num_pages))
 
     @property
     def _fills(self) -> bool:
