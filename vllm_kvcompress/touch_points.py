@@ -595,7 +595,7 @@ TABLE: dict[str, Touched] = {
         reads="_k_scale _k_scale_float _q_scale _v_scale _v_scale_float"
     ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder": Touched(
-        reads="__init__",
+        reads="__init__ supports_update_block_table",
         overrides={
             "build": "(self, common_prefix_len, common_attn_metadata, fast_build=...)",
             "build_for_cudagraph_capture": "(self, common_attn_metadata)",

@@ -42,17 +42,21 @@ def test_the_arrays_tell_where_each_heads_run_begins_and_ends():
     assert runs.arrays.boundary.dtype == torch.int32
 
 
+def arrays_of(runs: RunArrays) -> list[torch.Tensor]:
+    return [value for value in vars(runs.arrays).values() if isinstance(value, torch.Tensor)]
+
+
 def test_a_later_compaction_is_written_where_the_request_already_is():
     runs = RunArrays(GRID, 3, 5, CPU)
     runs.put("a", table([[1, 3], [2, 2]], [9, 4], 24))
     runs.put("b", table([[1, 1], [1, 1]], [7], 16))
-    slot, places = runs.slots["a"], [t.data_ptr() for t in vars(runs.arrays).values()]
+    slot, places = runs.slots["a"], [array.data_ptr() for array in arrays_of(runs)]
     runs.put("a", table([[4, 4], [2, 2]], [1, 2, 3], 40))
     assert runs.slots["a"] == slot != runs.slots["b"]
     assert runs.arrays.destination[slot, :3].tolist() == [1, 2, 3]
     assert runs.arrays.start[slot].tolist() == [0, 4, 8, 10, 12] and runs.arrays.boundary[slot] == 40
     assert runs.arrays.destination[runs.slots["b"], 0] == 7
-    assert [t.data_ptr() for t in vars(runs.arrays).values()] == places
+    assert [array.data_ptr() for array in arrays_of(runs)] == places
 
 
 def test_every_slot_is_given_out_and_given_out_again():

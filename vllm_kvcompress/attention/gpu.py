@@ -96,13 +96,12 @@ class RowArrays:
             host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
             self._content.copy_(host, non_blocking=True)
 
-    def update_seq_lens(self, metadata: CommonAttentionMetadata) -> Tensor:
-        """`stock_seq_lens` of a batch, `[R]`."""
+    def update_seq_lens(self, metadata: CommonAttentionMetadata) -> None:
+        """Have `stock_seq_lens` be a batch's."""
         num_rows = metadata.num_reqs
         stock = self.stock_seq_lens[:num_rows]
         compacted = self.slot[:num_rows] >= 0
         torch.where(compacted, metadata.naive_query_lens(), metadata.seq_lens, out=stock)
-        return stock
 
 
 class ShareLists:
@@ -242,11 +241,14 @@ def keep_moments(
 class CompressedMetadataBuilder(AttentionMetadataBuilder):
     """Put before a stock builder: hands it the batch with compacted rows cut short, and adds our part."""
 
-    state: "CompressionState | None" = None  # both set by the worker once the cache exists
-    arrays: RowArrays
+    state: "CompressionState | None" = None  # all set by the worker once the cache exists
+    arrays: RowArrays  # both of a batch, whatever the cache group: the builders of all share them
     share_lists: ShareLists
+    fills: bool = True  # them in each step, as the first of these builders does
     processors: int = 1
     format: Format | None = None  # the engine's own, for which captured graphs have a place
+    # It would give a group the first one's batch, and with it that one's blocks of raw tokens.
+    supports_update_block_table = False
     _capturing = False
 
     @classmethod
@@ -276,10 +278,13 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             return super().build(common_prefix_len, common_attn_metadata, fast_build, **kwargs)
         common = common_attn_metadata
         batch = self._batch(self.state, common)
+        if self.fills:
+            self.arrays.update_seq_lens(common)
+        seq_lens = self.arrays.stock_seq_lens[: common.num_reqs]
         stock = super().build(
             # Compacted rows have no prefix in place.
             0 if batch.attends or batch.formats else common_prefix_len,
-            common.replace(seq_lens=self.arrays.update_seq_lens(common)),
+            common.replace(seq_lens=seq_lens),
             fast_build,
             **kwargs,
         )
@@ -372,7 +377,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
             query_start_loc=common.query_start_loc,
             max_query_len=common.max_query_len,
         )
-        self.share_lists.update(state.runs.arrays, rows, held)
+        if self.fills:
+            self.share_lists.update(state.runs.arrays, rows, held)
         attends = self._capturing or None in held
         formats = tuple(format for format in EVERY_FORMAT if format in held | captured)
         listed = [*[None] * attends, *filter(uses_shares, formats)]
@@ -397,9 +403,9 @@ class CompressedAttentionImpl(OwnLayer, AttentionImpl):
 
     PLACE = "layer_index", "content", "keys", "values"
     # All set by the worker once the cache exists.
-    content: Tensor  # `[L·B·H, page_bytes]` uint8, the whole cache
-    keys: Tensor  # `[L, B, H, N, D]`, a view of the whole cache
-    values: Tensor  # `[L, B, H, N, D]`, likewise
+    content: Tensor  # `[S·B·H, page_bytes]` uint8, the whole cache
+    keys: Tensor  # `[S, B, H, N, D]`, a view of the whole cache
+    values: Tensor  # `[S, B, H, N, D]`, likewise
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)

@@ -52,11 +52,11 @@ def attend(
     Args:
         query: `[T, Hq, D]`, float16, bfloat16 or float32, or float8 as the cache is; rows follow each other
             as `query_start_loc` says.
-        keys: `[L, B, H, N, D]`, a view of the cache in out's dtype or float8; any strides but 1 for the last.
-        values: `[L, B, H, N, D]`, likewise and with the same strides, so that one page offset serves both.
+        keys: `[S, B, H, N, D]`, a view of the cache in out's dtype or float8; any strides but 1 for the last.
+        values: `[S, B, H, N, D]`, likewise and with the same strides, so that one page offset serves both.
         runs: where compacted rows have their pages.
         rows: the batch.
-        layer: which of the L layers.
+        layer: which of the L layers; S slots of the cache are as many, unless `Runs.slots` says more.
         scale: softmax scale.
         logits_soft_cap: 0 for none.
         num_splits: most shares that the keys of a head are cut into (see `choose_splits`).
@@ -73,11 +73,11 @@ def attend(
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
     """
     num_tokens, query_heads, head_size = query.shape
-    num_layers, _, heads, _, _ = keys.shape
+    num_slots, _, heads, _, _ = keys.shape
     group = query_heads // heads
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
     assert keys.stride() == values.stride() and keys.dtype == values.dtype
-    assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
+    assert query_heads == group * heads and runs.num_layers(heads) == (len(runs.slots) or num_slots)
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
     assert out.stride(2) == 1 and out.dtype in DTYPES and query.dtype in (out.dtype, keys.dtype)
@@ -119,6 +119,7 @@ def attend(
         rows.seq_lens,
         rows.query_start_loc,
         layer,
+        runs.slot_of(layer),
         num_rows,
         min_share,
         inner,
@@ -337,9 +338,9 @@ def token_offsets(
     first_page,
     run_pages,
     tail_blocks,
-    layer,
+    own_slot,
     head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     token_stride,
@@ -357,9 +358,9 @@ def token_offsets(
         other=0,
     ).to(tl.int64)
     slot = linear % PAGES_PER_BLOCK
-    layer_slot = tl.where(in_run, slot // HEADS, layer).to(tl.int64)
+    cache_slot = tl.where(in_run, slot // HEADS, own_slot).to(tl.int64)
     head_slot = tl.where(in_run, slot % HEADS, head).to(tl.int64)
-    offset = layer_slot * layer_stride + block * block_stride + head_slot * head_stride
+    offset = cache_slot * slot_stride + block * block_stride + head_slot * head_stride
     return offset + (key % BLOCK_SIZE) * token_stride
 
 
@@ -414,7 +415,17 @@ def with_sink(lse, sink):
     return tl.where(total > 0.0, level + tl.log(divisor), -float("inf")), own / divisor
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
+@triton.jit(
+    do_not_specialize=[
+        "layer",
+        "own_slot",
+        "num_rows",
+        "min_share",
+        "destination_row",
+        "start_row",
+        "table_row",
+    ]
+)
 def _attend_kernel(
     query,
     keys,
@@ -438,13 +449,14 @@ def _attend_kernel(
     seq_lens,
     query_start_loc,
     layer,
+    own_slot,  # of the cache, where the layer's raw pages are
     num_rows,
     min_share,
     inner,
     outer,
     query_token,
     query_head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     token_stride,
@@ -562,9 +574,9 @@ def _attend_kernel(
             first_page,
             run_pages,
             tail_blocks,
-            layer,
+            own_slot,
             head,
-            layer_stride,
+            slot_stride,
             block_stride,
             head_stride,
             token_stride,

@@ -32,6 +32,8 @@ class Runs:
             of its format, a multiple of 32, P being the most parts of a format; read of requests with a
             format only.
         first: `[S, P, L·H]` int32, the place of a part's first one (see `formats.arrange`).
+        slots: of each layer, in which of the cache's slots its raw pages are; its own number if it is not
+            given. Layers of several cache groups share a slot, in different blocks.
     """
 
     destination: Tensor
@@ -40,6 +42,7 @@ class Runs:
     format: Tensor = None  # type: ignore[assignment]
     encoded: Tensor = None  # type: ignore[assignment]
     first: Tensor = None  # type: ignore[assignment]
+    slots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format is None:
@@ -48,6 +51,14 @@ class Runs:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, torch.zeros_like(self.start[:, None, 1:]))
 
+    def num_layers(self, heads: int) -> int:
+        """L, of so many KV heads each."""
+        return (self.start.shape[1] - 1) // heads
+
+    def slot_of(self, layer: int) -> int:
+        """The cache's slot of a layer's raw pages."""
+        return self.slots[layer] if self.slots else layer
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -55,7 +66,8 @@ class Rows:
 
     Attributes:
         slot: `[R]` int32 or int64, each row's state slot in `Runs`; -1 if it is not compacted.
-        block_table: `[R, W]` int32, vLLM's blocks by position; columns below the boundary are not read.
+        block_table: `[R, W]` int32, vLLM's blocks by position in the layer's cache group; columns below the
+            boundary are not read.
         seq_lens: `[R]` int32, tokens of each row by position, this step's included.
         query_start_loc: `[R + 1]` int32; a row without queries is padding.
         max_query_len: queries of the longest row, or a bound on it; it fixes the grid.

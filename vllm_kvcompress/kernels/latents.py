@@ -108,6 +108,7 @@ def _attend_rank(
         rows.seq_lens,
         rows.query_start_loc,
         layer,
+        runs.slot_of(layer),
         format_id,
         rows.seq_lens.shape[0],
         num_blocks,
@@ -160,6 +161,7 @@ def _half_offset(
 @triton.jit(
     do_not_specialize=[
         "layer",
+        "own_slot",
         "format_id",
         "num_rows",
         "num_blocks",
@@ -190,6 +192,7 @@ def _latents_kernel(
     seq_lens,
     query_start_loc,
     layer,
+    own_slot,
     format_id,
     num_rows,
     num_blocks,
@@ -198,11 +201,11 @@ def _latents_kernel(
     outer,
     query_token,
     query_head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     token_stride,
-    bias_layer,
+    bias_slot,
     bias_block,
     bias_head,
     bias_token,
@@ -323,7 +326,7 @@ def _latents_kernel(
         peak = new_peak
 
     if FULL:
-        head_offset = layer.to(tl.int64) * layer_stride + head * head_stride
+        head_offset = own_slot.to(tl.int64) * slot_stride + head * head_stride
         for tile in tl.range(tl.maximum(begin, num_encoded), end, RAW, num_stages=3):
             key = tile + tl.arange(0, RAW)
             held = key < end
@@ -336,7 +339,7 @@ def _latents_kernel(
             if SOFT_CAP:
                 some = tanh(some) * outer
             if RAW_BIAS:
-                of_raw = layer.to(tl.int64) * bias_layer + block * bias_block + head * bias_head
+                of_raw = own_slot.to(tl.int64) * bias_slot + block * bias_block + head * bias_head
                 of_raw += raw % BLOCK_SIZE * bias_token
                 some += tl.load(bias + of_raw, mask=held, other=0.0)[None, :] * BITS_OF_E
             seen = held[None, :] & (key[None, :] <= (own + number)[:, None])

@@ -167,12 +167,12 @@ def attend_records(
 
     Args:
         query: `[T, Hq, D]`, float16, bfloat16 or float32; rows follow each other as `query_start_loc` says.
-        pages: `[L·B·H, page_bytes]` uint8, contiguous: the cache in the order of (layer, block, head).
-        keys: `[L, B, H, N, D]`, a view of the same memory in query's dtype; of it the raw tail is read.
-        values: `[L, B, H, N, D]`, likewise and with the same strides.
+        pages: `[S·B·H, page_bytes]` uint8, contiguous: the cache in the order of (slot, block, head).
+        keys: `[S, B, H, N, D]`, a view of the same memory in query's dtype; of it the raw tail is read.
+        values: `[S, B, H, N, D]`, likewise and with the same strides.
         runs: where compacted rows have their pages, with `format`, `encoded` and `first`.
         rows: the batch.
-        layer: which of the L layers.
+        layer: which of the L layers, as `attend` takes it.
         format: of the records.
         format_id: what `runs.format` says of it.
         scale: softmax scale.
@@ -180,7 +180,7 @@ def attend_records(
         num_splits: most shares that the tokens of a head are cut into (see `choose_splits`).
         min_share: least tokens of a share.
         out: `[T, Hq, D]` for the result; made if absent.
-        bias: `[L, B, H, N]` float32, of raw tokens.
+        bias: `[S, B, H, N]` float32, of raw tokens.
         sinks: `[Hq]`, one more logit of each query head, to which no value belongs; behind the cap.
         shares: what `Shares.cut` has listed of the same rows and format, in place of `num_splits` and
             `min_share`; of no use to formats of several parts, nor where a row may have more queries than one
@@ -190,15 +190,15 @@ def attend_records(
         `out`, and the natural logarithm of the softmax's denominator, `[T, Hq]` float32.
     """
     num_tokens, query_heads, head_size = query.shape
-    num_layers, num_blocks, heads, block_size, _ = keys.shape
+    num_slots, num_blocks, heads, block_size, _ = keys.shape
     group = query_heads // heads
     num_pages, page_bytes = pages.shape
     sizes = [format.largest_bytes(head_size), *(part.record_bytes(head_size) for part in format.parts)]
     assert query.stride(2) == keys.stride(4) == values.stride(4) == 1
     assert keys.stride() == values.stride() and keys.dtype == values.dtype == query.dtype
-    assert query_heads == group * heads and runs.start.shape[1] == num_layers * heads + 1
+    assert query_heads == group * heads and runs.num_layers(heads) == (len(runs.slots) or num_slots)
     assert pages.dtype == torch.uint8 and pages.is_contiguous()
-    assert num_pages == num_layers * num_blocks * heads and max(sizes) <= page_bytes
+    assert num_pages == num_slots * num_blocks * heads and max(sizes) <= page_bytes
     assert all(size % 4 == 0 for size in [page_bytes, *sizes])
 
     out = torch.empty_like(query, memory_format=torch.contiguous_format) if out is None else out
@@ -367,6 +367,7 @@ def _attend_part(
         rows.seq_lens,
         rows.query_start_loc,
         layer,
+        runs.slot_of(layer),
         format_id,
         num_rows,
         num_blocks,
@@ -774,6 +775,7 @@ def _values(
 @triton.jit(
     do_not_specialize=[
         "layer",
+        "own_slot",
         "format_id",
         "num_rows",
         "num_blocks",
@@ -815,6 +817,7 @@ def _records_kernel(
     seq_lens,
     query_start_loc,
     layer,
+    own_slot,
     format_id,
     num_rows,
     num_blocks,
@@ -825,11 +828,11 @@ def _records_kernel(
     query_head,
     turned_token,
     turned_head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     token_stride,
-    bias_layer,
+    bias_slot,
     bias_block,
     bias_head,
     bias_token,
@@ -1106,7 +1109,7 @@ def _records_kernel(
         q = tl.load(query + raw_at, mask=real_channels, other=0.0)
     column = tl.arange(0, GROUPS * CHANNELS_OF_GROUP)
     first_channel = column // CHANNELS_OF_GROUP * VALUE_GROUP + column % CHANNELS_OF_GROUP
-    head_offset = layer.to(tl.int64) * layer_stride + head * head_stride
+    head_offset = own_slot.to(tl.int64) * slot_stride + head * head_stride
     for tile in tl.range(tl.maximum(begin, num_encoded), end, RAW, num_stages=3):
         key = tile + tl.arange(0, RAW)
         held = key < end
@@ -1120,7 +1123,7 @@ def _records_kernel(
         if SOFT_CAP:
             some = tanh(some) * outer
         if RAW_BIAS:
-            at = layer.to(tl.int64) * bias_layer + block * bias_block + head * bias_head
+            at = own_slot.to(tl.int64) * bias_slot + block * bias_block + head * bias_head
             at += raw % BLOCK_SIZE * bias_token
             some += tl.load(bias + at, mask=held, other=0.0)[None, :] * BITS_OF_E
         seen = held[None, :] & (key[None, :] <= (own + number)[:, None])

@@ -57,15 +57,15 @@ def add_attention(
     depend on shapes alone. Logits and softmax are float32.
 
     Args:
-        sums: `[L·B·H, N]` float32, written: of page (l·B + b)·H + h.
+        sums: `[S·B·H, N]` float32, written: of page (s·B + b)·H + h.
         added: `[R]` int64, what is added up of each row: `NOT`, `ATTENTION`, `SQUARES`, or `PAUSED`, for
             which sums of new tokens become 0 and nothing is added. Rows are compacted to raw pages, or not.
         query: `[T, Hq, D]`, as `attention.attend` takes it.
-        keys: `[L, B, H, N, D]`, a view of the cache in `dtype` or float8, whose tokens follow each other at
+        keys: `[S, B, H, N, D]`, a view of the cache in `dtype` or float8, whose tokens follow each other at
             one distance through all pages.
         runs: where compacted rows have their pages.
         rows: the batch.
-        layer: which of the L layers.
+        layer: which of the L layers, as `attend` takes it.
         scale: softmax scale.
         logits_soft_cap: 0 for none.
         num_splits: shares that the keys of a tile of queries are cut into by the first pass.
@@ -76,11 +76,11 @@ def add_attention(
         sinks: `[Hq]`, one more logit of each query head, to which no token belongs; behind the cap.
     """
     num_tokens, query_heads, _ = query.shape
-    num_layers, num_blocks, heads, block_size, _ = keys.shape
+    num_slots, num_blocks, heads, block_size, _ = keys.shape
     dtype, token = dtype or query.dtype, keys.stride(3)
     page = block_size * token
     assert keys.stride() == (num_blocks * heads * page, heads * page, page, token, 1)
-    assert sums.is_contiguous() and sums.shape == (num_layers * num_blocks * heads, block_size)
+    assert sums.is_contiguous() and sums.shape == (num_slots * num_blocks * heads, block_size)
     assert query.stride(2) == 1 and sums.dtype == torch.float32
 
     most_rows = MIN_DOT if dtype.itemsize == 4 else MAX_TILE  # for which there are registers
@@ -101,7 +101,8 @@ def add_attention(
         rows.block_table,
         rows.seq_lens,
         rows.query_start_loc,
-        layer,
+        runs.slot_of(layer),
+        layer - runs.slot_of(layer),  # as layer and slot apart, registers would not suffice
         num_rows,
         min_share,
         inner,
@@ -161,16 +162,16 @@ def _tile_queries(
 
 @triton.jit
 def _tile_keys(
-    keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-    layer_stride, block_stride, head_stride,
+    keys, key, held, run_blocks, first_page, run_pages, tail_blocks, own_slot, head,
+    slot_stride, block_stride, head_stride,
     TOKEN: tl.constexpr, HEADS: tl.constexpr, PAGES_PER_BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr, CHANNELS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Where a tile's keys are, and themselves, `[CHANNELS, KEYS]`."""
     channel = tl.arange(0, CHANNELS)
     offset = token_offsets(
-        key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-        layer_stride, block_stride, head_stride, TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE,
+        key, held, run_blocks, first_page, run_pages, tail_blocks, own_slot, head,
+        slot_stride, block_stride, head_stride, TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE,
     )  # fmt: skip
     mask = held[None, :] & (channel < HEAD_SIZE)[:, None]
     return offset, tl.load(keys + offset[None, :] + channel[:, None], mask=mask, other=0.0).to(DTYPE)
@@ -194,7 +195,17 @@ def _tile_logits(
     return tl.where(held[None, :] & (key[None, :] <= last_seen[:, None]), logits, -float("inf"))
 
 
-@triton.jit(do_not_specialize=["layer", "num_rows", "min_share", "destination_row", "start_row", "table_row"])
+@triton.jit(
+    do_not_specialize=[
+        "own_slot",
+        "behind",
+        "num_rows",
+        "min_share",
+        "destination_row",
+        "start_row",
+        "table_row",
+    ],
+)
 def _level_kernel(
     query,
     keys,
@@ -209,14 +220,15 @@ def _level_kernel(
     block_table,
     seq_lens,
     query_start_loc,
-    layer,
+    own_slot,
+    behind,  # which layer it is, less that slot
     num_rows,
     min_share,
     inner,
     outer,
     query_token,
     query_head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     destination_row,
@@ -247,7 +259,7 @@ def _level_kernel(
         return
     slot = tl.load(row_slot + row)
     first_page, run_pages, raw_from, run_blocks, tail_blocks = find_keys(
-        row, slot, layer, head, destination, start, boundary, block_table,
+        row, slot, own_slot + behind, head, destination, start, boundary, block_table,
         destination_row, start_row, table_row, HEADS, BLOCK_SIZE,
     )  # fmt: skip
     own = run_pages * BLOCK_SIZE - raw_from + tl.load(seq_lens + row) - num_queries
@@ -268,8 +280,8 @@ def _level_kernel(
         key = tile + tl.arange(0, KEYS)
         held = key < end
         _, k = _tile_keys(
-            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-            layer_stride, block_stride, head_stride,
+            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, own_slot, head,
+            slot_stride, block_stride, head_stride,
             TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, CHANNELS, DTYPE,
         )  # fmt: skip
         logits = _tile_logits(q, k, key, held, own + number, inner, outer, SOFT_CAP)
@@ -303,14 +315,15 @@ def _gained(logits, level, real, squares):
 
 @triton.jit(
     do_not_specialize=[
-        "layer",
+        "own_slot",
+        "behind",
         "num_rows",
         "min_share",
         "splits",
         "destination_row",
         "start_row",
         "table_row",
-    ]
+    ],
 )
 def _add_kernel(
     query,
@@ -326,20 +339,21 @@ def _add_kernel(
     block_table,
     seq_lens,
     query_start_loc,
-    layer,
+    own_slot,
+    behind,  # which layer it is, less that slot
     num_rows,
     min_share,
     inner,
     outer,
     query_token,
     query_head,
-    layer_stride,
+    slot_stride,
     block_stride,
     head_stride,
     destination_row,
     start_row,
     table_row,
-    sums,  # [L·B·H, N], written
+    sums,  # [S·B·H, N], written
     sinks,
     splits,
     SINKS: tl.constexpr,
@@ -368,7 +382,7 @@ def _add_kernel(
     num_queries = tl.load(query_start_loc + row + 1) - first_token
     slot = tl.load(row_slot + row)
     first_page, run_pages, raw_from, run_blocks, tail_blocks = find_keys(
-        row, slot, layer, head, destination, start, boundary, block_table,
+        row, slot, own_slot + behind, head, destination, start, boundary, block_table,
         destination_row, start_row, table_row, HEADS, BLOCK_SIZE,
     )  # fmt: skip
     own = run_pages * BLOCK_SIZE - raw_from + tl.load(seq_lens + row) - num_queries
@@ -390,8 +404,8 @@ def _add_kernel(
         key = tile + tl.arange(0, KEYS)
         held = key < end
         offset, k = _tile_keys(
-            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, layer, head,
-            layer_stride, block_stride, head_stride,
+            keys, key, held, run_blocks, first_page, run_pages, tail_blocks, own_slot, head,
+            slot_stride, block_stride, head_stride,
             TOKEN, HEADS, PAGES_PER_BLOCK, BLOCK_SIZE, HEAD_SIZE, CHANNELS, DTYPE,
         )  # fmt: skip
         place = sums + offset // TOKEN

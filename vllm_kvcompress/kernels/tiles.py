@@ -65,12 +65,12 @@ class Tiles:
         return cls(triton.next_power_of_2(head_size), keys, of_tile, queries, one, count)
 
     def constants(self, query: Tensor, keys: Tensor) -> dict[str, int]:
-        """What kernels are told of themselves, and of queries `[T, Hq, D]` and pages `[L, B, H, N, D]`."""
-        num_layers, _, heads, block_size, head_size = keys.shape
+        """What kernels are told of themselves, and of queries `[T, Hq, D]` and pages `[S, B, H, N, D]`."""
+        num_slots, _, heads, block_size, head_size = keys.shape
         return dict(
             ONE_TILE=self.one,
             HEADS=heads,
-            PAGES_PER_BLOCK=num_layers * heads,
+            PAGES_PER_BLOCK=num_slots * heads,
             GROUP=query.shape[1] // heads,
             BLOCK_SIZE=block_size,
             HEAD_SIZE=head_size,

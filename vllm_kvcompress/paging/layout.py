@@ -77,9 +77,9 @@ class PageGrid:
         device = block_ids.device
         slot = torch.arange(*layers.indices(self.num_layers), device=device)
         if self.slots:
-            slot = torch.tensor(self.slots[layers], device=device)
+            slot = _sent(self.slots, device)[layers]
         if block_ids.ndim == 2:
-            own = torch.tensor(self.groups[layers], device=device) if self.groups else slice(None)
+            own = _sent(self.groups, device)[layers] if self.groups else slice(None)
             block_ids = block_ids[own, None]
         head = torch.arange(self.num_heads, device=device)[:, None]
         return self._index(slot[:, None, None], block_ids, head).flatten(0, 1)
@@ -95,3 +95,9 @@ class PageGrid:
 
     def _index(self, slot: Tensor | int, block: Tensor, head: Tensor) -> Tensor:
         return (slot * self.num_blocks + block) * self.num_heads + head
+
+
+@functools.cache
+def _sent(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers on a device, for which the host waits once."""
+    return torch.tensor(numbers, device=device)

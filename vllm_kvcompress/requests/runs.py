@@ -34,6 +34,7 @@ class RunArrays:
             format=torch.zeros(max_requests, dtype=torch.int32, device=device),
             encoded=torch.zeros(parts, dtype=torch.int32, device=device),
             first=torch.zeros(parts, dtype=torch.int32, device=device),
+            slots=grid.slots,
         )
         self.slots: dict[str, int] = {}
         self._free = list(range(max_requests))

@@ -1,5 +1,6 @@
 """The worker of CUDA and ROCm devices."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -54,7 +55,7 @@ class CompressionGPUWorker(CompressionWorker):
         super().initialize_from_config(kv_cache_config)
         grid, device = self.compactor.grid, self.compactor.cache.device
         max_requests = self.scheduler_config.max_num_seqs
-        max_blocks = -(-self.model_config.max_model_len // grid.block_size)
+        max_blocks = -(-self.model_config.max_model_len // grid.block_size) * grid.num_groups
         self.compression.runs = RunArrays(grid, max_requests, max_blocks, device)
         observer = self.compression.observer
         observer.kernel_writes_rings = True
@@ -63,11 +64,13 @@ class CompressionGPUWorker(CompressionWorker):
         # Without rotary embeddings the engine will say that it cannot serve the method.
         rotates = all(layer.rotary is not None for layer in observer.layers)
         observer.keeps_moments = self._kept_in_graphs == "moments" and rotates
-        self.builder.arrays = RowArrays(self._max_rows, device)
-        self.builder.processors, at_once = self._device_size(device)
-        self.builder.share_lists = ShareLists(
-            grid, self._max_rows, self.model_config.max_model_len, at_once, device
-        )
+        processors, at_once = self._device_size(device)
+        longest = self.model_config.max_model_len
+        arrays = RowArrays(self._max_rows, device)
+        share_lists = ShareLists(grid, self._max_rows, longest, at_once, device)
+        for builder in self.builders:
+            builder.arrays, builder.share_lists, builder.processors = arrays, share_lists, processors
+            builder.format, builder.fills = self._config.record_format, builder is self.builders[0]
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         if not isinstance(builder, CompressedMetadataBuilder):
@@ -75,17 +78,12 @@ class CompressionGPUWorker(CompressionWorker):
                 f"kv-compression cannot read the cache of {type(builder).__name__}; use "
                 "--attention-backend FLASH_ATTN or TRITON_ATTN"
             )
-        if grid.num_groups > 1:
-            raise KVCompressionError(
-                "kv-compression does not support layers of full attention in several cache groups on a GPU; "
-                "serve this model without --kv-compression"
-            )
         size = layers[0].impl.head_size
         pages = every_page(layers)
         # Else Triton would have our kernels read fewer than 16 bytes of a thread at once, and say nothing.
         assert pages.data_ptr() % 16 == 0 and pages[0].nbytes % 16 == 0
         by_token = pages.view(-1, grid.block_size, 2 * size).split(size, -1)
-        shape = grid.num_layers, grid.num_blocks, grid.num_heads
+        shape = grid.num_slots, grid.num_blocks, grid.num_heads
         float8 = None
         if layers[0].impl.kv_cache_dtype in ON_GPU:
             key_scales = torch.cat([layer._k_scale.view(1) for layer in layers])
@@ -95,9 +93,8 @@ class CompressionGPUWorker(CompressionWorker):
         for index, layer in enumerate(layers):
             layer.impl.layer_index, layer.impl.content = index, pages.view(torch.uint8)
             layer.impl.keys, layer.impl.values = (part.unflatten(0, shape) for part in numbers)
-        builder.format = self._config.record_format
-        if builder.format is not None:
-            prepare(builder.format, size, pages.device, pages.dtype)
+        if (format := self._config.record_format) is not None:
+            prepare(format, size, pages.device, pages.dtype)
         return PlainCache(grid, *by_token, pages, float8=float8)
 
     def determine_available_memory(self) -> int:
@@ -129,7 +126,8 @@ class CompressionGPUWorker(CompressionWorker):
                 available -= layers * heads * of_head + policy.fit_bytes(longest, longest, size)
         elif self._config.build_policy().gives_losses:
             available -= 2 * 4 * query_heads * self._config.observed_window * longest  # likewise
-        available -= 4 * max_num_seqs * (longest // self.cache_config.block_size + layers * heads)  # runs
+        blocks = longest // self.cache_config.block_size * self._most_groups(layers)
+        available -= 4 * max_num_seqs * (blocks + layers * heads)  # runs
         sinks = any(layer.impl.sinks is not None for layer in own)
         available -= self._share_bytes(layers, heads, group, size, sinks)
         per_query = layers * query_heads * size * model.dtype.itemsize
@@ -137,6 +135,11 @@ class CompressionGPUWorker(CompressionWorker):
         of_moments = moment_tokens(size, model.dtype.itemsize)
         budget = ring_budget(self._config, max_num_seqs, num_cache_tokens, group, of_moments)
         return available - per_query * budget
+
+    def _most_groups(self, compacted: int) -> int:
+        """Cache groups that vLLM makes of so many layers: as large as there are fewest of another kind."""
+        kinds = Counter(map(type, self.get_kv_cache_spec().values()))
+        return -(-compacted // min(kinds.values(), default=compacted))
 
     def _share_bytes(self, layers: int, heads: int, group: int, head_size: int, sinks: bool) -> int:
         """Bytes of the lists of shares, of raw rows and of records, and of what shares leave to be merged."""
@@ -180,13 +183,13 @@ class CompressionGPUWorker(CompressionWorker):
         compactor, state = self.compactor, self.compression
         config = self._config
         block_size, grid = compactor.grid.block_size, compactor.grid
-        self.builder.warm_up(self.model_runner.get_model().modules())
+        self.builders[0].warm_up(self.model_runner.get_model().modules())
         num_tokens = config.recent_tokens + 4 * block_size
         in_page = None
         if config.record_format is not None:
             in_page = compactor.cache.tokens_per_page(config.record_format)
         plan = Plan.of(config, num_tokens, block_size, page_tokens=in_page)
-        blocks = range(1, -(-num_tokens // block_size) + 1)
+        blocks = range(1, -(-num_tokens // block_size) * grid.num_groups + 1)
         policy = config.build_policy()
         refused = NEEDS_HEAD_SIZE in self.lacks and config.record_format is not None
         if refused or any(getattr(policy, need, False) for need in self.lacks):  # the engine will say so
@@ -194,6 +197,9 @@ class CompressionGPUWorker(CompressionWorker):
         watches = config.watches_every_query and self._kept_in_graphs is None
         if watches or plan is None or blocks[-1] >= grid.num_blocks:
             return
+        groups, num_kept = grid.num_groups, plan.kept_blocks * grid.num_groups
+        edge = plan.source_blocks * groups
+        sources, tails = (_parts(own, groups) for own in (blocks[:edge], blocks[edge:]))
         name = "kv-compression-warm-up"
         job = Job(
             request_id=name,
@@ -202,15 +208,23 @@ class CompressionGPUWorker(CompressionWorker):
             boundary=plan.boundary,
             previous_boundary=0,
             previous=(),
-            source=tuple(blocks[: plan.source_blocks]),
-            tail=tuple(blocks[plan.source_blocks :]),
-            destination=tuple(blocks[: plan.kept_blocks]),
+            source=sources[0],
+            tail=tails[0],
+            destination=tuple(blocks[:num_kept]),
+            other_sources=sources[1:],
+            other_tails=tails[1:],
         )
         if config.observes:
             state.observer.watch(name, config.build_policy())
         state.put(name, *compactor.run([Work(job, None, state.observer.of(name))]))
-        elsewhere = replace(job, destination=tuple(blocks[-plan.kept_blocks :]))
+        elsewhere = replace(job, destination=tuple(blocks[-num_kept:]))
         (table,) = compactor.run([Work(elsewhere, None, state.observer.of(name))])
         if table.format is not None:
             compactor.cache.clear(table.destination)
         state.forget(name)
+
+
+def _parts(blocks: range, num_parts: int) -> tuple[tuple[int, ...], ...]:
+    """Blocks in so many equal parts."""
+    size = len(blocks) // num_parts
+    return tuple(tuple(blocks[part * size : (part + 1) * size]) for part in range(num_parts))

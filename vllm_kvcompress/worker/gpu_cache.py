@@ -26,9 +26,9 @@ class PlainCache(PagedCache):
     Nothing here waits for the device, but for allocations other than those named in `allocate`.
 
     Attributes:
-        keys: `[L·B·H, N, D]`, a view of the cache; bytes, if it is quantized.
-        values: `[L·B·H, N, D]`, likewise, with the same strides.
-        whole: `[L·B·H, N·2D]`, both, in the order in which they lie.
+        keys: `[S·B·H, N, D]`, a view of the cache; bytes, if it is quantized.
+        values: `[S·B·H, N, D]`, likewise, with the same strides.
+        whole: `[S·B·H, N·2D]`, both, in the order in which they lie.
     """
 
     keys: Tensor

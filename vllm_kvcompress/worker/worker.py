@@ -51,14 +51,14 @@ class CompressionWorker(Worker):
         backends: what to choose where vLLM would choose a backend, as `module.Class`.
         compression: what is known of requests, shared with the attention builder.
         compactor: runs Jobs.
-        builder: makes the attention metadata of every layer.
+        builders: make the attention metadata, one for the layers of each cache group that is compacted.
         lacks: what policies may need and this model has not, see `ProbedLayers`.
     """
 
     backends: ClassVar[Mapping[AttentionBackendEnum, str]]
     compression: CompressionState
     compactor: Compactor
-    builder: Any
+    builders: list[Any]
     lacks: dict[str, str]
     _block_size: int  # that the user or vLLM has chosen, before blocks are enlarged for the sake of states
     _num_parts = 1  # of each block of the scheduler's, as attention kernels see them
@@ -141,8 +141,8 @@ class CompressionWorker(Worker):
             )
         # One of each group of which there are layers here.
         builders = {number: own[0].get_metadata_builder(0) for number, own in enumerate(attn_groups) if own}
-        self.builder = next(iter(builders.values()))
-        cache = self.make_cache(grid, layers, self.builder)
+        self.builders = list(builders.values())
+        cache = self.make_cache(grid, layers, self.builders[0])
         if cache.float8 is not None and len(groups) > 1:
             raise KVCompressionError(
                 f"kv-compression does not support --kv-cache-dtype {self.cache_config.cache_dtype} where "
@@ -185,7 +185,7 @@ class CompressionWorker(Worker):
             (indices.index(group.kv_cache_group_id), group.get_metadata_builder())
             for group in self._draft_groups()
         ]
-        has_sinks = getattr(self.builder, "has_sinks", False)
+        has_sinks = getattr(self.builders[0], "has_sinks", False)
         for number, builder in own:
             builder.state, builder.group, builder.has_sinks = self.compression, number, has_sinks
         self._stopwatch, self._compacting = Stopwatch.of(cache.device), Stopwatch.of(cache.device)
@@ -347,7 +347,7 @@ class CompressionWorker(Worker):
         Args:
             grid: its geometry.
             layers: in the order of the grid's.
-            builder: makes the layers' metadata.
+            builder: makes the metadata of the first group's.
         """
 
     @torch.inference_mode()

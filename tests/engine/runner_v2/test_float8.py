@@ -133,7 +133,7 @@ def test_queries_that_are_float8_too_are_read_by_their_scale(engines, monkeypatc
     assert_same(engines, [method for method in REQUESTS if method.startswith(("snapkv", "h2o"))])
     assert set(seen) == {FLOAT8, torch.float32}
     worker = engines[0].worker
-    worker.builder.warm_up(worker.model_runner.get_model().modules())  # by such queries, too
+    worker.builders[0].warm_up(worker.model_runner.get_model().modules())  # by such queries, too
 
 
 def test_nothing_compacted_is_bit_identical_to_stock(engines, tiny, start_engine):

@@ -32,7 +32,7 @@ class Row:
 
 
 def make_cache(layers, blocks, heads, block_size, head_size, dtype, interleaved=True):
-    """Random keys and values `[L, B, H, N, D]`, views of pages that are `[N, 2D]` or `[2, N, D]`."""
+    """Random keys and values `[S, B, H, N, D]`, views of pages that are `[N, 2D]` or `[2, N, D]`."""
     if interleaved:
         cache = torch.randn(layers, blocks, heads, block_size, 2 * head_size).to(dtype)
         return cache[..., :head_size], cache[..., head_size:]
@@ -52,16 +52,20 @@ class Batch:
 
     sinks: Tensor | None = None
 
-    def __init__(self, rows: list[Row], keys: Tensor, values: Tensor, group: int) -> None:
-        layers, num_blocks, heads, block_size, head_size = keys.shape
+    def __init__(
+        self, rows: list[Row], keys: Tensor, values: Tensor, group: int, slots: tuple[int, ...] = ()
+    ) -> None:
+        """Have rows; of the layers of one cache group where several share the cache's slots, as in `Runs`."""
+        num_slots, num_blocks, heads, block_size, head_size = keys.shape
         self.keys, self.values, self._rows = keys, values, rows
         free = iter((torch.randperm(num_blocks - 1) + 1).tolist())  # block 0 is vLLM's null block
-        slots = torch.randperm(len(rows) + 2)
-        pages = layers * heads
+        states = torch.randperm(len(rows) + 2)
+        pages, runs = num_slots * heads, (len(slots) or num_slots) * heads
         self.runs = Runs(
-            destination=torch.zeros(len(slots), max(row.blocks for row in rows) + 1, dtype=torch.int32),
-            start=torch.zeros(len(slots), pages + 1, dtype=torch.int32),
-            boundary=torch.zeros(len(slots), dtype=torch.int32),
+            destination=torch.zeros(len(states), max(row.blocks for row in rows) + 1, dtype=torch.int32),
+            start=torch.zeros(len(states), runs + 1, dtype=torch.int32),
+            boundary=torch.zeros(len(states), dtype=torch.int32),
+            slots=slots,
         )
         width = max(row.boundary + -(-row.tail // block_size) for row in rows)
         # Positions below the boundary hold the null block; a padding row's table is never read.
@@ -73,14 +77,14 @@ class Batch:
             block_table[index, row.boundary : row.boundary + len(tail)] = tail
             self.tails.append(tail)
             if row.blocks:
-                slot = slot_of[index] = int(slots[index])
+                slot = slot_of[index] = int(states[index])
                 destination = torch.tensor([next(free) for _ in range(row.blocks)])
                 self.runs.destination[slot, : row.blocks] = destination
                 self.runs.boundary[slot] = row.boundary * block_size
                 # Cut points at random: neighbours that coincide are heads that kept nothing.
-                cuts = torch.randint(0, row.blocks * pages + 1, (pages - 1,)).sort().values
-                self.runs.start[slot, 1:pages] = cuts
-                self.runs.start[slot, pages] = row.blocks * pages
+                cuts = torch.randint(0, row.blocks * pages + 1, (runs - 1,)).sort().values
+                self.runs.start[slot, 1:runs] = cuts
+                self.runs.start[slot, runs] = row.blocks * pages
         lens = torch.tensor([row.query_len for row in rows] + [0])
         seq_lens = [row.boundary * block_size + row.tail for row in rows] + [0]
         self.rows = Rows(
@@ -92,9 +96,14 @@ class Batch:
         )
         self.query = torch.randn(int(lens.sum()) + 2, heads * group, head_size).to(keys.dtype)
 
+    def as_own(self, layer: int) -> tuple[int, slice]:
+        """A layer as the reference has layers, each in its own slot: that slot, and the runs that count."""
+        slot, heads = self.runs.slot_of(layer), self.keys.shape[2]
+        return slot, slice((layer - slot) * heads, None)
+
     def expected(self, layer: int, scale: float, logits_soft_cap: float) -> tuple[Tensor, Tensor]:
         """Output `[tokens, Hq, D]` and log-sum-exp `[tokens, Hq]` of all rows, by the reference."""
-        parts = []
+        parts, (own_slot, counted) = [], self.as_own(layer)
         for index, row in enumerate(self._rows):
             begin, end = self.rows.query_start_loc[index : index + 2].tolist()
             slot = int(self.rows.slot[index])
@@ -108,10 +117,10 @@ class Batch:
                     self.keys,
                     self.values,
                     destination,
-                    start,
+                    start[counted],
                     self.tails[index],
                     row.tail,
-                    layer,
+                    own_slot,
                     scale,
                     logits_soft_cap,
                     self.sinks,

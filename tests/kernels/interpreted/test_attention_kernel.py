@@ -77,6 +77,14 @@ def test_equals_the_reference_whatever_the_geometry(geometry, num_splits, seed):
     assert_equals_reference(batch, seed % layers, num_splits=num_splits, min_share=32)
 
 
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_layers_of_several_groups_read_raw_tokens_in_the_slot_that_they_share(rows):
+    torch.manual_seed(4)
+    batch = Batch(ROWS[rows], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3, slots=(0, 0, 1, 0, 1))
+    for layer in range(5):
+        assert_equals_reference(batch, layer, num_splits=2)
+
+
 def test_a_loose_bound_on_the_query_length_changes_nothing():
     """A captured graph knows no more than a bound."""
     torch.manual_seed(5)

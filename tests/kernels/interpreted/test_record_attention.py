@@ -30,13 +30,20 @@ class RecordBatch(Batch):
 
     Attributes:
         formats: of the rows, by name; `RAW` for raw pages and None for rows without compaction.
-        pages: `[L·B·H, page_bytes]` uint8, the whole cache.
-        bias: `[L, B, H, N]` float32, of raw tokens.
+        pages: `[S·B·H, page_bytes]` uint8, the whole cache.
+        bias: `[S, B, H, N]` float32, of raw tokens.
     """
 
-    def __init__(self, rows: list[Row], formats: list[str | None], group: int, cache: Tensor) -> None:
+    def __init__(
+        self,
+        rows: list[Row],
+        formats: list[str | None],
+        group: int,
+        cache: Tensor,
+        slots: tuple[int, ...] = (),
+    ) -> None:
         self.head_size = cache.shape[-1] // 2
-        super().__init__(rows, *cache.split(self.head_size, -1), group)
+        super().__init__(rows, *cache.split(self.head_size, -1), group, slots)
         self.formats = formats
         self.pages = cache.flatten(0, 2).flatten(1).view(torch.uint8)
         num_slots, width = self.runs.start.shape
@@ -52,12 +59,12 @@ class RecordBatch(Batch):
 
     def _encode(self, index: int, format: Format, format_id: int) -> None:
         """Fill a row's runs with records: as many of each head as there is room for, or somewhat fewer."""
-        layers, _, heads, _, _ = self.keys.shape
+        num_slots, _, heads, _, _ = self.keys.shape
         page_bytes, parts = self.pages.shape[1], format.parts
         sizes = [part.record_bytes(self.head_size) for part in parts]
         slot = int(self.rows.slot[index])
         self.runs.format[slot] = format_id
-        by_place = self.pages.unflatten(0, (layers, -1, heads))
+        by_place = self.pages.unflatten(0, (num_slots, -1, heads))
         destination, start = self.runs.destination[slot].long(), self.runs.start[slot].long()
         for head, own in enumerate(start.diff().tolist()):
             of_run = torch.full((own, page_bytes), 255, dtype=torch.uint8)  # NaN to whoever reads it
@@ -85,8 +92,8 @@ class RecordBatch(Batch):
                     used = begin + size
             for number, content in enumerate(of_run):
                 linear = int(start[head]) + number
-                place = linear % (layers * heads)
-                target = by_place[place // heads, destination[linear // (layers * heads)], place % heads]
+                place = linear % (num_slots * heads)
+                target = by_place[place // heads, destination[linear // (num_slots * heads)], place % heads]
                 target[:] = content
 
     def _is_free(self, at: int, per_page: int, size: int, page: int, used: int) -> bool:
@@ -101,8 +108,8 @@ class RecordBatch(Batch):
 
     def cut(self, name, at_once, align=64, min_share=64):
         """Shares of the rows of a format."""
-        layers, _, heads, block_size, _ = self.keys.shape
-        shares = Shares.empty(len(self.rows.seq_lens), layers, heads, at_once, "cpu")
+        _, _, heads, block_size, _ = self.keys.shape
+        shares = Shares.empty(len(self.rows.seq_lens), self.runs.num_layers(heads), heads, at_once, "cpu")
         shares.cut(self.runs, self.rows, block_size, IDS[name], True, align, min_share)
         return shares
 
@@ -134,6 +141,7 @@ class RecordBatch(Batch):
 
     def expected_of(self, name, layer, scale, logits_soft_cap, bias=None, sinks=None):
         """Output and log-sum-exp of each row of a format, by the reference, and the row's tokens."""
+        own_slot, counted = self.as_own(layer)
         for row, tokens in self.rows_of(name):
             slot = self.rows.slot[row]
             yield (
@@ -145,12 +153,12 @@ class RecordBatch(Batch):
                     self.values,
                     NAMED[name],
                     self.runs.destination[slot].long(),
-                    self.runs.start[slot].long(),
-                    self.runs.encoded[slot].long() // RECORD,
-                    self.runs.first[slot].long(),
+                    self.runs.start[slot].long()[counted],
+                    self.runs.encoded[slot].long()[:, counted] // RECORD,
+                    self.runs.first[slot].long()[:, counted],
                     self.tails[row],
                     self._rows[row].tail,
-                    layer,
+                    own_slot,
                     scale,
                     logits_soft_cap,
                     bias,
@@ -208,7 +216,7 @@ ROWS = {
 }
 
 
-def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float32):
+def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float32, slots=()):
     rows, formats = zip(*ROWS[kind], strict=True)
     of = {True: name, False: "kivi2" if name == "kivi4" else "kivi4"}
     while any(
@@ -218,7 +226,7 @@ def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float
         block_size *= 2  # until a page holds a record
     heads = 1 if kind == "chunk" else 2  # many queries are slow to interpret
     cache = torch.randn(2, 40, heads, block_size, 2 * head_size).to(dtype)
-    return RecordBatch(list(rows), [of.get(format, format) for format in formats], group, cache)
+    return RecordBatch(list(rows), [of.get(format, format) for format in formats], group, cache, slots)
 
 
 GRID = {
@@ -312,6 +320,18 @@ def test_sinks_are_in_the_softmax_of_every_query(name, num_splits):
         torch.testing.assert_close(lse[tokens], wanted_lse, atol=2e-5, rtol=2e-5)
         served += len(wanted)
     assert served > 5
+
+
+@pytest.mark.parametrize("name", ["kivi4", "turbo4", "mixed_dim"])
+def test_layers_of_several_groups_read_raw_tokens_in_the_slot_that_they_share(name):
+    torch.manual_seed(9)
+    batch = make_batch("extend", name, group=2, slots=(0, 0, 1))
+    bias = torch.randn(batch.keys.shape[:-1])
+    for layer in range(3):
+        assert_equals_reference(batch, name, layer, bias=bias)
+    batch = make_batch("decode", name, group=2, slots=(0, 0, 1))
+    if name != "mixed_dim":  # of which there are no shares
+        assert_equals_reference(batch, name, 1, shares=batch.cut(name, 5))
 
 
 def test_a_loose_bound_on_the_query_length_changes_nothing():

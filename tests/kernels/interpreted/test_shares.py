@@ -38,7 +38,8 @@ def lengths(batch, layer, compacted_only):
 
 
 def cut(batch, at_once, compacted_only=False, align=16, min_share=16):
-    layers, _, heads, block_size, _ = batch.keys.shape
+    _, _, heads, block_size, _ = batch.keys.shape
+    layers = batch.runs.num_layers(heads)
     longest = max(max(lengths(batch, layer, False)) for layer in range(layers))
     shares = Shares.empty(len(batch.rows.seq_lens) + 2, layers, heads, at_once, "cpu", longest)
     shares.cut(batch.runs, batch.rows, block_size, 0, compacted_only, align, min_share)
@@ -157,6 +158,13 @@ def test_equals_the_reference_for_every_pair_of_options(case):
     shares = assert_equals_reference(batch, 1, case["at_once"], logits_soft_cap=case["logits_soft_cap"])
     most = int(shares.work[3, 1][shares.work[0, 1] >= 0].max())
     assert case["at_once"] < 4 or case["head_size"] < 128 or most > 1, "something is merged"
+
+
+def test_layers_of_several_groups_have_shares_of_their_own():
+    torch.manual_seed(4)
+    batch = Batch(LONG, *make_cache(2, 60, 2, 16, 64, torch.float32), group=2, slots=(0, 0, 1))
+    for layer in range(3):
+        assert_equals_reference(batch, layer)
 
 
 def test_a_captured_graph_of_more_rows_reads_the_shares_of_fewer():

@@ -33,17 +33,18 @@ GRID = {
 
 def pages_of(batch, index, layer, head):
     """Physical pages of a row's head, spelled out: its run's, then those of its raw tail."""
-    layers, num_blocks, heads, block_size, _ = batch.keys.shape
+    num_slots, num_blocks, heads, block_size, _ = batch.keys.shape
     row, slot = batch._rows[index], int(batch.rows.slot[index])
     pages = []
     if row.blocks:
         begin, end = batch.runs.start[slot, layer * heads + head :][:2].tolist()
         for linear in range(begin, end):
-            block, place = divmod(linear, layers * heads)
-            of_layer, of_head = divmod(place, heads)
+            block, place = divmod(linear, num_slots * heads)
+            of_slot, of_head = divmod(place, heads)
             block = int(batch.runs.destination[slot, block])
-            pages.append((of_layer * num_blocks + block) * heads + of_head)
-    tail = [(layer * num_blocks + block) * heads + head for block in batch.tails[index].tolist()]
+            pages.append((of_slot * num_blocks + block) * heads + of_head)
+    own_slot = batch.runs.slots[layer] if batch.runs.slots else layer
+    tail = [(own_slot * num_blocks + block) * heads + head for block in batch.tails[index].tolist()]
     return pages + tail, len(pages) * block_size + row.tail
 
 
@@ -125,6 +126,14 @@ def test_equals_plain_pytorch_whatever_the_geometry_and_who_is_watched(geometry,
     torch.manual_seed(seed)
     batch = Batch(rows, *make_cache(layers, 40, heads, 16, 32, torch.float32), group=2)
     assert_adds(batch, added, seed % layers, num_splits=splits, num_shares=shares, min_share=32)
+
+
+@pytest.mark.parametrize("rows", ["decode", "mixed"])
+def test_layers_of_several_groups_have_sums_of_raw_tokens_in_the_slot_that_they_share(rows):
+    torch.manual_seed(4)
+    batch = Batch(ROWS[rows], *make_cache(2, 30, 2, 16, 64, torch.float32), group=3, slots=(0, 0, 1))
+    for layer in range(3):
+        assert_adds(batch, torch.full((4,), ATTENTION), layer, num_splits=2, num_shares=2)
 
 
 def test_a_loose_bound_on_the_query_length_changes_nothing():
