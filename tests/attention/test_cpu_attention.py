@@ -311,18 +311,19 @@ def test_bytes_are_read_as_what_the_op_wrote_and_moved_as_they_are(dtype, cache_
         )
     grid = PageGrid(layers, blocks, heads, block_size)
     cache = PackedCache(grid, pages, *packing, float8=Float8(kind, dtype, *scales))
-    every = grid.layer_pages(slice(0, layers), torch.tensor([2, 0]))
+    both = slice(0, layers)
+    every = grid.layer_pages(both, torch.tensor([2, 0]))
     step = {torch.float8_e4m3fn: 2**-3, torch.float8_e5m2: 2**-2}[kind]  # between neighbours
     for part, read in zip(plain, (cache.read_keys, cache.read_values), strict=True):
-        found, written = read(every), part[:, [2, 0]].transpose(1, 2).flatten(0, 1).flatten(1, 2)
+        found, written = read(every, both), part[:, [2, 0]].transpose(1, 2).flatten(0, 1).flatten(1, 2)
         assert found.dtype == dtype and not torch.equal(found, written)
         assert ((found - written).abs() <= step * written.abs() + 0.02).all()
     row, columns = torch.tensor([0, 3]), torch.stack([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
     target = torch.tensor([7, 15])
-    before = [read(every) for read in (cache.read_keys, cache.read_values)]
+    before = [read(every, both) for read in (cache.read_keys, cache.read_values)]
     cache.rewrite(Kept(every, row, columns), target, False)
     for own, read in zip(before, (cache.read_keys, cache.read_values), strict=True):
-        assert torch.equal(read(target[:, None]), torch.stack([own[0, 0::2], own[3, 1::2]]))
+        assert torch.equal(read(target[:, None], both), torch.stack([own[0, 0::2], own[3, 1::2]]))
 
 
 @needs_float8
@@ -338,8 +339,32 @@ def test_a_run_in_another_layers_pages_has_its_own_layers_scale():
     )
     table = RequestTable(grid, torch.tensor([4, 1]), torch.tensor([[1, 3], [2, 2]]), 96, None)
     for layer in range(layers):
-        context = scaled.context(slice(layer, layer + 1), table, torch.tensor([3]))
+        its = slice(layer, layer + 1)
+        context = scaled.context(its, table, torch.tensor([3]))
         in_run = context[context >= 0][:-1] // (blocks * heads)
-        found, wanted = scaled.read_keys(context), unscaled.read_keys(context) * own[layer]
+        found, wanted = scaled.read_keys(context, its), unscaled.read_keys(context, its) * own[layer]
         assert torch.equal(found, wanted)
         assert set(in_run.tolist()) == {0, 1}, "its run lies in both layers' pages"
+
+
+@needs_float8
+def test_layers_that_share_a_slot_have_each_its_own_scale():
+    """Of several cache groups, whose raw blocks too are in the same slot."""
+    heads, blocks, block_size, head_size = 2, 6, 32, 64
+    grid = PageGrid(3, blocks, heads, block_size, num_groups=2, groups=(0, 1, 0), slots=(0, 0, 1))
+    pages = torch.randint(0, 120, (2 * blocks * heads, 2, block_size * head_size), dtype=torch.uint8)
+    plain = learn_packing("vec", block_size, head_size, torch.float32, "fp8")
+    one, own = torch.ones(3), torch.tensor([0.5, 2.0, 3.0])
+    unscaled, scaled = (
+        PackedCache(grid, pages, *plain, float8=Float8(torch.float8_e4m3fn, torch.float32, scales, scales))
+        for scales in (one, own)
+    )
+    context = scaled.context(slice(0, 3), None, torch.tensor([[3, 1], [2, 5]]))
+    of_row = own.repeat_interleave(heads)[:, None, None]
+    for read, wanted in (
+        (scaled.read_keys, unscaled.read_keys(context, slice(0, 3))),
+        (scaled.read_values, unscaled.read_values(context, slice(0, 3))),
+    ):
+        assert torch.equal(read(context, slice(0, 3)), wanted * of_row)
+        some = context[2:].repeat_interleave(2, 0)  # of two requests
+        assert torch.equal(read(some, slice(1, 3)), (wanted * of_row)[2:].repeat_interleave(2, 0))

@@ -20,6 +20,7 @@ from crowd import (
 )
 from harness import BLOCK_SIZE, Engine, exact, first_difference, sampling, tokens
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.layers.attention import attention
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
@@ -29,7 +30,6 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 
 from vllm_kvcompress import profiles
-from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.paging.manager import CompactingManager
 
 SLIDING = 128  # tokens of a window
@@ -318,12 +318,33 @@ def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_move
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx512_supported(), reason="which vLLM's CPU kernel takes for it")
-def test_a_quantized_cache_in_several_groups_is_refused_in_one_line(engines, hybrids):
-    with pytest.raises(
-        KVCompressionError, match="support --kv-cache-dtype fp8 where .* groups; use"
-    ) as error:
-        engines(hybrids["padded"], "snapkv", **STARTED["padded"], kv_cache_dtype="fp8")
-    assert "\n" not in str(error.value)
+def test_bytes_of_a_quantized_cache_are_read_by_their_layers_scales_in_any_group(
+    engines, hybrids, long_ids, monkeypatch
+):
+    default = attention.set_default_quant_scales
+
+    def of_layer(layer, register_buffer=False):
+        default(layer, register_buffer)
+        powers = divmod(int(layer.layer_name.split(".")[2]), 3)
+        layer._k_scale_float, layer._v_scale_float = (2.0**-power for power in powers)
+
+    monkeypatch.setattr(attention, "set_default_quant_scales", of_layer)
+    options = STARTED["padded"] | dict(kv_cache_dtype="fp8")
+    engine = engines(hybrids["padded"], "snapkv:budget=0.25", **options)
+    float8 = engine.worker.compactor.cache.float8
+    assert len(set(zip(float8.key_scales.tolist(), float8.value_scales.tolist(), strict=True))) == 5
+    prompt = long_ids(640, seed=14)
+    whole = engine.run(prompt, sampling(20, "off"))
+    for options in ("knorm:budget=0.9", "kv_compress:budget=0.9,recompact_every=8"):
+        answer = engine.run(prompt, sampling(20, options))
+        compaction = engine.compactions[-1]
+        assert (compaction.counts == compaction.job.boundary // BLOCK_SIZE).all()
+        assert first_difference(answer, whole) is None
+        assert chosen_logprobs(answer) == pytest.approx(chosen_logprobs(whole), abs=1e-3)
+    request = engine.add(prompt, sampling(20, "h2o:budget=0.25,recompact_every=8"))
+    engine.step_until_compacted(request)
+    engine.check_accounts(), engine.finish()
+    engine.check_nothing_left()
 
 
 def test_under_pressure_room_is_made_in_all_groups(engines, hybrids, long_ids):

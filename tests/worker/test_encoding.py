@@ -329,7 +329,7 @@ def test_a_share_reads_the_keys_and_values_of_its_heads_alone(monkeypatch):
         monkeypatch.setattr(
             PackedCache,
             name,
-            lambda self, pages, reading=reading: read.append(len(pages)) or reading(self, pages),
+            lambda self, pages, *own, reading=reading: read.append(len(pages)) or reading(self, pages, *own),
         )
     solve = Compactor.solve
 

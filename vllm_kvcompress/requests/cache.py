@@ -116,19 +116,24 @@ class PagedCache(ABC):
         return pages.as_strided(shape, (pages.stride(0), size, 1), before)
 
     @abstractmethod
-    def read_keys(self, pages: Tensor) -> Tensor:
-        """Keys `[X, W·N, D]` of pages `[X, W]`, whose last column is raw; of absent ones (-1) arbitrary."""
+    def read_keys(self, pages: Tensor, layers: slice | None = None) -> Tensor:
+        """Keys `[X, W·N, D]` of pages `[X, W]`; of absent ones (-1) arbitrary.
+
+        Args:
+            pages: which.
+            layers: that they are read for, equally many rows for each, one after the other; of a quantized
+                cache, where a page does not tell whose scale its bytes have.
+        """
 
     @abstractmethod
-    def read_values(self, pages: Tensor) -> Tensor:
+    def read_values(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         """Values `[X, W·N, D]` of pages `[X, W]`, as in `read_keys`."""
 
-    def _plain(self, pages: Tensor, stored: Tensor, scales: Tensor) -> Tensor:
-        """Bytes `[X, n, D]` of pages `[X, W]` as numbers, by their readers' scales of `[L]`."""
-        assert self.float8 is not None
-        # A run may be anywhere, but what comes last is raw and in its layer's own pages.
-        layers = pages[:, -1] // (self.grid.num_blocks * self.grid.num_heads)
-        return self.float8.read(stored, scales[layers])
+    def _plain(self, stored: Tensor, scales: Tensor, layers: slice | None) -> Tensor:
+        """Bytes `[X, n, D]` as numbers, by the scales, of `[L]`, of the layers that they are read for."""
+        assert self.float8 is not None and layers is not None
+        own = scales[layers]
+        return self.float8.read(stored, own.repeat_interleave(len(stored) // len(own)))
 
     @abstractmethod
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
@@ -373,13 +378,13 @@ class PackedCache(HostCache):
     def packed_orders(self) -> tuple[Tensor, ...]:
         return self.key_packing.order, self.value_packing.order
 
-    def read_keys(self, pages: Tensor) -> Tensor:
+    def read_keys(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         keys = self.key_packing.unpack(self._rows(pages, 0)).flatten(1, 2)
-        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
+        return keys if self.float8 is None else self._plain(keys, self.float8.key_scales, layers)
 
-    def read_values(self, pages: Tensor) -> Tensor:
+    def read_values(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         values = self.value_packing.unpack(self._rows(pages, 1)).flatten(1, 2)
-        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
+        return values if self.float8 is None else self._plain(values, self.float8.value_scales, layers)
 
     def _rows(self, pages: Tensor, part: int) -> Tensor:
         """Keys (0) or values (1) of pages `[X, W]` as stored, `[X, W, N·D]`."""

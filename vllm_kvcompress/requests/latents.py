@@ -30,10 +30,10 @@ class LatentCache(HostCache):
     def head_size(self) -> int:
         return self.pages.shape[2]
 
-    def read_keys(self, pages: Tensor) -> Tensor:
+    def read_keys(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         return self.pages[pages.clamp(min=0)].flatten(1, 2)
 
-    def read_values(self, pages: Tensor) -> Tensor:
+    def read_values(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         """`[X, W·N, latent_size]`, the latents alone."""
         return self.read_keys(pages)[..., : self.latent_size]
 

@@ -192,7 +192,8 @@ class DecodingSpan:
         block_size = context.cache.grid.block_size
         widths = [row.context.num_pages(layer) for row in self.rows]
         width = max(widths) * block_size
-        held = context.cache.read_keys(self._pages[layer, :, self._most - max(widths) :])
+        pages = self._pages[layer, :, self._most - max(widths) :]
+        held = context.cache.read_keys(pages, slice(layer, layer + 1))
         keys = torch.empty_like(held, dtype=torch.float32)
         before = torch.zeros(len(held), width - 1, device=held.device)
         for index, (row, slack) in enumerate(zip(self.rows, self._slack, strict=True)):
@@ -277,14 +278,15 @@ class RowContext:
         self, layer: int, queries: Tensor, num_tokens: int, read_keys: bool = True
     ) -> LayerObservation:
         """A layer as its newest queries `[n, Hq, D]` see it."""
-        pages = self.cache.context(slice(layer, layer + 1), self.table, self.blocks)
+        own = slice(layer, layer + 1)
+        pages = self.cache.context(own, self.table, self.blocks)
         block_size, heads = self.cache.grid.block_size, self.cache.grid.num_heads
         boundary = 0 if self.table is None else self.table.boundary
         raw = num_tokens - boundary
         width = (pages.shape[1] - self.blocks.shape[-1]) * block_size + raw
         keys = torch.empty(heads, width, 0, device=queries.device)
         if read_keys:
-            keys = self.cache.read_keys(pages)[:, :width]
+            keys = self.cache.read_keys(pages, own)[:, :width]
         padding = (pages < 0).sum(1) * block_size
         # Whether there is any is asked where asking does not wait for a device.
         padded = self.table is not None and (padding.is_cuda or bool(padding.any()))
@@ -304,7 +306,7 @@ class RowContext:
             first_head=attention.first_head,
             kept_positions=None
             if self.table is None
-            else functools.partial(self.table.column_positions, slice(layer, layer + 1), num_tokens),
+            else functools.partial(self.table.column_positions, own, num_tokens),
         )
 
     def observe_ranges(

@@ -847,9 +847,9 @@ class Compactor:
         reads_keys, reads_values = policy.reads_keys or everything, policy.reads_values or everything
         bias = None
         if reads_keys:
-            keys = self.cache.read_keys(part.pages)[:, :raw]
+            keys = self.cache.read_keys(part.pages, part.layers)[:, :raw]
         if reads_values:
-            values = self.cache.read_values(part.pages)[:, :raw]
+            values = self.cache.read_values(part.pages, part.layers)[:, :raw]
         if part.records is not None and (reads_keys or reads_values):
             assert task.work.table is not None and task.work.table.format is not None
             encoded = self._decoded(part, task.work.table.format)

@@ -55,13 +55,13 @@ class PlainCache(PagedCache):
     def on_device(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         return self._sent(torch.tensor(numbers, dtype=torch.int64))
 
-    def read_keys(self, pages: Tensor) -> Tensor:
+    def read_keys(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         keys = self.keys[pages.clamp(min=0)].flatten(1, 2)
-        return keys if self.float8 is None else self._plain(pages, keys, self.float8.key_scales)
+        return keys if self.float8 is None else self._plain(keys, self.float8.key_scales, layers)
 
-    def read_values(self, pages: Tensor) -> Tensor:
+    def read_values(self, pages: Tensor, layers: slice | None = None) -> Tensor:
         values = self.values[pages.clamp(min=0)].flatten(1, 2)
-        return values if self.float8 is None else self._plain(pages, values, self.float8.value_scales)
+        return values if self.float8 is None else self._plain(values, self.float8.value_scales, layers)
 
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
         source = kept.pages, kept.row, kept.columns

@@ -143,11 +143,6 @@ class CompressionWorker(Worker):
         builders = {number: own[0].get_metadata_builder(0) for number, own in enumerate(attn_groups) if own}
         self.builders = list(builders.values())
         cache = self.make_cache(grid, layers, self.builders[0])
-        if cache.float8 is not None and len(groups) > 1:
-            raise KVCompressionError(
-                f"kv-compression does not support --kv-cache-dtype {self.cache_config.cache_dtype} where "
-                "full attention is in several cache groups; use --kv-cache-dtype auto"
-            )
         for layer in all_layers:
             if (owner := owner_of(layer)) is not None:
                 layer.impl.share(context[owner].impl)

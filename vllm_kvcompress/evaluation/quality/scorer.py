@@ -163,9 +163,10 @@ class _Watch:
         for index, (attention, state) in enumerate(
             zip(self.compactor.layers, work.observed.states, strict=True)
         ):
-            pages = cache.context(slice(index, index + 1), None, raw)
+            own = slice(index, index + 1)
+            pages = cache.context(own, None, raw)
             width = state.shape[1]
-            keys, values = (read(pages)[:, :width] for read in (cache.read_keys, cache.read_values))
+            keys, values = (read(pages, own)[:, :width] for read in (cache.read_keys, cache.read_values))
             if attention.rotary is None:
                 raise KVCompressionError("a scorer needs rotary position embeddings, which a layer has not")
             keys = attention.rotary.undo(keys.transpose(0, 1), 0).transpose(0, 1)
