@@ -50,6 +50,7 @@ LONGEST = [
     "engine/test_states.py",
     "engine/test_pressure.py",
     "engine/test_latents_parallel.py",
+    "engine/test_hybrids_parallel.py",
     "engine/test_latents.py",
     "engine/test_formats.py",
     "engine/test_matching.py",
