@@ -414,9 +414,11 @@ def test_who_pins_in_several_groups_has_no_raw_copy_left_in_any():
 
 @pytest.mark.parametrize("groups", [dict(num_compacted=1), dict(num_compacted=2, window=53)], ids=str)
 def test_who_pins_what_was_raw_before_has_no_raw_copy_of_it_left(groups):
-    """Nor of what it computed again itself, as windows are cached at the ends of prompts alone."""
+    """Nor of what it computed again itself, as windows are cached at the ends of prompts alone, or of what
+    another did that watches every query."""
     sim, document = Simulation(PINS, max_model_len=1280, num_blocks=500, **groups), prompt_of(40 * BLOCK + 3)
     sim.run(document + prompt_of(40, 1), "off")
+    sim.run(document + prompt_of(40, 4), "h2o:budget=0.5")
     pin(sim, document)
     name = sim.add(document + prompt_of(20, 2), max_tokens=2)
     sim.finish()
