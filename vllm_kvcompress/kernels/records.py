@@ -315,6 +315,10 @@ def _attend_part(
     """
     head_size = query.shape[2]
     _, num_blocks, heads, _, _ = keys.shape
+    # The layer's slot is chosen here, and strides of layers are 0: with a slot to hold registers would not
+    # suffice (k4v3 on 10.0).
+    own_slot = runs.slot_of(layer)
+    own = keys[own_slot], values[own_slot]
     page_bytes, record_bytes = pages.shape[1], format.record_bytes(head_size)
     bias_at, format = format.bias_at(head_size), format.plain
     layout, rotated = Layout.of(format, head_size), _rotates(format)
@@ -348,11 +352,10 @@ def _attend_part(
         projected,
         turn,
         *(from_first_place.view(dtype) for dtype in (torch.int32, torch.int16, torch.float32)),
-        keys,
-        values,
+        *own,
         key_codebook,
         codebook,
-        share_lse if bias is None else bias,
+        share_lse if bias is None else bias[own_slot],
         share_out,
         share_lse,
         *final[0],
@@ -367,7 +370,6 @@ def _attend_part(
         rows.seq_lens,
         rows.query_start_loc,
         layer,
-        runs.slot_of(layer),
         format_id,
         num_rows,
         num_blocks,
@@ -376,8 +378,9 @@ def _attend_part(
         outer,
         *query.stride()[:2],
         *turned.stride()[:2],
-        *keys.stride()[:4],
-        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        0,
+        *keys.stride()[1:4],
+        *((0, 0, 0, 0) if bias is None else (0, *bias.stride()[1:])),
         *strides,
         *final[1],
         runs.destination.stride(0),
@@ -775,7 +778,6 @@ def _values(
 @triton.jit(
     do_not_specialize=[
         "layer",
-        "own_slot",
         "format_id",
         "num_rows",
         "num_blocks",
@@ -817,7 +819,6 @@ def _records_kernel(
     seq_lens,
     query_start_loc,
     layer,
-    own_slot,
     format_id,
     num_rows,
     num_blocks,
@@ -828,11 +829,11 @@ def _records_kernel(
     query_head,
     turned_token,
     turned_head,
-    slot_stride,
+    layer_stride,
     block_stride,
     head_stride,
     token_stride,
-    bias_slot,
+    bias_layer,
     bias_block,
     bias_head,
     bias_token,
@@ -1109,7 +1110,7 @@ def _records_kernel(
         q = tl.load(query + raw_at, mask=real_channels, other=0.0)
     column = tl.arange(0, GROUPS * CHANNELS_OF_GROUP)
     first_channel = column // CHANNELS_OF_GROUP * VALUE_GROUP + column % CHANNELS_OF_GROUP
-    head_offset = own_slot.to(tl.int64) * slot_stride + head * head_stride
+    head_offset = layer.to(tl.int64) * layer_stride + head * head_stride
     for tile in tl.range(tl.maximum(begin, num_encoded), end, RAW, num_stages=3):
         key = tile + tl.arange(0, RAW)
         held = key < end
@@ -1123,7 +1124,7 @@ def _records_kernel(
         if SOFT_CAP:
             some = tanh(some) * outer
         if RAW_BIAS:
-            at = own_slot.to(tl.int64) * bias_slot + block * bias_block + head * bias_head
+            at = layer.to(tl.int64) * bias_layer + block * bias_block + head * bias_head
             at += raw % BLOCK_SIZE * bias_token
             some += tl.load(bias + at, mask=held, other=0.0)[None, :] * BITS_OF_E
         seen = held[None, :] & (key[None, :] <= (own + number)[:, None])
