@@ -104,12 +104,26 @@ def test_later_ones_see_what_each_head_kept_and_later_ranks_their_own_heads(scor
         assert float(found[0, column]) == pytest.approx(max(around), rel=1e-4)
 
 
-def test_bfloat16_is_near_float32(scorer, rotary):
+@pytest.mark.parametrize("tiles", [False, True])
+def test_bfloat16_is_near_float32_and_multiplied_as_such_where_a_cpu_has_tiles(
+    scorer, rotary, monkeypatch, tiles
+):
+    multiplied = []
+    of_scorer = scorers.Scorer.log_scores
+
+    def log_scores(self, layers, first_head, keys, values):
+        multiplied.append((keys.dtype, values.dtype))
+        return of_scorer(self, layers, first_head, keys, values)
+
+    monkeypatch.setattr(foresight, "_tiles_bfloat16", lambda: tiles)
+    monkeypatch.setattr(scorers.Scorer, "log_scores", log_scores)
     (rough, *_), (fine, *_) = (
         observation(rotary, [range(60)] * 2, kind) for kind in (torch.bfloat16, torch.float32)
     )
     rough, fine = (Foresight(scorer=scorer).score(seen).log() for seen in (rough, fine))
     assert 0 < (rough - fine).abs().max() < 0.1
+    own = torch.bfloat16 if tiles else torch.float32
+    assert multiplied == [(own, own), (torch.float32, torch.float32)]
 
 
 def test_the_file_may_go_once_a_process_has_read_it(scorer, rotary, tmp_path):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_kvcompress import scorers
-from vllm_kvcompress.policies.base import LayerObservation, Policy, multiplies_bfloat16
+from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.window import MOST_POOLED
 
 AT_ONCE = 2**20  # numbers of keys from which scores are worked out within a CPU's caches
@@ -65,7 +65,7 @@ class Foresight(Policy):
         keys, values, number = observation.keys, observation.values, observation.num_scored
         positions = None if observation.kept_positions is None else observation.positions()
         on_cpu = keys.device.type == "cpu"
-        dtype = torch.float32 if on_cpu and not multiplies_bfloat16() else values.dtype
+        dtype = torch.float32 if on_cpu and not _tiles_bfloat16() else values.dtype
         own = self.network_on(keys.device, dtype)
         step = max(1, AT_ONCE // keys[:, 0].numel() if on_cpu else number)
         parts = []
@@ -91,6 +91,12 @@ class Foresight(Policy):
                 log_scores = log_scores.masked_fill(column < padding[:, None], -torch.inf)
             log_scores = F.max_pool1d(log_scores[:, None], self.pooling, 1, self.pooling // 2)[:, 0]
         return log_scores.exp()
+
+
+@functools.cache
+def _tiles_bfloat16() -> bool:
+    """Whether this CPU has AMX: without, products of few channels take as long in bfloat16 as in float32."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 @functools.cache
