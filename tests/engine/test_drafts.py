@@ -5,13 +5,16 @@ A draft model that is the model itself is always right, before compaction and af
 
 import functools
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import crowd
 import pytest
 import torch
-from harness import NUM_BLOCKS, Engine, external_id, first_difference, sampling
+from crowd import compare_with_alone, in_time, members_of_small_crowd, tolerate
+from harness import BLOCK_SIZE, NUM_BLOCKS, Engine, exact, external_id, first_difference, sampling
 from prometheus_client import REGISTRY
 from safetensors.torch import save_file
 from test_families import VOCABULARY, family, write
@@ -206,13 +209,18 @@ def test_tokens_and_what_the_model_keeps_are_those_without_drafts(plain, draftin
     assert engine.free == NUM_BLOCKS - 1
 
 
-def test_a_models_own_head_for_more_tokens_changes_neither_a_token_nor_what_is_kept(
-    engines, tmp_path, monkeypatch, long_ids
-):
-    """Multi-token prediction (MTP), of a model like GLM 4.5; its weights are vLLM's dummies."""
+@pytest.fixture
+def large_dummies(monkeypatch):
+    """vLLM's dummy weights are so small that attention would be all but uniform."""
     usual = dummy_loader.initialize_single_dummy_weight
     large = functools.partial(usual, low=-0.3, high=0.3)
     monkeypatch.setattr(dummy_loader, "initialize_single_dummy_weight", large)
+
+
+def test_a_models_own_head_for_more_tokens_changes_neither_a_token_nor_what_is_kept(
+    engines, tmp_path, large_dummies
+):
+    """Multi-token prediction (MTP), of a model like GLM 4.5; its weights are vLLM's dummies."""
     made = family("Glm4MoeForCausalLM", "glm4_moe", num_nextn_predict_layers=1, **GLM4_MOE)
     folder = write(tmp_path, made.config)
     options = dict(load_format="dummy", max_model_len=512)
@@ -237,10 +245,13 @@ def test_a_models_own_head_for_more_tokens_changes_neither_a_token_nor_what_is_k
 
 
 @pytest.fixture(scope="module")
-def sliding(hybrids, checkpoints, tokenizer, tmp_path_factory) -> dict[str, Path]:
-    """A model like gpt-oss, of three layers that slide a window and three that do not, and one of EAGLE-3's
-    kind for it, whose layer does not; its weights are vLLM's dummies."""
-    from transformers import GptOssConfig, GptOssForCausalLM
+def sliding(hybrids, checkpoints, tokenizer, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Models some of whose layers slide a window over 128 tokens, and ones of EAGLE-3's kind for them, whose
+    layer does not; of these the weights are vLLM's dummies.
+
+    "SFSFSF" is like gpt-oss; the others are Llamas, by their layers: S slides a window, F does not.
+    """
+    from transformers import GptOssConfig, GptOssForCausalLM, LlamaForCausalLM
 
     config = GptOssConfig.from_pretrained(hybrids["gpt-oss"])
     config.num_hidden_layers, config.layer_types = 6, config.layer_types[:2] * 3
@@ -259,16 +270,48 @@ def sliding(hybrids, checkpoints, tokenizer, tmp_path_factory) -> dict[str, Path
     (folders["eagle3"] / "config.json").write_text(json.dumps(draft))
     for folder in folders.values():
         tokenizer.save_pretrained(folder)
-    return folders
+    found = {"SFSFSF": (folders["model"], folders["eagle3"])}
+    kinds = {"S": "sliding_attention", "F": "full_attention"}
+    for name in ("FSFSF", "FSFFSF"):
+        torch.manual_seed(0)
+        llama = LlamaForCausalLM.from_pretrained(checkpoints["model"], num_hidden_layers=len(name))
+        llama.config.update({"layer_types": [kinds[letter] for letter in name], "sliding_window": 128})
+        folder = tmp_path_factory.mktemp("models") / name
+        llama.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        found[name] = folder, checkpoints["eagle3"]
+    return found
+
+
+@pytest.fixture
+def beside_windows(engines, sliding, large_dummies):
+    """`beside_windows(layers, drafts=True, stock=False)`: the engine of one of these models."""
+
+    def get(layers: str, drafts: bool = True, stock: bool = False) -> Engine:
+        model, eagle3 = sliding[layers]
+        speculative = dict(method="eagle3", model=str(eagle3), num_speculative_tokens=NUM_DRAFTS)
+        options = dict(speculative_config=speculative | {"draft_load_config": DUMMY}) if drafts else {}
+        compression = None if stock else "snapkv:budget=0.25"
+        return engines(model, compression, max_model_len=2048, **options)
+
+    return get
+
+
+def assert_same_of_model(its: dict, own: dict, compacts: bool) -> None:
+    """Beside drafts the model's layers keep the same, at the same points."""
+    for request, compactions in its.items():
+        assert bool(compactions) == compacts
+        for one, other in zip(own[request], compactions, strict=True):
+            assert one.job.num_tokens == other.job.num_tokens
+            num_layers = len(other.counts)
+            assert torch.equal(one.counts[:num_layers], other.counts)
+            assert one.positions()[:num_layers] == other.positions()
 
 
 def test_beside_windows_a_draft_model_of_full_attention_changes_neither_a_token_nor_what_is_kept(
-    engines, sliding, long_ids
+    beside_windows, long_ids
 ):
-    plain = engines(sliding["model"], "snapkv:budget=0.25")
-    speculative = dict(method="eagle3", model=str(sliding["eagle3"]), num_speculative_tokens=NUM_DRAFTS)
-    speculative["draft_load_config"] = DUMMY
-    drafting = engines(sliding["model"], "snapkv:budget=0.25", speculative_config=speculative)
+    plain, drafting = beside_windows("SFSFSF", drafts=False), beside_windows("SFSFSF")
     assert [type(manager) for manager in drafting.managers] == [type(manager) for manager in plain.managers]
     assert drafting.worker.compactor.grid.num_layers == plain.worker.compactor.grid.num_layers + 1 == 4
     for method in ("snapkv", "kv_compress, again", "snapkv+k4v3, again", "off"):
@@ -277,24 +320,114 @@ def test_beside_windows_a_draft_model_of_full_attention_changes_neither_a_token_
         assert drafts.total() > 20
         for answer, other in zip(answers, expected, strict=True):
             assert first_difference(answer, other) is None, method
-        for request, compactions in its.items():
-            assert bool(compactions) == (method != "off")
-            for one, other in zip(own[request], compactions, strict=True):
-                assert torch.equal(one.counts[:3], other.counts)
-                assert one.positions()[:3] == other.positions()
+        assert_same_of_model(its, own, method != "off")
     drafting.check_nothing_left(), drafting.check_accounts()
     assert drafting.free == NUM_BLOCKS - 1
 
 
-def test_a_draft_model_by_which_there_are_several_groups_is_refused_at_start(engines, hybrids, sliding):
-    # Of three layers of full attention and two that slide a window.
-    speculative = dict(method="eagle3", model=str(sliding["eagle3"]), num_speculative_tokens=NUM_DRAFTS)
-    speculative["draft_load_config"] = DUMMY
-    with pytest.raises(
-        KVCompressionError, match="a draft model where .* in several cache groups; use"
-    ) as error:
-        engines(hybrids["gpt-oss"], "snapkv", speculative_config=speculative)
-    assert "\n" not in str(error.value)
+# ---------------------------------------------------------------------- several cache groups
+
+
+@pytest.mark.parametrize(
+    "method", ["snapkv", "kv_compress, again", "streaming", "snapkv+k4v3, again", "mixed_dim_kv", "off"]
+)
+def test_in_several_groups_tokens_are_those_without_drafts_and_the_model_keeps_its_part(
+    beside_windows, long_ids, monkeypatch, method
+):
+    """Of two groups with room for two layers each the model has three and the draft model one."""
+    plain, drafting = beside_windows("FSFSF", drafts=False), beside_windows("FSFSF")
+    assert plain.worker.compactor.grid.groups == (0, 1, 0)
+    grid = drafting.worker.compactor.grid
+    assert grid.groups == (0, 1, 0, 1) and grid.slots == (0, 0, 1, 1) and grid.num_heads == 3
+    answers, own, drafts = serve(drafting, METHODS[method], long_ids)
+    compactor = plain.worker.compactor  # which would have all pages, and has three quarters
+
+    def share(num_blocks: int) -> int:
+        return num_blocks * 6 * 3 // 4
+
+    monkeypatch.setattr(compactor, "_num_pages", lambda work: share(len(work.job.destination)))
+    monkeypatch.setattr(compactor, "_pages_of", lambda num_blocks, layers: share(num_blocks))
+    expected, its, _ = serve(plain, METHODS[method], long_ids)
+    for answer, other in zip(answers, expected, strict=True):
+        assert first_difference(answer, other) is None
+    assert_same_of_model(its, own, method != "off")
+    assert drafts.total() > 20 and drafts[True, True] + drafts[False, True] > 0
+    for compaction in (one for kept in own.values() for one in kept):
+        num_blocks = len(compaction.job.destination)
+        if compaction.job.config.record_format is None:
+            assert compaction.counts.sum() == 6 * num_blocks
+            assert compaction.counts[3].sum() == 6 * num_blocks - share(num_blocks)
+    drafting.check_nothing_left(), drafting.check_accounts()
+    assert drafting.free == NUM_BLOCKS - 1
+
+
+def drafted(engine: Engine, method: str | None, long_ids, monkeypatch):
+    """A request alone: its output, and by how many of its tokens were computed the drafts that were tried."""
+    tried, schedule = {}, engine.scheduler.schedule
+
+    def noted(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        for name, drafts in output.scheduled_spec_decode_tokens.items():
+            tried[engine.scheduler.requests[name].num_tokens] = list(drafts)
+        return output
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler, "schedule", noted)
+        return engine.run_fresh(long_ids(333, seed=333), sampling(NUM_TOKENS, method)), tried
+
+
+def test_in_several_groups_drafts_of_what_is_raw_are_stocks(beside_windows, long_ids, monkeypatch):
+    found = [
+        drafted(beside_windows("FSFSF", stock=stock), None if stock else "off", long_ids, monkeypatch)
+        for stock in (False, True)
+    ]
+    (answer, drafts), (expected, stocks) = found
+    assert exact(answer) == exact(expected) and drafts == stocks
+    assert len({tuple(own) for own in drafts.values()}) > 5, "they hang on what is before them"
+
+
+@pytest.mark.parametrize("method", ["snapkv:budget=0.85", "kv_compress:budget=0.85"])
+def test_in_several_groups_drafts_of_all_that_there_was_stay_what_they_were(
+    beside_windows, long_ids, monkeypatch, method
+):
+    """Of three groups with room for two layers each the model has four layers and the draft model one."""
+    engine = beside_windows("FSFFSF")
+    grid = engine.worker.compactor.grid
+    assert grid.groups == (0, 1, 2, 0, 1) and grid.slots == (0, 0, 0, 1, 1)
+    expected, raw = drafted(engine, "off", long_ids, monkeypatch)
+    engine.compactions.clear()
+    answer, drafts = drafted(engine, method, long_ids, monkeypatch)
+    (compaction,) = engine.compactions
+    num_blocks = compaction.job.boundary // BLOCK_SIZE
+    assert len(compaction.job.destination) < 3 * num_blocks and (compaction.counts == num_blocks).all()
+    assert first_difference(answer, expected) is None
+    common = drafts.keys() & raw.keys()  # the scheduler cuts drafts that would pass a compaction
+    assert len(common) > 10 and all(drafts[place] == raw[place] for place in common)
+    engine.check_nothing_left()
+
+
+CROWD = [None, None, "kv_compress:budget=0.25,recompact_every=8", "adakv:budget=0.3", "kivi", "off"]
+
+
+def test_in_several_groups_a_crowd_in_a_small_pool_leaves_nothing_and_nobody_disturbs_another(
+    beside_windows, long_ids
+):
+    engine = beside_windows("FSFSF")
+    members = members_of_small_crowd(long_ids, CROWD, 24, (40, 700, 100))
+    for member in members.values():
+        member.samples = 1  # vLLM 0.32 fails with a `top_k` and drafts in a step that has none to try
+    run = crowd.serve(engine, members, 110, random.Random(8))
+    assert run.free_after == run.free_before and run.sent == [each.job for each in run.compactions]
+    assert run.preemptions > 0 and run.most_running > 3
+    assert any(output.num_cached_tokens for output in run.outputs.values())
+    assert any(compaction.job.previous for compaction in run.compactions)
+    of_request, differences = in_time(crowd.compacted(run), engine), []
+    chosen = sorted(of_request, key=lambda name: len(of_request[name]), reverse=True)[:8]
+    # At the end of a part of a context vLLM 0.32 gives a draft model the last known token for the next one,
+    # so after a preemption that one keeps others.
+    compare_with_alone(run, engine, chosen, differences, num_layers=3)
+    tolerate(differences, len(chosen))
+    engine.check_nothing_left()
 
 
 @pytest.mark.parametrize(

@@ -316,7 +316,7 @@ class Compactor:
 
     def _shares(self, allocation: Allocation) -> list[tuple[slice, Allocation]]:
         """Layers that share a part of each block, and how: a model and its draft model apart, so that it
-        keeps what it would without."""
+        keeps what it would without, but for how many slots of its groups no layer has."""
         num_layers = self.grid.num_layers
         edge = num_layers - self._num_drafting
         model = slice(0, edge), allocation

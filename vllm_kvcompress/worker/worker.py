@@ -117,11 +117,6 @@ class CompressionWorker(Worker):
         if len(groups) == 1:
             layers.sort(key=lambda layer: layer.kv_cache.data_ptr())
         num_drafting = self._num_drafting(layers)
-        if num_drafting and len(groups) > 1:  # with it the model would keep more
-            raise KVCompressionError(
-                "kv-compression does not support a draft model where full attention is in several cache "
-                "groups; use ngram speculation or none"
-            )
         attn_groups = [self.model_runner.attn_groups[index] for index in indices]
         num_blocks, num_heads, block_size, _ = cache_of(layers[0]).shape
         if max(map(len, attn_groups)) > 1 or block_size != groups[0].kv_cache_spec.tokens_of_page:
