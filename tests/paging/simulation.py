@@ -215,7 +215,7 @@ class FakeWorker:
         self.records: dict[str, Record] = {}
         self.repeating: dict[str, object] = {}
         self.repeated: dict[str, set[int]] = {}  # owner to the positions that were repeated
-        self.blocks: dict[int, dict[int, Key]] = {}  # block to slot to key
+        self.blocks: dict[int, dict[int, tuple[int, Key]]] = {}  # block to slot to group and key
         self.compacted: dict[int, tuple[str, int]] = {}  # block to (request, history)
         self.jobs: list[Job] = []
         self.late: set[str] = set()  # requests that went on raw past a point
@@ -328,11 +328,11 @@ class FakeWorker:
         for block in row.destination:
             self.blocks.pop(block, None)
             self.compacted[block] = (row.compacted_by, row.history)
-        for blocks in row.blocks:
+        for group, blocks in enumerate(row.blocks):
             for position, key in enumerate(row.keys):
                 if block := blocks[position // BLOCK]:
                     self.compacted.pop(block, None)
-                    self.blocks.setdefault(block, {})[position % BLOCK] = key
+                    self.blocks.setdefault(block, {})[position % BLOCK] = group, key
 
     def _attach(self, name: str, prefix: Row, computed: int) -> None:
         row = self.rows[name]
@@ -440,8 +440,8 @@ class FakeWorker:
         assert not row.destination and not job.destination and solve.shares and job.solved
         assert solve.shares.start == (before[-1].shares.stop if before else 0), "shares come in order"
         assert solve.shares.stop <= solve.num_shares and all(job == other.job for other in before)
-        for raw in job.raw:
-            self._check_keys(raw, row, 0, job.num_tokens)
+        for group, raw in enumerate(job.raw):
+            self._check_keys(group, raw, row, 0, job.num_tokens)
         if job.config.repeats:
             assert self.repeated[name] == set(range(job.num_tokens)), "it is solved for what is not repeated"
         before.append(solve)
@@ -460,8 +460,8 @@ class FakeWorker:
         assert {len(own) for own in tails} == {-(-(job.num_tokens - job.boundary) // BLOCK)}
         for block in job.previous:
             assert self.compacted[block] == (row.compacted_by, row.history)
-        for raw in job.raw:
-            self._check_keys(raw, row, job.previous_boundary, job.num_tokens)
+        for group, raw in enumerate(job.raw):
+            self._check_keys(group, raw, row, job.previous_boundary, job.num_tokens)
         self._check_queries(job, row)
         assert len(set(job.destination)) == len(job.destination) > 0 and 0 not in job.destination
         for block in job.destination:
@@ -540,25 +540,26 @@ class FakeWorker:
             written = self.compacted.get(block)
             assert written == (row.compacted_by, row.history), "compacted pages were overwritten"
         end = len(row.keys)
-        for seen in self._seen(row.blocks, row.boundary, end):
+        for group, seen in enumerate(self._seen(row.blocks, row.boundary, end)):
             if end:
-                self._check_keys(seen, row, (-(-end // BLOCK) - len(seen)) * BLOCK, end)
+                self._check_keys(group, seen, row, (-(-end // BLOCK) - len(seen)) * BLOCK, end)
 
-    def _check_keys(self, blocks: Sequence[int], row: Row, begin: int, end: int) -> None:
+    def _check_keys(self, group: int, blocks: Sequence[int], row: Row, begin: int, end: int) -> None:
         for position in range(begin, end):
             block = blocks[(position - begin) // BLOCK]
             held = self.blocks.get(block, {}).get(position % BLOCK)
-            assert held == row.keys[position], f"block {block} does not hold token {position}"
+            wanted = group, row.keys[position]
+            assert held == wanted, f"block {block} does not hold token {position} of group {group}"
 
     def _write(self, name: str, row: Row, position: int, key: Key) -> None:
         assert position >= row.boundary
-        for own in row.blocks:
-            self._write_into(own[position // BLOCK], name, position, key)
+        for group, own in enumerate(row.blocks):
+            self._write_into(own[position // BLOCK], name, position, group, key)
 
-    def _write_into(self, block: int, name: str, position: int, key: Key) -> None:
+    def _write_into(self, block: int, name: str, position: int, group: int, key: Key) -> None:
         assert block != 0, "a token was written into the null block"
         slots = self.blocks.setdefault(block, {})
-        if slots.get(position % BLOCK) == key:
+        if slots.get(position % BLOCK) == (group, key):
             return
         for prefix, kept in self.prefixes.items():
             assert block not in self._readable_of(kept), f"{name} writes a block of {prefix}"
@@ -573,7 +574,7 @@ class FakeWorker:
             read = reader.keys[(-(-end // BLOCK) - len(own) + own.index(block)) * BLOCK :][:BLOCK]
             assert read[position % BLOCK :][:1] == [key], f"{name} writes a block that {other} can read"
         self.compacted.pop(block, None)
-        slots[position % BLOCK] = key
+        slots[position % BLOCK] = group, key
 
     def _check_owners(self) -> None:
         """No live request reads a block that is free."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import first_difference, sampling
+from pinned import check_saved
 
 OPTIONS = dict(
     skip_tokenizer_init=True,
@@ -59,7 +60,7 @@ def prompt(seed: int, length: int) -> list[int]:
     return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def test_same_kept_tokens_and_same_answers(model, start_engine):
+def test_same_kept_tokens_and_same_answers(model, start_engine, tmp_path):
     engines = {
         ("v1", "cpu"): start_engine(model, "v1", "cpu", **OPTIONS),
         ("v2", "gpu"): start_engine(model, "v2", "gpu", asynchronous=True, **OPTIONS),
@@ -79,6 +80,9 @@ def test_same_kept_tokens_and_same_answers(model, start_engine):
         engine.check_accounts(), engine.check_nothing_left()
         assert engine.free == free and len(engine.managers) == 2
         found[name] = outputs, by_request
+        # And a prefix of each is what it was, once it was saved and loaded.
+        check_saved(engine, prompt(20, 130), "knorm:budget=0.3,window=8", tmp_path / name[0])
+        assert engine.free == free
     (plain_outputs, plain), (outputs, compactions) = found.values()
     assert plain.keys() == compactions.keys() and len(plain) == len(REQUESTS) - 1
     for name, events in plain.items():

@@ -114,7 +114,11 @@ def test_the_same_under_pressure_at_the_same_points(engines, method, length, poi
 
 @pytest.mark.parametrize(
     ("method", "length"),
-    [("snapkv:budget=0.25,window=8", 140), ("kv_compress+k4v3:budget=0.1,window=8", 330)],
+    [
+        ("snapkv:budget=0.25,window=8", 140),
+        ("kv_compress+k4v3:budget=0.1,window=8", 330),
+        ("foresight:budget=0.9,window=8,threshold=30", 140),
+    ],
 )
 def test_who_goes_on_from_a_compacted_prefix_answers_the_same(engines, method, length, tmp_path):
     """Two at a time, and once more when it was saved and loaded again."""
@@ -125,6 +129,9 @@ def test_who_goes_on_from_a_compacted_prefix_answers_the_same(engines, method, l
         (prefix,) = engine.scheduler._prefixes
         outputs = engine.run_all(users)
         assert prefix.hits == 2
+        if "threshold" in method and engine.worker.compression.runs is not None:  # a GPU's are of the budget
+            table = engine.worker.compression.prefixes[prefix.id]
+            assert len(table.destination) > prefix.plan.kept_blocks == len(prefix.compacted)
         save_prefix(engine.llm, "document", tmp_path / "document")
         engine.scheduler._prefixes.drop(prefix)
         engine.forget_prefixes()
