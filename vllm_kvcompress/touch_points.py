@@ -728,7 +728,7 @@ TABLE: dict[str, Touched] = {
     "vllm.v1.attention.backends.flash_attn:FlashAttentionImpl": Touched(
         reads=(
             "__init__ alibi_slopes attn_type kv_sharing_target_layer_name logits_soft_cap sinks "
-            "sliding_window"
+            "sliding_window vllm_flash_attn_version"
         ),
         overrides={
             "forward": (

@@ -14,6 +14,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_kvcompress.attention import chunks
 from vllm_kvcompress.attention.flash_attn import CompressedFlashAttentionBackend
 from vllm_kvcompress.attention.gpu import (
     CompressedAttentionImpl,
@@ -185,7 +186,8 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
         worker.vllm_config = SimpleNamespace(
             additional_config={"kv_compression": method}, speculative_config="ngram" if speculates else None
         )
-        layer = SimpleNamespace(impl=SimpleNamespace(sinks=sinks))
+        impl = SimpleNamespace(sinks=sinks, kv_cache_dtype=cache_dtype, vllm_flash_attn_version=3)
+        layer = SimpleNamespace(impl=impl)
         monkeypatch.setattr(CompressionGPUWorker, "compacted_layers", lambda self: [layer, layer])
         specs = {str(index): kind() for index, kind in enumerate(kinds)}
         monkeypatch.setattr(CompressionGPUWorker, "get_kv_cache_spec", lambda self: specs)
@@ -210,3 +212,9 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
     assert less == 32 * (moments - 64 * 2 * 32 * 64 * 2) + 4 * 4 * 2 * 32 * 64**2
     attention = 2 * 4 * 32 * 128 * 4096  # where PyTorch watches, some queries' attention
     assert available(method="knorm") - available(method="h2o", speculates=True) == attention
+    # Where FlashAttention 3 serves chunks, their queries once more and what is found in the runs.
+    plain = available(), available(cache_dtype="fp8")
+    monkeypatch.setenv(chunks.VARIABLE, "1")
+    monkeypatch.setattr(chunks, "is_missing", lambda device: None)
+    assert plain[0] - available() == 8192 * 32 * (2 * 64 * 2 + 2 * 4)
+    assert plain[1] == available(cache_dtype="fp8")

@@ -2,6 +2,7 @@
 
 import os
 
+import flash3
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from vllm_kvcompress.kernels.attention import attend  # noqa: E402
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
 from vllm_kvcompress.kernels.compiled import compile_decode  # noqa: E402
+from vllm_kvcompress.kernels.flash3 import Chunk, Chunks, attend_chunks  # noqa: E402
 from vllm_kvcompress.kernels.moments import add_moments  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
@@ -133,3 +135,21 @@ def test_rings(compiled):
     compiled.assert_fit("_write_kernel")
     assert "st.global.v4.b32" in compiled["_write_kernel"].asm["ptx"]
     assert "st.global.b16" not in compiled["_write_kernel"].asm["ptx"]
+
+
+@pytest.mark.parametrize("compiled", [90], indirect=True)
+@pytest.mark.parametrize(("dtype", "head_size"), [(torch.bfloat16, 128), (torch.float16, 80)])
+def test_what_flash_attention_3_found_is_merged_16_bytes_at_once(compiled, dtype, head_size):
+    flash3.register()
+    cache, runs = (
+        torch.zeros(2, 4, 2, 16, 2 * head_size, dtype=dtype),
+        Runs(int32(3, 4), int32(3, 5), int32(3)),
+    )
+    rows = Rows(int32(2), int32(2, 4), 64 + int32(2), 64 * torch.arange(3, dtype=torch.int32), 64)
+    query = torch.zeros(128, 8, head_size, dtype=dtype)
+    chunks = Chunks.of([Chunk(row, 64 * row, 64, row, 1) for row in range(2)], runs, 2, (2, 4, 2, 16))
+    own = runs, rows, chunks, 0, 0.1, 64, torch.empty_like(query)
+    attend_chunks(query, *cache.split(head_size, -1), *own)
+    compiled.assert_fit("_merge_runs_kernel")
+    compiled.assert_in_registers()
+    assert "ld.global.v4" in compiled["_merge_runs_kernel"].asm["ptx"]

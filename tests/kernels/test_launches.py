@@ -21,7 +21,7 @@ from vllm_kvcompress.kernels.attention import (  # noqa: E402
     programs_at_once,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs  # noqa: E402
-from vllm_kvcompress.kernels.moments import add_moments  # noqa: E402
+from vllm_kvcompress.kernels.moments import add_moments, merged_bytes  # noqa: E402
 from vllm_kvcompress.kernels.records import attend_records  # noqa: E402
 from vllm_kvcompress.kernels.ring import write_rings  # noqa: E402
 from vllm_kvcompress.kernels.shares import Shares  # noqa: E402
@@ -148,7 +148,7 @@ def test_two_launches_add_up_what_any_number_of_rows_is_paid(launched, num_rows,
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "query_len", "programs"), [(1, 1, 24), (256, 1, 8), (3, 4096, 24), (256, 100, 24)]
+    ("num_rows", "query_len", "programs"), [(1, 1, 24), (256, 1, 8), (3, 512, 24), (256, 100, 24)]
 )
 def test_one_launch_keeps_moments_with_few_programs_where_rows_decode(
     launched, num_rows, query_len, programs
@@ -157,6 +157,16 @@ def test_one_launch_keeps_moments_with_few_programs_where_rows_decode(
     query = torch.zeros(num_rows * query_len, 8, 80, dtype=torch.bfloat16)
     add_moments(*torch.zeros(2, num_rows).long(), 1, query, rows, torch.zeros(99, 80), True)
     assert launched == [("_moment_kernel", (num_rows, programs))]
+
+
+def test_a_long_chunk_is_shared_out_and_what_is_to_be_merged_fits_what_is_set_aside(launched, allocated):
+    rows = Rows(int32(3), int32(3, 4), int32(3), int32(4), 4096)
+    query = torch.zeros(8192, 8, 80, dtype=torch.bfloat16)
+    table = torch.zeros(99, 80)
+    del allocated[:]
+    add_moments(*torch.zeros(2, 3).long(), 1, query, rows, table, True)
+    assert launched == [("_moment_kernel", (8192 // 512 + 3, 24)), ("_merge_moments_kernel", (3, 24))]
+    assert sum(allocated) == merged_bytes(8192, 8, 80) == 4 * 16 * 8 * 3 * 34 * 80
 
 
 def test_rings_are_written_by_few_programs_however_long_rows_may_be(launched):

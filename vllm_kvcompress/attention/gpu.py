@@ -7,7 +7,7 @@ in place.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_kvcompress.attention.blocks import CompactableBlocks
+from vllm_kvcompress.attention.chunks import ChunkRows
 from vllm_kvcompress.attention.unsupported import OwnLayer, refuse_layer
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import EVERY_FORMAT, Format, number_of
@@ -36,6 +37,7 @@ from vllm_kvcompress.kernels.attention import (
     choose_splits,
 )
 from vllm_kvcompress.kernels.batch import Rows, Runs, Scales
+from vllm_kvcompress.kernels.flash3 import Chunk, Chunks, attend_chunks
 from vllm_kvcompress.kernels.moments import add_moments
 from vllm_kvcompress.kernels.records import attend_records, uses_shares
 from vllm_kvcompress.kernels.ring import write_rings
@@ -77,7 +79,7 @@ class RowArrays:
     Attributes:
         slot: `[R]` int64, and so on: see `RowNumbers`.
         stock_seq_lens: `[R]` int32, tokens that vLLM's kernel attends over: of compacted rows only as many
-            as the row has queries, because our kernel overwrites their output.
+            as the row has queries, because our kernel overwrites their output, and of chunks one.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
@@ -96,12 +98,14 @@ class RowArrays:
             host = torch.tensor(columns, dtype=torch.int64, pin_memory=PIN_MEMORY)
             self._content.copy_(host, non_blocking=True)
 
-    def update_seq_lens(self, metadata: CommonAttentionMetadata) -> None:
-        """Have `stock_seq_lens` be a batch's."""
+    def update_seq_lens(self, metadata: CommonAttentionMetadata, chunks: Chunks | None = None) -> None:
+        """Have `stock_seq_lens` be a batch's, some of whose rows FlashAttention 3 attends to for us."""
         num_rows = metadata.num_reqs
         stock = self.stock_seq_lens[:num_rows]
         compacted = self.slot[:num_rows] >= 0
         torch.where(compacted, metadata.naive_query_lens(), metadata.seq_lens, out=stock)
+        if chunks is not None:  # one: its scheduler divides by what there is to read in the whole batch
+            stock.index_fill_(0, chunks.rows, 1)
 
 
 class ShareLists:
@@ -140,7 +144,9 @@ class CompressedBatch:
         runs: where compacted requests have their pages.
         rows: the batch, every row of it.
         arrays: whose `ring`, `capacity`, `added`, `moments` and `skip` belong to the rows.
-        attends: whether a row is compacted, to raw pages.
+        chunks: rows compacted to raw pages that FlashAttention 3 attends to for us; None if there are none.
+        attended: the batch, those rows without a state slot.
+        attends: whether another row is compacted to raw pages.
         formats: those that rows may be compacted to.
         largest_ring: queries of the largest ring that a row may have; 0 if none has one.
         spans: what policies note that watch every query, in place of a kernel.
@@ -155,6 +161,8 @@ class CompressedBatch:
     runs: Runs
     rows: Rows
     arrays: RowArrays
+    chunks: Chunks | None
+    attended: Rows
     attends: bool
     formats: tuple[Format, ...]
     largest_ring: int
@@ -164,6 +172,11 @@ class CompressedBatch:
     shares: Mapping[int, Shares]
     max_keys: int
     processors: int
+
+    @property
+    def serves(self) -> bool:
+        """Whether a row is compacted."""
+        return self.attends or bool(self.formats) or self.chunks is not None
 
     def apply(
         self, layer: "CompressedAttentionImpl", scales: Scales | None, query: Tensor, output: Tensor
@@ -182,7 +195,7 @@ class CompressedBatch:
         if self.moments_of is not None and layer.is_observed:
             keep_moments(self.arrays, self.moments_of[index], index, query, rows, output.dtype, scales)
         adds_up = self.sums is not None and layer.is_observed
-        if not (self.attends or self.formats or adds_up):
+        if not (self.serves or adds_up):
             return
         num_rows, heads = len(rows.seq_lens), layer.keys.shape[2]
         batch = self.runs, rows, index
@@ -193,11 +206,16 @@ class CompressedBatch:
             cut = num_splits, choose_splits(num_rows, heads, self.max_keys, self.processors), MIN_SHARE
             add_attention(self.sums, self.arrays.added, query, layer.keys, *batch, *constants, *cut, *own)
         cache = layer.keys, layer.values
+        if self.chunks is not None:
+            of_chunks = self.runs, rows, self.chunks, index, layer.scale, self.max_keys
+            attend_chunks(query, *cache, *of_chunks, output, layer.logits_soft_cap)
         if self.attends:
             attend(
                 query,
                 *cache,
-                *batch,
+                self.runs,
+                self.attended,
+                index,
                 *constants,
                 num_splits,
                 out=output,
@@ -244,6 +262,7 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
     state: "CompressionState | None" = None  # all set by the worker once the cache exists
     arrays: RowArrays  # both of a batch, whatever the cache group: the builders of all share them
     share_lists: ShareLists
+    chunk_rows: ChunkRows | None = None  # likewise, if FlashAttention 3 serves any
     fills: bool = True  # them in each step, as the first of these builders does
     processors: int = 1
     format: Format | None = None  # the engine's own, for which captured graphs have a place
@@ -279,17 +298,17 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         common = common_attn_metadata
         batch = self._batch(self.state, common)
         if self.fills:
-            self.arrays.update_seq_lens(common)
+            self.arrays.update_seq_lens(common, batch.chunks)
         seq_lens = self.arrays.stock_seq_lens[: common.num_reqs]
         stock = super().build(
             # Compacted rows have no prefix in place.
-            0 if batch.attends or batch.formats else common_prefix_len,
+            0 if batch.serves else common_prefix_len,
             common.replace(seq_lens=seq_lens),
             fast_build,
             **kwargs,
         )
         noted = batch.largest_ring or batch.spans or batch.sums is not None or batch.moments_of is not None
-        if batch.attends or batch.formats or noted:
+        if batch.serves or noted:
             stock.kv_compression = batch
         return stock
 
@@ -335,6 +354,12 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                     )
             own = rows.seq_lens, bounds, query_len, 1, dtype, scales
             write_rings(arrays.ring, arrays.capacity, 0, query, *own)
+        if self.chunk_rows is not None:  # of one chunk, over the null block
+            chunk = Chunk(row=0, first=0, queries=query_len, slot=0, blocks=1)
+            chunks = Chunks.of([chunk], runs, 2, self.chunk_rows.shape)
+            own = chunks, 0, layer.scale, query_len, out, layer.logits_soft_cap
+            rows = replace(rows, block_table=block_table.expand(-1, query_len).contiguous())
+            attend_chunks(query, layer.keys, layer.values, runs, rows, *own)
         if self.state.observer.keeps_moments:
             bounds = torch.zeros(len(arrays.slot) + 1, dtype=torch.int32, device=device)
             # Of as many rows as there may be few programs serve each, and these are compiled otherwise.
@@ -347,7 +372,8 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
         assert state.runs is not None
         shown, spans = [], []
-        held: set[Format | None] = set()  # formats of the compacted rows, None for raw pages
+        compacted: list[Format | None] = []  # formats of the compacted rows, None for raw pages
+        request_ids: Sequence[str | None] = ()
         if state.active:
             slots = state.runs.slots
             request_ids = state.rows.request_ids(common)
@@ -359,12 +385,17 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 moments = (0, 0) if kept is None else (kept.content.data_ptr(), kept.skip)
                 shown.append(RowNumbers(slots.get(request_id, -1), *place, ADDED[adds], *moments))
                 if (table := state.tables.get(request_id)) is not None:
-                    held.add(table.format)
+                    compacted.append(table.format)
             if state.observer.needs_spans:
                 spans = state.observer.spans(
                     request_ids, common.query_start_loc_cpu, common.seq_lens.cpu(), common.block_table_tensor
                 )
         self.arrays.show(shown)
+        held, chunks = set(compacted), None
+        if self.chunk_rows is not None:
+            if self.fills:
+                self.chunk_rows.show(state, request_ids, common)
+            chunks = self.chunk_rows.chunks
         captured = {self.format} if self._capturing else set()
         largest_ring = max((row.capacity for row in shown), default=0)
         adds_up = self._capturing or any(row.added != NOT for row in shown)
@@ -379,13 +410,19 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
         )
         if self.fills:
             self.share_lists.update(state.runs.arrays, rows, held)
-        attends = self._capturing or None in held
+        attended = rows
+        if chunks is not None:
+            attended = replace(rows, slot=rows.slot.index_fill(0, chunks.rows, -1))
+        raw = compacted.count(None) - (0 if chunks is None else len(chunks.rows))
+        attends = self._capturing or raw > 0
         formats = tuple(format for format in EVERY_FORMAT if format in held | captured)
         listed = [*[None] * attends, *filter(uses_shares, formats)]
         return CompressedBatch(
             runs=state.runs.arrays,
             rows=rows,
             arrays=self.arrays,
+            chunks=chunks,
+            attended=attended,
             attends=attends,
             formats=formats,
             largest_ring=common.max_query_len if self._capturing else largest_ring,

@@ -8,12 +8,15 @@ read per second, over the bandwidth of a large device-to-device copy (reads plus
 is this kernel's, over compacted pages whose heads differ in length, and with it the listing of their shares,
 once; the second that of PyTorch's scaled_dot_product_attention over the very same bytes, seen as contiguous
 heads of equal length, for it can do no other. Every step is a replayed CUDA graph; the layers are so many
-copies that none is in the L2 cache when it is read again, which is flushed before each step. Without a GPU it
+copies that none is in the L2 cache when it is read again, which is flushed before each step. At last it times
+chunks of queries over compacted pages, by our kernel and, on Hopper and where vLLM is installed, by its
+FlashAttention 3, which is checked like the others, and says whether that is to be asked for. Without a GPU it
 prints what a model says of some.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
 import statistics
 import sys
@@ -31,6 +34,7 @@ if not __package__:  # run as a file: the package itself need not be installed
 from vllm_kvcompress.formats import FORMATS, RECORD, Format, number_of
 from vllm_kvcompress.kernels.attention import attend, programs_at_once
 from vllm_kvcompress.kernels.batch import MOMENT_ROWS, Rows, Runs, moment_shape
+from vllm_kvcompress.kernels.flash3 import Chunk, Chunks, attend_chunks, is_missing
 from vllm_kvcompress.kernels.moments import add_moments
 from vllm_kvcompress.kernels.networks import network_scores
 from vllm_kvcompress.kernels.pages import gather_pages, scatter_pages
@@ -50,6 +54,8 @@ BUDGETS = (1.0, 0.25, 0.0625)
 TAIL = 2 * BLOCK_SIZE  # raw tokens behind the boundary
 FLUSH_BYTES = 256 * 2**20
 LAYERS = 32  # of a step
+CHUNKS = (1024, 2048, 8192)  # queries
+KEPT = (2048, 8192, 32768)  # tokens of a head on average, before a chunk
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,7 @@ def check(device: str) -> dict[str, float]:
         _check_sums(make_layer(2, 256, 1.0, device, dtype), name, errors)
         _check_moments(device, dtype, name, errors)
         _check_networks(layer, name, errors)
+        _check_chunks(device, dtype, name, tolerance, errors)
     _check_selection(device, errors)
     return errors
 
@@ -209,6 +216,119 @@ def _expected_row(layer: Layer, row: int) -> tuple[Tensor, Tensor]:
     tail = layer.rows.block_table[row, boundary // BLOCK_SIZE :].cpu().long()
     query = layer.query[row : row + 1]
     return attend_paged(query, keys, values, destination, start, tail, seq_len - boundary, 0, HEAD_SIZE**-0.5)
+
+
+@dataclass(frozen=True)
+class ChunkLayer:
+    """One layer's cache and rows of many queries over compacted pages and a raw tail.
+
+    Attributes:
+        cache: `[B, H, N, 2D]`.
+        runs: one slot per row.
+        rows: all of equally many queries.
+        query: `[T, Hq, D]`.
+    """
+
+    cache: Tensor
+    runs: Runs
+    rows: Rows
+    query: Tensor
+
+    @classmethod
+    def make(cls, batch: int, queries: int, kept: int, device: str, dtype: torch.dtype) -> "ChunkLayer":
+        """Blocks in random order, heads of very unequal length, each query's own key in the tail."""
+        blocks, raw, tail = kept // BLOCK_SIZE, 4 * kept // BLOCK_SIZE, -(-(TAIL + queries) // BLOCK_SIZE)
+        ids = (torch.randperm(batch * (blocks + tail)) + 1).to(torch.int32).view(batch, -1)
+        cache = torch.randn(ids.numel() + 1, HEADS, BLOCK_SIZE, 2 * HEAD_SIZE, dtype=dtype, device=device)
+        start, tails = _run_ends(batch, 4 * kept + TAIL, 0.25), ids[:, blocks:]
+        numbers = (
+            ids[:, :blocks].contiguous(),
+            start,
+            torch.full((batch,), 4 * kept),
+            torch.arange(batch),
+            torch.nn.functional.pad(tails, (raw, 0)),
+            torch.full((batch,), 4 * kept + TAIL + queries),
+            queries * torch.arange(batch + 1),
+        )
+        on_device = [each.to(device, torch.int32) for each in numbers]
+        query = torch.randn(batch * queries, HEADS * GROUP, HEAD_SIZE, dtype=dtype, device=device)
+        return cls(cache, Runs(*on_device[:3]), Rows(*on_device[3:], queries), query)
+
+    def chunks(self) -> Chunks:
+        """Every row."""
+        length, blocks = self.rows.max_query_len, self.runs.destination.shape[1]
+        count = len(self.rows.seq_lens)
+        chunks = [Chunk(row, row * length, length, row, blocks) for row in range(count)]
+        return Chunks.of(chunks, self.runs, count, (1, *self.cache.shape[:3]))
+
+    def ours(self) -> Tensor:
+        """The result of our kernel."""
+        keys, values = self.cache[None].split(HEAD_SIZE, -1)
+        return attend(self.query, keys, values, self.runs, self.rows, 0, HEAD_SIZE**-0.5)[0]
+
+    def flash3(self, chunks: Chunks) -> Tensor:
+        """The result of FlashAttention 3."""
+        cache, out = self.cache[None].split(HEAD_SIZE, -1), torch.empty_like(self.query)
+        most = self.rows.block_table.shape[1] * BLOCK_SIZE
+        attend_chunks(self.query, *cache, self.runs, self.rows, chunks, 0, HEAD_SIZE**-0.5, most, out)
+        return out
+
+
+def _check_chunks(
+    device: str, dtype: torch.dtype, name: str, tolerance: float, errors: dict[str, float]
+) -> None:
+    """Rows of many queries, by our kernel and by FlashAttention 3 where it is there."""
+    layer = ChunkLayer.make(2, 70, 320, device, dtype)
+    wanted, cache = [], layer.cache[None].split(HEAD_SIZE, -1)
+    for row in range(2):
+        tail = layer.rows.block_table[row, 4 * 320 // BLOCK_SIZE :].cpu().long()
+        runs = (part[row].cpu().long() for part in (layer.runs.destination, layer.runs.start))
+        own = *runs, tail, TAIL + 70, 0, HEAD_SIZE**-0.5
+        wanted.append(attend_paged(layer.query[70 * row :][:70], *cache, *own)[0])
+    _note(errors, f"chunks.{name}", layer.ours(), torch.cat(wanted), tolerance)
+    if dtype != torch.float32 and has_flash3(device):
+        found = layer.flash3(layer.chunks())
+        _note(errors, f"chunks.flash3.{name}", found, torch.cat(wanted), tolerance)
+
+
+def has_flash3(device: str) -> bool:
+    """Whether FlashAttention 3 can be called, after having it loaded from vLLM where that is installed."""
+    found = None if is_missing(torch.device(device)) is None else importlib.util.find_spec("vllm")
+    for folder in () if found is None else found.submodule_search_locations or ():
+        for library in Path(folder).glob("vllm_flash_attn/_vllm_fa3_C*.so"):
+            torch.ops.load_library(str(library))
+    return is_missing(torch.device(device)) is None
+
+
+def measure_chunk(queries: int, kept: int) -> dict[str, float]:
+    """Seconds of a layer's attention of one chunk; of FlashAttention 3, too, where it is there."""
+    layer = ChunkLayer.make(1, queries, kept, "cuda", torch.bfloat16)
+    operations = 4 * queries * (kept + TAIL + queries / 2) * HEADS * GROUP * HEAD_SIZE
+    cell = {"queries": queries, "kept": kept, "operations": operations, "seconds": seconds([layer.ours])}
+    if has_flash3("cuda"):
+        cell["flash3_seconds"] = seconds([functools.partial(layer.flash3, layer.chunks())])
+    return cell
+
+
+def _measure_chunks() -> list[dict[str, float]]:
+    """Print and return what chunks take, and say whether FlashAttention 3 is to be asked for."""
+    print(
+        "\nchunks: queries, tokens kept of a head; ms a layer and TFLOPS by our kernel, by FlashAttention 3"
+    )
+    cells = []
+    for queries in CHUNKS:
+        for kept in KEPT:
+            cells.append(cell := measure_chunk(queries, kept))
+            taken = [cell[name] for name in ("seconds", "flash3_seconds") if name in cell]
+            speeds = [f"{1e3 * own:9.3f} {cell['operations'] / own / 1e12:5.0f}" for own in taken]
+            print(f"{queries:6} {kept:7} " + " ".join(speeds), flush=True)
+    if not has_flash3("cuda"):
+        print("FlashAttention 3 is not there: leave KV_COMPRESSION_FLASH3 alone")
+        return cells
+    faster = sum(cell["flash3_seconds"] < cell["seconds"] for cell in cells)
+    advice = "set KV_COMPRESSION_FLASH3=1" if faster == len(cells) else "leave KV_COMPRESSION_FLASH3 alone"
+    print(f"FlashAttention 3 is right, and faster in {faster} of {len(cells)}: {advice}")
+    return cells
 
 
 def _check_records(
@@ -484,8 +604,10 @@ def main() -> None:
                 text = f"{cell['of_copy']:.2f} / {cell['sdpa_of_copy']:.2f}" if cell else "-"
                 line += text.rjust(14)
             print(line, flush=True)
+    chunks = _measure_chunks()
     if arguments.json:
         report = {"device": device, "copy_bytes_per_second": copy, "errors": errors, "cells": cells}
+        report["chunks"] = chunks
         arguments.json.write_text(json.dumps(report, indent=1))
 
 

@@ -12,10 +12,12 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_kvcompress.attention.chunks import ChunkRows, flash3_serves
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays, ShareLists
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.kernels.attention import merge_bytes, programs_at_once
+from vllm_kvcompress.kernels.flash3 import chunk_bytes
 from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.job import Job
@@ -68,8 +70,13 @@ class CompressionGPUWorker(CompressionWorker):
         longest = self.model_config.max_model_len
         arrays = RowArrays(self._max_rows, device)
         share_lists = ShareLists(grid, self._max_rows, longest, at_once, device)
+        chunk_rows = None
+        own = self.compacted_layers()
+        if flash3_serves([layer.impl for layer in own], self.model_config.dtype, device):
+            chunk_rows = ChunkRows(grid, own[0].num_heads // grid.num_heads, processors)
         for builder in self.builders:
             builder.arrays, builder.share_lists, builder.processors = arrays, share_lists, processors
+            builder.chunk_rows = chunk_rows
             builder.format, builder.fills = self._config.record_format, builder is self.builders[0]
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
@@ -130,6 +137,9 @@ class CompressionGPUWorker(CompressionWorker):
         available -= 4 * max_num_seqs * (blocks + layers * heads)  # runs
         sinks = any(layer.impl.sinks is not None for layer in own)
         available -= self._share_bytes(layers, heads, group, size, sinks)
+        if flash3_serves([layer.impl for layer in own], model.dtype, self.device):
+            tokens = self.scheduler_config.max_num_batched_tokens
+            available -= chunk_bytes(tokens, query_heads, size, model.dtype.itemsize)
         per_query = layers * query_heads * size * model.dtype.itemsize
         num_cache_tokens = available // (2 * layers * heads * size * model.dtype.itemsize)
         of_moments = moment_tokens(size, model.dtype.itemsize)

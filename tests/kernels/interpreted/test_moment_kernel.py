@@ -140,6 +140,36 @@ def test_a_mean_far_from_the_origin_costs_no_digits():
     assert 50 < scatter.diagonal().min() and scatter.diagonal().max() < 400, "of deviations of 1"
 
 
+@pytest.mark.parametrize(("head_size", "dtype"), [(80, torch.float32), (128, torch.bfloat16)])
+@pytest.mark.parametrize("skip", [0, 4, 40, 64])
+def test_long_chunks_are_added_up_by_several_programs(monkeypatch, head_size, dtype, skip):
+    """Beside short rows, from any place in the batch, with and without what was there before."""
+    monkeypatch.setattr(moments, "SEGMENT", 32)
+    torch.manual_seed(3)
+    requests = Requests(4, head_size, 1, "neox", dtype)
+    done = [0, 0, 0, 0]
+    for lens in ([70, 1, 33, 3], [64, 32, 65, 2], [1, 97, 20, 1]):
+        done = [before + n for before, n in zip(done, lens, strict=True)]
+        requests.step(done, lens, skip, watched=(0, 1, 2))
+    for request in range(3):
+        requests.assert_kept(request, list(range(skip, done[request])))
+    assert not requests.moments[3].any()
+
+
+def test_a_long_chunk_is_added_up_the_same_wherever_it_is_in_a_batch(monkeypatch):
+    monkeypatch.setattr(moments, "SEGMENT", 32)
+    found = []
+    for before in (1, 31, 40, 64):
+        torch.manual_seed(4)
+        requests = Requests(3, 64, 1, "neox", torch.bfloat16)
+        requests.step([before, 100, 20], [before, 100, 20], 4)
+        requests.step([before + 1, 103, 110], [1, 3, 90], 4)
+        found.append(requests.moments[1:])
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert torch.equal(one, other) and one.isfinite().all()
+
+
 def test_what_is_kept_is_the_same_to_the_last_bit_beside_other_rows_and_by_fewer_programs(monkeypatch):
     found = []
     for count, programs in ((1, 2048), (3, 2048), (3, 12)):  # of four rows, so three for four parts
