@@ -1,4 +1,5 @@
-"""Models some of whose layers slide a window: full attention is compacted, and windows stay vLLM's own.
+"""Models some of whose layers slide a window or attend within chunks: full attention is compacted, and those
+stay vLLM's own.
 
 What is kept, and the answers, are compared with an oracle in `test_oracle.py`.
 """
@@ -21,22 +22,25 @@ from crowd import (
 from harness import BLOCK_SIZE, Engine, exact, first_difference, sampling, tokens
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import attention
+from vllm.model_executor.layers.attention.chunked_local_attention import (
+    ChunkedLocalAttention,
+    create_chunked_local_attention_backend,
+)
 from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
-    CPUAttentionMetadataBuilder,
 )
-from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import ChunkedLocalAttentionManager, SlidingWindowManager
 
 from vllm_kvcompress import profiles
 from vllm_kvcompress.paging.manager import CompactingManager
 
-SLIDING = 128  # tokens of a window
-HYBRIDS = ["gemma3", "gpt-oss", "padded"]
+SLIDING = 128  # tokens of a window, or of a chunk
+HYBRIDS = ["gemma3", "gpt-oss", "padded", "llama4"]
 STARTED = {"padded": dict(max_model_len=2048)}  # of the engine: it holds three blocks of others' one
 # Blocks; a prompt of 700 tokens needs 22 of each group of full attention and, at most, 42 of windows.
-POOL = {"gemma3": 110, "gpt-oss": 110, "padded": 200}
+POOL = {"gemma3": 110, "gpt-oss": 110, "padded": 200, "llama4": 110}
 
 
 @pytest.fixture(scope="module", params=HYBRIDS)
@@ -69,33 +73,41 @@ def chosen_logprobs(output) -> list[float]:
     return [top[token].logprob for token, top in chosen]
 
 
-def layers_of(engine: Engine, slides: bool) -> list:
+def layers_of(engine: Engine, local: bool) -> list:
+    """Those that slide a window or attend within chunks, or those that attend to all tokens."""
     context = engine.worker.compilation_config.static_forward_context
-    layers = [layer for layer in context.values() if hasattr(layer, "impl")]
-    return [layer for layer in layers if (layer.impl.sliding_window == SLIDING) == slides]
+    return [
+        layer
+        for layer in context.values()
+        if hasattr(layer, "impl")
+        and (isinstance(layer, ChunkedLocalAttention) or layer.impl.sliding_window == SLIDING) == local
+    ]
 
 
 # ---------------------------------------------------------------------- whose the groups are
 
 
-def test_windows_are_stocks_own_to_the_class(engine, stock):
-    kinds = [CompactingManager, SlidingWindowManager]
-    assert {type(manager) for manager in engine.managers} == set(kinds)
+def test_windows_and_chunks_are_stocks_own_to_the_class(engine, stock, name):
+    local, backend = SlidingWindowManager, CPUAttentionBackend
+    if name == "llama4":
+        local = ChunkedLocalAttentionManager
+        backend = create_chunked_local_attention_backend(CPUAttentionBackend, SLIDING)
+    assert {type(manager) for manager in engine.managers} == {CompactingManager, local}
     assert len(engine.managers) == len(stock.managers) > 1
     groups = engine.worker.model_runner.attn_groups
     for manager, (group,), (plain,) in zip(
         engine.managers, groups, stock.worker.model_runner.attn_groups, strict=True
     ):
-        if type(manager) is SlidingWindowManager:
-            assert group.backend is plain.backend is CPUAttentionBackend
-            assert type(group.get_metadata_builder(0)) is CPUAttentionMetadataBuilder
+        if type(manager) is local:
+            assert group.backend is plain.backend is backend
+            assert type(group.get_metadata_builder(0)) is backend.get_builder_cls()
             assert group.kv_cache_spec == plain.kv_cache_spec
-    sliding = layers_of(engine, slides=True)
-    assert len(sliding) == len(layers_of(stock, slides=True)) > 0
-    for layer in sliding:
-        assert type(layer.impl) is CPUAttentionBackendImpl and layer.attn_backend is CPUAttentionBackend
+    own = layers_of(engine, local=True)
+    assert len(own) == len(layers_of(stock, local=True)) > 0
+    for layer in own:
+        assert type(layer.impl) is CPUAttentionBackendImpl and layer.attn_backend is backend
     # The same look at the other layers finds ours, so the look is sharp.
-    full = layers_of(engine, slides=False)
+    full = layers_of(engine, local=False)
     assert len(full) == engine.worker.compactor.grid.num_layers > 0
     assert all("vllm_kvcompress" in type(layer.impl).__module__ for layer in full)
 
@@ -214,8 +226,9 @@ def test_of_requests_compacted_together_each_leaves_room_in_its_own_blocks(engin
 def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in_any_group(
     engines, hybrids, name, long_ids
 ):
-    # Windows, too, have every block cached, where vLLM is asked to.
-    options = STARTED.get(name, {}) | {"prefix_cache_retention_interval": BLOCK_SIZE}
+    options = STARTED.get(name, {})
+    if name != "llama4":  # windows, too, have every block cached, where vLLM is asked to; chunks always
+        options = options | {"prefix_cache_retention_interval": BLOCK_SIZE}
     engine = engines(hybrids[name], "snapkv:budget=0.25", **options)
     prompt = long_ids(400, seed=3)
     point, end = len(prompt) // BLOCK_SIZE, (len(prompt) + 199) // BLOCK_SIZE
@@ -294,7 +307,7 @@ def test_blocks_of_all_groups_come_back_after_an_abort_and_a_preemption(engine, 
 
 @pytest.mark.parametrize("method", ["kvzip:", "attention_matching:waits=true,references=64,"])
 def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_moved_on(
-    engine, long_ids, method
+    engine, name, long_ids, method
 ):
     prompt, params = long_ids(640, seed=9), sampling(260, method + "budget=0.25,chunk=300")
     alone = engine.run_fresh(prompt, params)
@@ -304,7 +317,8 @@ def test_a_repetition_computes_the_context_again_if_its_owners_windows_have_move
     request = engine.add(prompt, params)
     engine.step_until_due(request)
     live = engine.live(request)
-    with engine.squeezed(leave=12):  # too few for the repetition
+    # Too few for the repetition. The prompt ends with a chunk, whose eight blocks are free in the next step.
+    with engine.squeezed(leave=6 if name == "llama4" else 12):
         while live.num_computed_tokens < len(prompt) + SLIDING + BLOCK_SIZE:
             engine.step()
         assert live.request_id in engine.late and not engine.compactions[1:]

@@ -1,4 +1,4 @@
-"""Windows and states beside compacted layers under tensor and pipeline parallelism: as in one process."""
+"""Windows, chunks and states beside compacted layers, tensor- and pipeline-parallel: as in one process."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ from vllm_kvcompress import KVCompressionError, load_prefix, save_prefix
 
 # vLLM 0.32 does not load a pipeline rank's weights of Granite 4 without experts.
 BOTH = ["tensor", "pipeline"]
-KINDS = {"gemma3": BOTH, "padded": BOTH, "lfm2": BOTH, "granite": ["tensor"]}
+KINDS = {"gemma3": BOTH, "padded": BOTH, "llama4": BOTH, "lfm2": BOTH, "granite": ["tensor"]}
 OPTIONS = STATEFUL | {"padded": dict(max_model_len=2048)}
 NUM_TOKENS = 40  # so that windows move on
 METHODS = {

@@ -1,4 +1,4 @@
-"""Windows beside compacted layers, and sinks, on Runner V2 and the GPU backend: as on Runner V1 and a CPU."""
+"""Windows, chunks and sinks beside compacted layers, on Runner V2 and the GPU backend: as on V1 and a CPU."""
 
 import pytest
 import torch
@@ -22,10 +22,18 @@ REQUESTS = [  # method, prompt tokens: all but the first in chunks of at most 12
 ]
 
 
-@pytest.fixture(scope="module", params=["gemma3", "gpt-oss"])
+@pytest.fixture(scope="module", params=["gemma3", "gpt-oss", "llama4"])
 def model(request, tmp_path_factory):
-    """Two layers that slide a window over 64 tokens and two of full attention, one after the other."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GptOssConfig, GptOssForCausalLM
+    """Two layers that slide a window over 64 tokens or attend within chunks of 64, and two of full attention,
+    one after the other."""
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GptOssConfig,
+        GptOssForCausalLM,
+        Llama4ForCausalLM,
+        Llama4TextConfig,
+    )
 
     torch.manual_seed(0)
     common = dict(
@@ -46,6 +54,17 @@ def model(request, tmp_path_factory):
     )
     if request.param == "gemma3":
         made = Gemma3ForCausalLM(Gemma3TextConfig(**common, query_pre_attn_scalar=32))
+    elif request.param == "llama4":
+        chunked = dict(
+            layer_types=["chunked_attention", "full_attention"] * 2,
+            no_rope_layers=[1, 0] * 2,
+            attention_chunk_size=64,
+            intermediate_size_mlp=128,
+            interleave_moe_layer_step=2,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+        )
+        made = Llama4ForCausalLM(Llama4TextConfig(**common | chunked))
     else:
         made = GptOssForCausalLM(GptOssConfig(**common, num_local_experts=2, num_experts_per_tok=1))
         for layer in made.model.layers:
