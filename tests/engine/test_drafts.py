@@ -14,7 +14,7 @@ import crowd
 import pytest
 import torch
 from crowd import compare_with_alone, in_time, members_of_small_crowd, tolerate
-from harness import BLOCK_SIZE, NUM_BLOCKS, Engine, exact, external_id, first_difference, sampling
+from harness import BLOCK_SIZE, NUM_BLOCKS, Engine, exact, external_id, first_difference, sampling, tokens
 from prometheus_client import REGISTRY
 from safetensors.torch import save_file
 from test_families import VOCABULARY, family, write
@@ -403,6 +403,27 @@ def test_in_several_groups_drafts_of_all_that_there_was_stay_what_they_were(
     assert first_difference(answer, expected) is None
     common = drafts.keys() & raw.keys()  # the scheduler cuts drafts that would pass a compaction
     assert len(common) > 10 and all(drafts[place] == raw[place] for place in common)
+    engine.check_nothing_left()
+
+
+def test_in_several_groups_drafts_that_are_all_right_see_the_next_block_before_the_model_does(
+    beside_windows, long_ids, monkeypatch
+):
+    engine, prompt = beside_windows("FSFSF"), long_ids(332, seed=332)
+    params, ends = sampling(NUM_TOKENS, METHODS["snapkv"]), []
+    expected, update = engine.run_fresh(prompt, params), engine.scheduler.update_draft_token_ids
+
+    def right(drafts):
+        for name, own in zip(drafts.req_ids, drafts.draft_token_ids, strict=True):
+            if request := engine.scheduler.requests.get(name):
+                own[:] = tokens(expected)[request.num_output_tokens :][: len(own)]
+                ends.append(request.num_tokens - 1)  # of what the model has computed
+        update(drafts)
+
+    monkeypatch.setattr(engine.scheduler, "update_draft_token_ids", right)
+    answer = engine.run_fresh(prompt, params)
+    assert first_difference(answer, expected) is None
+    assert ends[:6] == [332, 336, 340, 344, 348, 352] and 352 % BLOCK_SIZE == 0
     engine.check_nothing_left()
 
 
