@@ -2,32 +2,17 @@
 
 from dataclasses import dataclass, replace
 
-import pytest
 import torch
 
 from vllm_kvcompress.kernels.batch import MOMENT_ROWS
-from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies import POLICIES, LayerObservation
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.expected_attention import ExpectedAttention, QueryStatistics
 from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.rotary import Rotary
-from vllm_kvcompress.requests.cache import PackedCache
-from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.moments import QueryMoments
-from vllm_kvcompress.requests.observer import LayerAttention, Observer
 
 LAYERS, HEADS, GROUP, SIZE = 3, 2, 2, 40  # of which one part has 8 rows
-
-
-@pytest.fixture
-def observer() -> Observer:
-    plain = Packing(torch.arange(4 * 6), 4, 6)
-    cache = PackedCache(PageGrid(2, 10, 2, 4), torch.zeros(40, 2, 24), plain, plain)
-    layers = [LayerAttention(0.3, 0.0, rotary=Rotary.identity(99))] * 2
-    return Observer(
-        cache, layers, 4, 6, torch.float32, tables={}, kernel_writes_rings=True, keeps_moments=True
-    )
 
 
 def filled() -> tuple[QueryMoments, QueryStatistics]:
@@ -76,6 +61,7 @@ def test_scores_are_the_same_whether_a_number_or_the_device_counts():
 
 
 def test_a_kernel_keeps_them_of_requests_that_ask_and_are_not_paused(observer):
+    observer.keeps_moments = True
     for name, policy in (
         ("e", ExpectedAttention(skip=9)),
         ("c", CriticalKV(ExpectedAttention())),
@@ -98,7 +84,7 @@ def test_a_kernel_keeps_them_of_requests_that_ask_and_are_not_paused(observer):
 
 
 def test_where_no_kernel_keeps_them_spans_note_what_accumulates(observer):
-    observer.keeps_moments = False
+    assert not observer.keeps_moments
     observer.watch("e", ExpectedAttention())
     assert observer.moments("e") is None and observer.needs_spans
 

@@ -1,30 +1,14 @@
 """What kernels add up beside the pages is read, moved and left alone as the policies' own states would be."""
 
-import pytest
 import torch
 
-from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.policies.criticalkv import CriticalKV
 from vllm_kvcompress.policies.h2o import H2O
 from vllm_kvcompress.policies.knorm import Knorm
 from vllm_kvcompress.policies.watching import AttentionSum
-from vllm_kvcompress.requests.cache import Kept, PackedCache
-from vllm_kvcompress.requests.cpu_pages import Packing
-from vllm_kvcompress.requests.observer import LayerAttention, Observer
+from vllm_kvcompress.requests.cache import Kept
 from vllm_kvcompress.requests.sums import PageSums
-
-GRID = PageGrid(2, 10, 2, 4)
-
-
-@pytest.fixture
-def observer() -> Observer:
-    plain = Packing(torch.arange(4 * 6), 4, 6)
-    cache = PackedCache(GRID, torch.zeros(40, 2, 24), plain, plain)
-    layers = [LayerAttention(0.3, 0.0)] * 2
-    observer = Observer(cache, layers, 4, 6, torch.float32, tables={}, kernel_writes_rings=True)
-    observer.sums = PageSums.empty(GRID, torch.device("cpu"))
-    return observer
 
 
 def test_sums_go_where_their_tokens_go_also_to_pages_that_are_read():
@@ -39,6 +23,7 @@ def test_sums_go_where_their_tokens_go_also_to_pages_that_are_read():
 
 
 def test_nothing_is_added_while_a_request_is_paused_and_no_span_notes_it(observer):
+    observer.sums = PageSums.empty(observer.cache.grid, torch.device("cpu"))
     for name, policy in (("h", H2O()), ("k", POLICIES["kv_compress_full"]()), ("n", Knorm())):
         observer.watch(name, policy)
     assert [observer.adds(name) for name in "hknx"] == ["attention", "squares", None, None]
@@ -54,7 +39,7 @@ def test_nothing_is_added_while_a_request_is_paused_and_no_span_notes_it(observe
 
 
 def test_without_a_place_for_sums_spans_note_what_accumulates(observer):
-    observer.sums = None
+    assert observer.sums is None
     observer.watch("h", H2O())
     assert observer.adds("h") is None and observer.needs_spans
 

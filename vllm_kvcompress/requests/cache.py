@@ -11,10 +11,9 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Allocation, select
 from vllm_kvcompress.formats import Format, RecordFormat
 from vllm_kvcompress.paging.layout import PageGrid
-from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.policies.rotary import Rotary
+from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cpu_pages import Packing
-from vllm_kvcompress.requests.float8 import Float8
+from vllm_kvcompress.requests.float8 import Float8, by_row
 from vllm_kvcompress.requests.tables import RequestTable
 
 
@@ -132,8 +131,7 @@ class PagedCache(ABC):
     def _plain(self, stored: Tensor, scales: Tensor, layers: slice | None) -> Tensor:
         """Bytes `[X, n, D]` as numbers, by the scales, of `[L]`, of the layers that they are read for."""
         assert self.float8 is not None and layers is not None
-        own = scales[layers]
-        return self.float8.read(stored, own.repeat_interleave(len(stored) // len(own)))
+        return self.float8.read(stored, by_row(scales[layers], len(stored)))
 
     @abstractmethod
     def rewrite(self, kept: Kept, target: Tensor, overlaps: bool) -> None:
@@ -185,26 +183,16 @@ class PagedCache(ABC):
         self,
         policy: Policy,
         pages: Tensor,
-        num_scored: int,
-        padding: Tensor | None,
-        positions: Tensor | None,
         layers: slice,
-        numbers: Sequence[int],
-        first_head: int,
-        rotary: Rotary,
+        seen: LayerObservation,
     ) -> Tensor:
         """What the policy's `score` returns for some layers of one request, X = l·H.
 
         Args:
             policy: one that looks at a token's key and value alone.
             pages: `[X, W / N]` int64; -1 for padding.
-            num_scored: T, columns to score.
-            padding: `[X]` int64, leading columns that hold nothing; None for none.
-            positions: `[X, W]` int64, of the columns' tokens; None where column i is token i.
             layers: which of the cache's.
-            numbers: theirs in the model.
-            first_head: which of the model's KV heads the cache's first one is.
-            rotary: the layers' position embedding.
+            seen: what it would be given, without keys and values.
 
         Returns:
             `[X, T]` float32.

@@ -45,3 +45,8 @@ class Float8:
         found = np.take(every.view(bits).numpy(), stored.numpy())
         plain = torch.from_numpy(found).view(self.plain)
         return plain if bool((scales == 1).all()) else plain.mul_(scales)
+
+
+def by_row(scales: Tensor, num_rows: int) -> Tensor:
+    """The scale of each of so many rows, equally many for each layer: `[num_rows]` of `[L]`."""
+    return scales.repeat_interleave(num_rows // len(scales))

@@ -217,7 +217,7 @@ class Compactor:
             fitting = [n for n, size in enumerate(bytes_of, 1) if n * size <= self.cache.slice_bytes]
             end = begin + max([1, *fitting])
             own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
-            seen = self._observe(policy, task, replace(part, pages=part.pages[own]), everything=True)
+            seen = self._observe(policy, task, replace(part, pages=part.pages[own]), reads=True)
             num_kept, raw = solution.num_kept[rows], solution.choice.raw[rows]
             columns, present = padded(raw >= 0, max(num_kept))
             columns, present = policy.select(seen, own, columns, present, task.work.job.config.sink_tokens)
@@ -782,19 +782,8 @@ class Compactor:
         """A policy's scores of some layers of a request, `[X, T]`."""
         if not self._reads_in_place(policy, task):
             return policy.score(self._observe(policy, task, part))
-        layers = self.layers[part.layers]
-        assert layers[0].rotary is not None
-        return self.cache.token_scores(
-            policy,
-            part.pages,
-            part.num_scored,
-            part.padding,
-            None if part.positions is None else part.positions(),
-            part.layers,
-            [layer.index for layer in layers],
-            layers[0].first_head,
-            layers[0].rotary,
-        )
+        seen = self._observe(policy, task, part, reads=False)
+        return self.cache.token_scores(policy, part.pages, part.layers, seen)
 
     def _reads_in_place(self, policy: Policy, task: _Task) -> bool:
         """Whether the cache itself makes a request's scores, without a copy of what it holds."""
@@ -836,15 +825,16 @@ class Compactor:
         protect(scores, together.padding, tasks[0].work.job.config.sink_tokens)
 
     def _observe(
-        self, policy: Policy, task: _Task, part: _Candidates, everything: bool = False
+        self, policy: Policy, task: _Task, part: _Candidates, reads: bool | None = None
     ) -> LayerObservation:
-        """What a policy sees of some layers: what it reads, or keys and values whatever it reads."""
+        """What a policy sees of some layers; of keys and values what it reads, or both, or neither."""
         job, observed = task.work.job, task.work.observed
         rows, device = len(part.pages), self.cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
         raw = width - (0 if part.records is None else part.records.shape[1] * RECORD)
-        reads_keys, reads_values = policy.reads_keys or everything, policy.reads_values or everything
+        reads_keys = policy.reads_keys if reads is None else reads
+        reads_values = policy.reads_values if reads is None else reads
         bias = None
         if reads_keys:
             keys = self.cache.read_keys(part.pages, part.layers)[:, :raw]

@@ -12,11 +12,11 @@ from vllm_kvcompress.kernels.networks import network_scores
 from vllm_kvcompress.kernels.pages import gather_pages, move_pages, scatter_pages
 from vllm_kvcompress.kernels.scores import rank_columns, window_scores
 from vllm_kvcompress.kernels.selection import adaptive_counts, global_counts, select_columns, whole_pages
-from vllm_kvcompress.policies.base import Policy
+from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.foresight import Foresight
-from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.policies.window import WindowPolicy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
+from vllm_kvcompress.requests.float8 import by_row
 
 
 @dataclass(frozen=True)
@@ -115,35 +115,29 @@ class PlainCache(PagedCache):
         self,
         policy: Policy,
         pages: Tensor,
-        num_scored: int,
-        padding: Tensor | None,
-        positions: Tensor | None,
         layers: slice,
-        numbers: Sequence[int],
-        first_head: int,
-        rotary: Rotary,
+        seen: LayerObservation,
     ) -> Tensor:
-        assert isinstance(policy, Foresight)
+        assert isinstance(policy, Foresight) and seen.rotary is not None
         keys, values, dtype, scales = self.keys, self.values, self.keys.dtype, None
-        heads = len(pages) // len(numbers)
-        if self.float8 is not None:
-            keys, values = (each.view(self.float8.dtype) for each in (keys, values))
-            of_layers = self.float8.key_scales[layers], self.float8.value_scales[layers]
-            dtype, scales = self.float8.plain, tuple(own.repeat_interleave(heads) for own in of_layers)
-        network = policy.network_on(self.device, dtype).of(numbers, first_head, heads)
+        if (float8 := self.float8) is not None:
+            keys, values, dtype = keys.view(float8.dtype), values.view(float8.dtype), float8.plain
+            of_layers = float8.key_scales[layers], float8.value_scales[layers]
+            scales = by_row(of_layers[0], len(pages)), by_row(of_layers[1], len(pages))
+        network = policy.network_on(self.device, dtype)
         found = network_scores(
             keys,
             values,
             pages,
-            num_scored,
-            network,
-            rotary.cos_sin,
-            rotary.is_neox,
-            rotary.first,
-            positions,
+            seen.num_scored,
+            network.of(seen.layers, seen.first_head, len(pages) // len(seen.layers)),
+            seen.rotary.cos_sin,
+            seen.rotary.is_neox,
+            seen.rotary.first,
+            None if seen.kept_positions is None else seen.kept_positions(),
             scales,
         )
-        return policy.pooled(found, padding)
+        return policy.pooled(found, seen.padding)
 
     def rank(self, scores: Tensor, padding: Tensor | None, sinks: int) -> None:
         if padding is None:
