@@ -362,7 +362,7 @@ def test_in_several_groups_tokens_are_those_without_drafts_and_the_model_keeps_i
 
 
 def drafted(engine: Engine, method: str | None, long_ids, monkeypatch):
-    """A request alone: its output, and by how many of its tokens were computed the drafts that were tried."""
+    """A request alone: its output, and the drafts that were tried, by how many tokens it had."""
     tried, schedule = {}, engine.scheduler.schedule
 
     def noted(*args, **kwargs):

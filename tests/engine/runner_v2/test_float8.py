@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compared import prompt
 from harness import first_difference, sampling
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention import attention as layers
@@ -63,10 +64,6 @@ def stock():
 def engines(tiny, start_engine):
     """One with a float8 cache, one with a plain one."""
     return [start_engine(tiny, "v2", "gpu", kv_cache_dtype=kind, **OPTIONS) for kind in ("fp8", "auto")]
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def assert_same(engines, methods) -> None:

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from harness import first_difference, sampling
-from test_captured import captured
+from compared import assert_same, replay_captures, served, warm_up
 from test_counted import counted  # noqa: F401 (a fixture)
 
 OPTIONS = dict(
@@ -76,42 +75,15 @@ def engines(model, start_engine):
     }
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def served(engine, requests):
-    """Outputs in the order of the requests, and compactions by a request's place in it."""
-    engine.forget_prefixes(), engine.compactions.clear(), engine.sent.clear()
-    first, free = engine._count + 1, engine.free
-    outputs = engine.run_all(
-        (prompt(index, length), sampling(5, method, detokenize=False))
-        for index, (method, length) in enumerate(requests)
-    )
-    found: dict[int, list] = {}
-    for compaction in engine.compactions:
-        found.setdefault(int(compaction.request.removeprefix("r")) - first, []).append(compaction)
-    assert engine.sent == [compaction.job for compaction in engine.compactions]
-    engine.check_accounts(), engine.check_nothing_left()
-    engine.forget_prefixes()
-    assert engine.free == free
-    return outputs, found
-
-
 @pytest.fixture(scope="module")
 def reference(engines):
     return served(engines["v1", "cpu"], REQUESTS)
 
 
-def assert_same(one, other, requests) -> None:
-    (outputs, compactions), (others, other_compactions) = one, other
-    assert compactions.keys() == other_compactions.keys()
-    for name, events in compactions.items():
-        assert len(events) == len(other_compactions[name])
-        for ours, theirs in zip(events, other_compactions[name], strict=True):
-            assert torch.equal(ours.counts, theirs.counts) and torch.equal(ours.kept, theirs.kept), ours.job
-    for (method, _), ours, theirs in zip(requests, outputs, others, strict=True):
-        assert first_difference(ours, theirs) is None, method
+def assert_alike(one, other, requests) -> None:
+    """The same tokens, by the same odds."""
+    assert_same(one, other, requests)
+    for (method, _), ours, theirs in zip(requests, one[0], other[0], strict=True):
         for left, right in zip(ours.outputs[0].logprobs, theirs.outputs[0].logprobs, strict=True):
             shared = left.keys() & right.keys()
             assert all(abs(left[token].logprob - right[token].logprob) < 1e-3 for token in shared), method
@@ -125,26 +97,14 @@ def test_same_kept_tokens_and_same_answers(engines, reference, name):
     assert (engine.worker.compression.observer.sums is not None) == (name == ("v1", "gpu"))
     assert sum(len(events) for events in reference[1].values()) == len(REQUESTS)  # one a second time
     assert any(each.counts.sum(1).unique().numel() > 1 for events in reference[1].values() for each in events)
-    assert_same(reference, served(engine, REQUESTS), REQUESTS)
+    assert_alike(reference, served(engine, REQUESTS), REQUESTS)
 
 
 def test_decoding_with_the_metadata_of_the_capture_changes_nothing(engines, monkeypatch):
     engine = engines["v2", "gpu"]
-    runner = engine.worker.model_runner
-    graphs = {num_rows: captured(runner, num_rows) for num_rows in (1, 2, 3, 4)}
-    prepare, replayed = runner.model_state.prepare_attn, []
-
-    def replay(batch, *args, **kwargs):
-        fresh = prepare(batch, *args, **kwargs)  # fills the arrays, as before a replay
-        if batch.num_reqs != batch.num_tokens:
-            return fresh
-        rows = batch.num_reqs + (batch.num_reqs == 3)  # once with a row of padding
-        replayed.append(rows)
-        return graphs[rows]
-
-    monkeypatch.setattr(runner.model_state, "prepare_attn", replay)
+    replayed = replay_captures(engine, monkeypatch)
     wanted = served(engines["v1", "cpu"], IN_GRAPHS)
-    assert_same(wanted, served(engine, IN_GRAPHS), IN_GRAPHS)
+    assert_alike(wanted, served(engine, IN_GRAPHS), IN_GRAPHS)
     assert 4 in replayed
 
 
@@ -158,17 +118,8 @@ def test_arrays_are_filled_once_a_step_whatever_the_groups(engines, counted):  #
 
 def test_the_warm_up_compacts_blocks_of_every_group_and_leaves_nothing_behind(engines, monkeypatch):
     engine = engines["v2", "gpu"]
-    worker, heard = engine.worker, len(engine.compactions)
-    engine._computed = {"kv-compression-warm-up": 0}
-    monkeypatch.setattr(engine, "check_written_blocks", lambda job: None)
     # Attention is warmed up as with one group.
-    monkeypatch.setattr(type(worker.builders[0]), "warm_up", lambda self, modules: None)
-    worker.warm_up_kernels()
-    jobs = [compaction.job for compaction in engine.compactions[heard:]]
-    assert len(jobs) == 2, "in place, and elsewhere"
-    for job in jobs:
+    monkeypatch.setattr(type(engine.worker.builders[0]), "warm_up", lambda self, modules: None)
+    for job in warm_up(engine):
         (one, other), tokens = map(set, job.raw), job.num_tokens
         assert len(one) == len(other) == -(-tokens // engine.manager.block_size) and not one & other
-    state = worker.compression
-    assert not state.tables and not state.runs.slots and not len(state.observer)
-    engine.compactions.clear()

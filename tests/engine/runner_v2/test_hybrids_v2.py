@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import first_difference, sampling
+from compared import assert_same, prompt, served
 from pinned import check_saved
 
 OPTIONS = dict(
@@ -75,38 +75,18 @@ def model(request, tmp_path_factory):
     return path
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def test_same_kept_tokens_and_same_answers(model, start_engine, tmp_path):
     engines = {
         ("v1", "cpu"): start_engine(model, "v1", "cpu", **OPTIONS),
         ("v2", "gpu"): start_engine(model, "v2", "gpu", asynchronous=True, **OPTIONS),
     }
-    found = {}
+    found = []
     for name, engine in engines.items():
-        requests = [
-            (prompt(index, length), sampling(8, method, detokenize=False))
-            for index, (method, length) in enumerate(REQUESTS)
-        ]
         free = engine.free
-        outputs = engine.run_all(requests)
-        by_request: dict[str, list] = {}
-        for compaction in engine.compactions:
-            by_request.setdefault(compaction.request, []).append(compaction)
-        assert engine.sent == [compaction.job for compaction in engine.compactions]
-        engine.check_accounts(), engine.check_nothing_left()
-        assert engine.free == free and len(engine.managers) == 2
-        found[name] = outputs, by_request
+        assert len(engine.managers) == 2
+        found.append(served(engine, REQUESTS, 8))
         # And a prefix of each is what it was, once it was saved and loaded.
         check_saved(engine, prompt(20, 130), "knorm:budget=0.3,window=8", tmp_path / name[0])
         assert engine.free == free
-    (plain_outputs, plain), (outputs, compactions) = found.values()
-    assert plain.keys() == compactions.keys() and len(plain) == len(REQUESTS) - 1
-    for name, events in plain.items():
-        assert len(events) == len(compactions[name])
-        for one, two in zip(events, compactions[name], strict=True):
-            assert torch.equal(one.counts, two.counts) and torch.equal(one.kept, two.kept), one.job
-    for (method, _), one, two in zip(REQUESTS, plain_outputs, outputs, strict=True):
-        assert first_difference(one, two) is None, method
+    assert len(found[0][1]) == len(REQUESTS) - 1
+    assert_same(*found, REQUESTS)

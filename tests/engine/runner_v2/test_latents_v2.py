@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from harness import ROTATES, first_difference, sampling
+from compared import assert_same, served
+from harness import ROTATES
 
 OPTIONS = dict(
     skip_tokenizer_init=True,
@@ -48,32 +49,12 @@ def model(tmp_path_factory):
     return path
 
 
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
 def test_same_kept_tokens_and_same_answers(model, start_engine):
-    found = []
-    for runner, asynchronous in (("v1", False), ("v2", True)):
-        engine = start_engine(model, runner, "cpu", asynchronous=asynchronous, **OPTIONS)
-        requests = [
-            (prompt(index, length), sampling(20, method, detokenize=False))
-            for index, (method, length) in enumerate(REQUESTS)
-        ]
-        free = engine.free
-        outputs = engine.run_all(requests)
-        by_request: dict[str, list] = {}
-        for compaction in engine.compactions:
-            by_request.setdefault(compaction.request, []).append(compaction)
-        assert engine.sent == [compaction.job for compaction in engine.compactions]
-        engine.check_accounts(), engine.check_nothing_left()
-        assert engine.free == free
-        found.append((outputs, by_request))
-    (plain_outputs, plain), (outputs, compactions) = found
-    assert plain.keys() == compactions.keys() and len(plain) == len(REQUESTS) - 1
-    assert any(len(events) > 1 for events in plain.values())
-    for name, events in plain.items():
-        for one, two in zip(events, compactions[name], strict=True):
-            assert torch.equal(one.counts, two.counts) and torch.equal(one.kept, two.kept), one.job
-    for (method, _), one, two in zip(REQUESTS, plain_outputs, outputs, strict=True):
-        assert first_difference(one, two) is None, method
+    found = [
+        served(start_engine(model, runner, "cpu", asynchronous=runner == "v2", **OPTIONS), REQUESTS, 20)
+        for runner in ("v1", "v2")
+    ]
+    compactions = found[0][1]
+    assert len(compactions) == len(REQUESTS) - 1
+    assert any(len(events) > 1 for events in compactions.values())
+    assert_same(*found, REQUESTS)

@@ -1,8 +1,8 @@
 """A kernel keeps moments of every query, inside captured graphs too, and what is kept is what V1 keeps."""
 
 import pytest
-from test_added_up import OPTIONS, assert_same_in_graphs, served
-from test_captured import assert_warm_up_leaves_nothing
+from compared import served, warm_up
+from test_added_up import OPTIONS, assert_same_in_graphs
 
 from vllm_kvcompress.attention import gpu
 
@@ -23,5 +23,5 @@ def test_the_same_is_kept_as_where_pytorch_watches_and_as_in_a_replayed_graph(
     assert [len(reference[1][place]) for place in range(3)] == [2, 1, 1]
     engine = start_engine(tiny, "v2", "gpu", asynchronous=True, **options)
     monkeypatch.setattr(gpu, "MAX_TILE", 1)  # longer rows are slow to interpret
-    assert_warm_up_leaves_nothing(engine)
+    warm_up(engine)
     assert_same_in_graphs(engine, reference, REQUESTS, monkeypatch)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compared import prompt
 from harness import first_difference, sampling
 
 from vllm_kvcompress import load_prefix, save_prefix
@@ -33,10 +34,6 @@ REQUESTS = [  # method, prompt tokens
     # Of 288 tokens 96 stay of each head on average, with biases.
     ("attention_matching+kivi8:budget=0.1,queries=prompt,references=32,waits=true", 330),
 ]
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def requests():
