@@ -184,6 +184,7 @@ def test_full_attention_gives_blocks_back_and_windows_go_on_as_in_stock(engine, 
 def test_layers_of_several_groups_share_one_destination(engines, hybrids, long_ids):
     engine = engines(hybrids["padded"], "snapkv:budget=0.25", **STARTED["padded"])
     engine.forget_prefixes()
+    free = engine.free
     own = [m.kv_cache_group_id for m in (engine.manager, *engine.manager.others)]
     config = engine.scheduler.kv_cache_config
     assert [len(config.kv_cache_groups[group].layer_names) for group in own] == [2, 2, 1]
@@ -205,6 +206,7 @@ def test_layers_of_several_groups_share_one_destination(engines, hybrids, long_i
         assert first_difference(answer, whole) is None
         assert chosen_logprobs(answer) == pytest.approx(chosen_logprobs(whole), abs=1e-3)
     engine.check_nothing_left()
+    assert engine.free == free
 
 
 def test_of_requests_compacted_together_each_leaves_room_in_its_own_blocks(engines, hybrids, long_ids):
