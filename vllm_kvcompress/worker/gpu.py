@@ -18,6 +18,7 @@ from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
 from vllm_kvcompress.kernels.attention import merge_bytes, programs_at_once
 from vllm_kvcompress.kernels.flash3 import chunk_bytes
+from vllm_kvcompress.kernels.moments import merged_bytes
 from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.job import Job
@@ -125,6 +126,7 @@ class CompressionGPUWorker(CompressionWorker):
             available = available * token // (token + SUM_BYTES)
         elif self._kept_in_graphs == "moments":
             available -= 4 * 4 * layers * query_heads * size**2  # covariances of a request that is scored
+            available -= merged_bytes(self.scheduler_config.max_num_batched_tokens, query_heads, size)
         elif self._config.watches_every_query:
             available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
             policy = self._config.build_policy()
