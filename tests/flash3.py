@@ -1,11 +1,11 @@
 """Stands in for vLLM's FlashAttention 3 where there is no GPU, to the letter of its source.
 
-Schema, refusals and results are those of `hopper/` in vllm-project/flash-attention at 01ed8aa, which take the
-arguments of vLLM 0.32's wrapper in its order: `flash_api_stable_registration.cpp` (schema), `mha_fwd` of
-`flash_api.cpp` (refusals), `seqlen.h` and `paged_kv.h` (`leftpad_k` is taken off `seqused_k`, and added to a
-key's number before its page is looked up), `mask.h` (causal by the lengths that are left), `softmax.h`
-(log-sum-exp in base e) and `epilogue_fwd.hpp` (zeros and -inf where nothing is seen; what has no query is not
-written). Anything that no caller of ours needs is refused, too.
+Schema, refusals and results are those of `hopper/` in vllm-project/flash-attention, whose operator takes the
+arguments of vLLM 0.32's wrapper in its order: at 01ed8aa `flash_api_stable_registration.cpp` (schema) and
+`mha_fwd` of `flash_api.cpp` (refusals); as other commits have them `seqlen.h` and `paged_kv.h` (`leftpad_k`
+is taken off `seqused_k`, and added to a key's number before its page is looked up), `mask.h` (causal by the
+lengths that are left), `softmax.h` (log-sum-exp in base e) and `epilogue_fwd.hpp` (zeros and -inf where
+nothing is seen; what has no query is not written). Anything that no caller of ours needs is refused, too.
 """
 
 import torch

@@ -1,5 +1,6 @@
 """The worker of CUDA and ROCm devices."""
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -72,9 +73,8 @@ class CompressionGPUWorker(CompressionWorker):
         arrays = RowArrays(self._max_rows, device)
         share_lists = ShareLists(grid, self._max_rows, longest, at_once, device)
         chunk_rows = None
-        own = self.compacted_layers()
-        if flash3_serves([layer.impl for layer in own], self.model_config.dtype, device):
-            chunk_rows = ChunkRows(grid, own[0].num_heads // grid.num_heads, processors)
+        if self._flash3_serves:
+            chunk_rows = ChunkRows(grid, self.compacted_layers()[0].num_heads // grid.num_heads, processors)
         for builder in self.builders:
             builder.arrays, builder.share_lists, builder.processors = arrays, share_lists, processors
             builder.chunk_rows = chunk_rows
@@ -139,7 +139,7 @@ class CompressionGPUWorker(CompressionWorker):
         available -= 4 * max_num_seqs * (blocks + layers * heads)  # runs
         sinks = any(layer.impl.sinks is not None for layer in own)
         available -= self._share_bytes(layers, heads, group, size, sinks)
-        if flash3_serves([layer.impl for layer in own], model.dtype, self.device):
+        if self._flash3_serves:
             tokens = self.scheduler_config.max_num_batched_tokens
             available -= chunk_bytes(tokens, query_heads, size, model.dtype.itemsize)
         per_query = layers * query_heads * size * model.dtype.itemsize
@@ -147,6 +147,12 @@ class CompressionGPUWorker(CompressionWorker):
         of_moments = moment_tokens(size, model.dtype.itemsize)
         budget = ring_budget(self._config, max_num_seqs, num_cache_tokens, group, of_moments)
         return available - per_query * budget
+
+    @functools.cached_property
+    def _flash3_serves(self) -> bool:
+        """Whether FlashAttention 3 serves chunks."""
+        impls = [layer.impl for layer in self.compacted_layers()]
+        return flash3_serves(impls, self.model_config.dtype, self.device)
 
     def _most_groups(self, compacted: int) -> int:
         """Cache groups that vLLM makes of so many layers: as large as there are fewest of another kind."""

@@ -110,6 +110,35 @@ def test_a_layer_is_two_calls_however_many_chunks_there_are():
     assert pages.stride(0) == 0 and len(chunks.pages) == 6 * 2 * HEADS, "one list for all heads and layers"
 
 
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (0, lambda query: query.float()),
+        (0, lambda query: query.transpose(1, 2)),
+        (1, lambda keys: keys[..., 1:].transpose(2, 3).contiguous().transpose(2, 3)),
+        (7, lambda starts: starts.long()),
+        (10, lambda lens: lens[:-1]),
+        (11, lambda ends: torch.stack([ends, ends], 1)[:, 0]),
+        (14, lambda pages: pages.long()),
+        (14, lambda pages: pages[:-1]),
+        (14, lambda pages: pages.T.contiguous().T),
+        (16, lambda starts: starts.long()),
+        (13, lambda most: most - 1),
+    ],
+)
+def test_what_the_operator_refuses_is_refused(monkeypatch, place, other):
+    """A tail's call, with one argument otherwise."""
+    torch.manual_seed(5)
+    batch = Batch([Row(64, 64, 2, 5), Row(70, 80, 3, 3)], *make_cache(2, 60, 2, 16, 32, torch.float16), 2)
+    given, forward = [], torch.ops._vllm_fa3_C.fwd
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops._vllm_fa3_C, "fwd", lambda *args: given.append(args) or forward(*args))
+        serve(batch, 0, 64)
+    flash3.forward(*given[0])
+    with pytest.raises(AssertionError):
+        flash3.forward(*(other(each) if index == place else each for index, each in enumerate(given[0])))
+
+
 def test_what_a_layer_takes_beside_its_output_is_bounded(monkeypatch):
     torch.manual_seed(4)
     batch = Batch([Row(64, 64, 2, 5), Row(70, 80, 3, 3)], *make_cache(2, 60, 2, 16, 32, torch.float16), 2)
