@@ -349,6 +349,12 @@ def tokens(output: RequestOutput, sample: int = 0) -> list[int]:
     return list(output.outputs[sample].token_ids)
 
 
+def chosen_logprobs(output: RequestOutput) -> list[float]:
+    """Of the tokens that were chosen."""
+    chosen = zip(tokens(output), output.outputs[0].logprobs, strict=True)
+    return [top[token].logprob for token, top in chosen]
+
+
 def exact(output) -> list:
     """Tokens and log-probabilities to the last bit."""
     return [sorted((token, lp.logprob) for token, lp in top.items()) for top in output.outputs[0].logprobs]

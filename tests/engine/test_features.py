@@ -1,7 +1,7 @@
 """What requests ask for beside compression: adapters, embeddings, grammars, log-probabilities, samples.
 
-One engine with all of it, so that they meet in its batches. Oracles: the adapter merged into the weights, the
-tokens whose embeddings were given, the stock engine, the same request by itself.
+One engine of each kind of model with all of it, so that they meet in its batches. Oracles: the adapter merged
+into the weights, the tokens whose embeddings were given, the stock engine, the same request by itself.
 """
 
 import json
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import BLOCK_SIZE, Engine, first_difference, same_kept, sampling, tokens
+from harness import STATEFUL, Engine, chosen_logprobs, exact, first_difference, same_kept, sampling, tokens
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 
 RANK, ALPHA = 4, 8
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 OPTIONS = dict(
     enable_lora=True,
     max_loras=3,  # one more than there are: vLLM's CPU build takes no adapter for the one in the last place
@@ -25,27 +25,46 @@ OPTIONS = dict(
 )
 METHODS = ["snapkv:budget=0.25", "h2o:budget=0.3", "kvzip:budget=0.3,chunk=128", "kivi:budget=0.2"]
 ADAPTERS = ("one", "other")
+KINDS = {"full": {}, "gemma3": {}, "lfm2": STATEFUL["lfm2"]}  # windows, states beside full attention
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def of_kinds(name: str, values, of_others: int):
+    """Parameters of a test: all values for full attention, the first ones for the other kinds."""
+    full, *others = KINDS
+    own = [(full, value) for value in values]
+    own += [(kind, value) for kind in others for value in values[:of_others]]
+    return pytest.mark.parametrize(("kind", name), own, indirect=["kind"], scope="module")
 
 
 @pytest.fixture(scope="module")
-def adapters(random_model, tmp_path_factory) -> dict[str, tuple[LoRARequest, Path]]:
+def model(kind, random_model, hybrids, stateful) -> Path:
+    return ({"full": random_model} | hybrids | stateful)[kind]
+
+
+@pytest.fixture(scope="module")
+def adapters(model, tmp_path_factory) -> dict[str, tuple[LoRARequest, Path]]:
     """By name: an adapter, and the checkpoint that it is merged into."""
     from safetensors.torch import save_file
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = {}
     for number, name in enumerate(ADAPTERS, 1):
         generator = torch.Generator().manual_seed(number)
-        model = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32)
+        merged = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         weights = {}
-        for index, layer in enumerate(model.model.layers):
-            for projection in PROJECTIONS:
-                weight = getattr(layer.self_attn, projection).weight
+        for place, module in merged.named_modules():
+            if ".self_attn." in place and place.endswith(PROJECTIONS):
+                weight = module.weight
                 down = torch.randn(RANK, weight.shape[1], generator=generator) * 0.1
                 up = torch.randn(weight.shape[0], RANK, generator=generator) * 0.1
                 weight.data += ALPHA / RANK * up @ down
-                place = f"base_model.model.model.layers.{index}.self_attn.{projection}"
-                weights |= {f"{place}.lora_A.weight": down, f"{place}.lora_B.weight": up}
+                own = f"base_model.model.{place}"
+                weights |= {f"{own}.lora_A.weight": down, f"{own}.lora_B.weight": up}
         folder = tmp_path_factory.mktemp("adapters") / name
         folder.mkdir()
         save_file(weights, folder / "adapter_model.safetensors")
@@ -54,16 +73,16 @@ def adapters(random_model, tmp_path_factory) -> dict[str, tuple[LoRARequest, Pat
                 dict(peft_type="LORA", r=RANK, lora_alpha=ALPHA, target_modules=PROJECTIONS, bias="none")
             )
         )
-        merged = tmp_path_factory.mktemp("models") / f"merged-{name}"
-        model.save_pretrained(merged)
-        AutoTokenizer.from_pretrained(random_model).save_pretrained(merged)
-        made[name] = LoRARequest(name, number, str(folder)), merged
+        path = tmp_path_factory.mktemp("models") / f"merged-{name}"
+        merged.save_pretrained(path)
+        AutoTokenizer.from_pretrained(model).save_pretrained(path)
+        made[name] = LoRARequest(name, number, str(folder)), path
     return made
 
 
 @pytest.fixture(scope="module")
-def shared(engines, random_model) -> Engine:
-    return engines(random_model, "snapkv:budget=0.25", **OPTIONS)
+def shared(engines, model, kind) -> Engine:
+    return engines(model, "snapkv:budget=0.25", **KINDS[kind] | OPTIONS)
 
 
 @pytest.fixture
@@ -92,21 +111,32 @@ def alone(engine: Engine, prompt, params, adapter: LoRARequest | None = None):
     return engine.outputs.pop(name), engine.compaction_of(name)
 
 
+def same_answer(one, other) -> bool:
+    """Whether greedy answers are the same; the model like Gemma 3 says one word, whatever it reads.
+
+    Two float32 models may write a number that lies between two codes either way.
+    """
+    return first_difference(one, other) is None and chosen_logprobs(one) == pytest.approx(
+        chosen_logprobs(other), abs=2e-2
+    )
+
+
 # ---------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_with_an_adapter_is_kept_what_is_kept_with_it_merged(engine, engines, adapters, long_ids, name):
+@of_kinds("name", ADAPTERS, of_others=1)
+def test_with_an_adapter_is_kept_what_is_kept_with_it_merged(engine, engines, adapters, kind, name, long_ids):
     adapter, merged_model = adapters[name]
-    merged, prompt = engines(merged_model, "snapkv:budget=0.25"), long_ids(500, seed=3)
+    merged = engines(merged_model, "snapkv:budget=0.25", **KINDS[kind])
+    prompt = long_ids(500, seed=3)
     plain, without = alone(engine, prompt, sampling(16))
     for method in METHODS:
         expected, kept = alone(merged, prompt, sampling(16, method))
         answer, own = alone(engine, prompt, sampling(16, method), adapter)
         assert same_kept(own, kept), method
-        assert first_difference(answer, expected) is None, method
+        assert same_answer(answer, expected), method
         if method == METHODS[0]:
-            assert not same_kept(own, without) and tokens(answer) != tokens(plain)
+            assert not same_kept(own, without) and exact(answer) != exact(plain)
 
 
 def test_a_batch_of_adapters_and_none_is_as_each_alone(engine, adapters, long_ids):
@@ -123,7 +153,7 @@ def test_a_batch_of_adapters_and_none_is_as_each_alone(engine, adapters, long_id
     engine.finish()
     for name, (answer, kept) in expected.items():
         assert same_kept(engine.compaction_of(name), kept), name
-        assert first_difference(engine.outputs.pop(name), answer) is None, name
+        assert same_answer(engine.outputs.pop(name), answer), name
 
 
 def test_a_cached_prefix_is_of_its_adapter(engine, adapters, long_ids):
@@ -138,26 +168,26 @@ def test_a_cached_prefix_is_of_its_adapter(engine, adapters, long_ids):
             answer, kept = engine.outputs.pop(request), expected[name]
             cached[request] = answer.num_cached_tokens
             assert same_kept(engine.compaction_of(request), kept[1])
-            assert first_difference(answer, kept[0]) is None
-    hit = (500 - 32) // BLOCK_SIZE * BLOCK_SIZE  # but for the window, whose queries score
+            assert same_answer(answer, kept[0])
+    size = engine.manager.block_size
+    hit = (500 - 32) // size * size  # but for the window, whose queries score
     assert cached == {"one 0": 0, "other 0": 0, "one 1": hit, "other 1": hit}
 
 
 # ---------------------------------------------------------------------- embeddings
 
 
-@pytest.mark.parametrize("method", ["snapkv:budget=0.25", "h2o:budget=0.3", "kivi:budget=0.2"])
-def test_embeddings_of_tokens_are_those_tokens(engine, random_model, adapters, long_ids, method):
-    from transformers import LlamaForCausalLM
+@of_kinds("method", ["snapkv:budget=0.25", "h2o:budget=0.3", "kivi:budget=0.2"], of_others=1)
+def test_embeddings_of_tokens_are_those_tokens(engine, model, adapters, long_ids, method):
+    from transformers import AutoModelForCausalLM
 
     prompt, params = long_ids(420, seed=6), sampling(16, method)
-    table = LlamaForCausalLM.from_pretrained(random_model, dtype=torch.float32).get_input_embeddings()
+    table = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).get_input_embeddings()
     embeds = table(torch.tensor(prompt)).detach()
     for adapter in (None, adapters["one"][0]):
         expected, kept = alone(engine, prompt, params, adapter)
         answer, own = alone(engine, embeds, params, adapter)
-        assert same_kept(own, kept)
-        assert first_difference(answer, expected) is None
+        assert same_kept(own, kept) and same_answer(answer, expected)
 
 
 # ---------------------------------------------------------------------- grammars
@@ -165,7 +195,7 @@ def test_embeddings_of_tokens_are_those_tokens(engine, random_model, adapters, l
 YEAR = r"(19|20)[0-9]{2}(, (19|20)[0-9]{2}){8}"
 
 
-@pytest.mark.parametrize("method", [*METHODS, "snapkv:budget=0.25,recompact_every=8"])
+@of_kinds("method", ["snapkv:budget=0.25,recompact_every=8", *METHODS], of_others=1)
 def test_a_grammar_holds_across_compactions(engine, long_ids, method):
     prompt = long_ids(420, seed=7)
     grammar = dict(structured_outputs=StructuredOutputsParams(regex=YEAR), ignore_eos=False)
@@ -182,14 +212,14 @@ def test_a_grammar_holds_across_compactions(engine, long_ids, method):
     )
     engine.finish()
     assert tokens(engine.outputs.pop("bound")) == tokens(answer)
-    assert first_difference(engine.outputs.pop("free"), free) is None
+    assert same_answer(engine.outputs.pop("free"), free)
 
 
 # ---------------------------------------------------------------------- log-probabilities and samples
 
 
-def test_log_probabilities_of_a_prompt_are_stocks(engine, stock, long_ids):
-    prompt = long_ids(420, seed=8)
+def test_log_probabilities_of_a_prompt_are_stocks(engine, engines, model, kind, long_ids):
+    stock, prompt = engines(model, **KINDS[kind]), long_ids(420, seed=8)
     params = sampling(12, prompt_logprobs=2)
     expected, got = stock.run_fresh(prompt, params), engine.run_fresh(prompt, params)
     assert engine.compactions
@@ -199,17 +229,21 @@ def test_log_probabilities_of_a_prompt_are_stocks(engine, stock, long_ids):
         assert all(abs(one[token].logprob - other[token].logprob) < 1e-4 for token in one)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_samples_of_a_request_are_each_as_by_itself(engine, long_ids, method):
+@of_kinds("method", METHODS, of_others=2)
+def test_samples_of_a_request_are_each_as_by_itself(engine, kind, long_ids, method):
     prompt = long_ids(420, seed=9)
-    drawn = dict(temperature=1.0, top_p=0.9)
-    name = ask(engine, "all", prompt, sampling(16, method, n=3, seed=5, **drawn))
+    drawn = dict(temperature=1.0, top_p=0.9, seed=5)
+    if kind == "lfm2":  # with states prompts are computed in parts; the likeliest token alone to sample from
+        drawn = dict(temperature=1.0, top_k=1)
+    name = ask(engine, "all", prompt, sampling(16, method, n=3, **drawn))
     engine.finish()
     together, kept = engine.outputs.pop(name), list(engine.compactions)
     assert len(kept) == 3 and all(same_kept(one, kept[0]) for one in kept)
-    assert len({tuple(tokens(together, sample)) for sample in range(3)}) == 3
-    for sample in range(3):  # vLLM gives each sample the next seed
-        answer, own = alone(engine, prompt, sampling(16, method, seed=5 + sample, **drawn))
+    assert len({tuple(tokens(together, sample)) for sample in range(3)}) == (3 if "seed" in drawn else 1)
+    for sample in range(3):
+        if "seed" in drawn:  # vLLM gives each sample the next seed
+            drawn["seed"] = 5 + sample
+        answer, own = alone(engine, prompt, sampling(16, method, **drawn))
         assert same_kept(own, kept[sample])
         assert tokens(answer) == tokens(together, sample)
 

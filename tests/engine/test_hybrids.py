@@ -19,7 +19,7 @@ from crowd import (
     serve,
     tolerate,
 )
-from harness import BLOCK_SIZE, Engine, exact, first_difference, sampling, tokens
+from harness import BLOCK_SIZE, Engine, chosen_logprobs, exact, first_difference, sampling, tokens
 from vllm.exceptions import VLLMValidationError
 from vllm.model_executor.layers.attention import attention
 from vllm.model_executor.layers.attention.chunked_local_attention import (
@@ -65,12 +65,6 @@ def stock(engines, hybrids, name, engine):
     found = engines(hybrids[name], **STARTED.get(name, {}))
     found.forget_prefixes()
     return found
-
-
-def chosen_logprobs(output) -> list[float]:
-    """Of the tokens that were chosen."""
-    chosen = zip(tokens(output), output.outputs[0].logprobs, strict=True)
-    return [top[token].logprob for token, top in chosen]
 
 
 def layers_of(engine: Engine, local: bool) -> list:
