@@ -48,6 +48,11 @@ def name(request) -> str:
     return request.param
 
 
+# Of Gemma 4, whose windows have twice the tokens in a block and whose last layers read others' caches, what
+# hangs on that alone.
+also_gemma4 = pytest.mark.parametrize("name", [*HYBRIDS, "gemma4"], indirect=True, scope="module")
+
+
 @pytest.fixture
 def engine(engines, hybrids, name):
     """With an empty prefix cache; afterwards nothing may be left in it."""
@@ -124,6 +129,7 @@ def test_windows_get_stocks_metadata_also_beside_compacted_requests(engine, long
 # ---------------------------------------------------------------------- idle
 
 
+@also_gemma4
 @pytest.mark.parametrize("lengths", [[5, 64, 90], [200, 333, 900]], ids=str)
 def test_with_nothing_due_outputs_are_stocks_to_the_last_bit(engine, stock, long_ids, lengths):
     prompts = [long_ids(length, seed=20 + length) for length in lengths]
@@ -134,6 +140,7 @@ def test_with_nothing_due_outputs_are_stocks_to_the_last_bit(engine, stock, long
     assert [exact(output) for output in got] == [exact(output) for output in expected]
 
 
+@also_gemma4
 def test_the_first_token_is_stocks_to_the_last_bit(engine, stock, long_ids):
     prompt = long_ids(900, seed=30)
     expected, got = exact(stock.run(prompt, sampling(3))), exact(engine.run(prompt, sampling(3)))
@@ -150,6 +157,7 @@ def held(engine: Engine, request: str) -> list[int]:
     return [sum(not block.is_null for block in manager.req_to_blocks[id]) for manager in engine.managers]
 
 
+@also_gemma4
 def test_full_attention_gives_blocks_back_and_windows_go_on_as_in_stock(engine, stock, long_ids):
     prompt, params = long_ids(1201, seed=2), sampling(80)
     whole, ours = stock.add(prompt, params), engine.add(prompt, params)

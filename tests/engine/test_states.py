@@ -24,12 +24,16 @@ from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
 from vllm_kvcompress.paging.manager import CompactingManager
 
-BLOCK = 96  # tokens, of the two models in float32
+BLOCKS = {"lfm2": 96, "granite": 96, "qwen3-next": 288}  # tokens of one
 
 
 @pytest.fixture(scope="module", params=["lfm2", "granite"])
 def name(request) -> str:
     return request.param
+
+
+# Of Qwen3-Next, in bfloat16, not where the same tokens are computed in other steps: answers differ.
+of_all = pytest.mark.parametrize("name", BLOCKS, indirect=True, scope="module")
 
 
 def started(
@@ -67,7 +71,8 @@ def state_layers(engine: Engine) -> list[MambaBase]:
 # ---------------------------------------------------------------------- whose the groups are
 
 
-def test_states_are_stocks_own_to_the_class_and_pages_are_parts_of_a_blocks(engine, stock):
+@of_all
+def test_states_are_stocks_own_to_the_class_and_pages_are_parts_of_a_blocks(engine, stock, name):
     for index, (manager, plain) in enumerate(zip(engine.managers, stock.managers, strict=True)):
         if index == engine.manager.kv_cache_group_id:
             assert type(manager) is CompactingManager
@@ -78,23 +83,26 @@ def test_states_are_stocks_own_to_the_class_and_pages_are_parts_of_a_blocks(engi
     kinds = [type(layer) for layer in state_layers(engine)]
     assert len(kinds) == 4 and kinds == [type(layer) for layer in state_layers(stock)]
     grid = engine.worker.compactor.grid
-    assert engine.manager.block_size == BLOCK and grid.block_size == BLOCK_SIZE and engine.parts == 3
-    assert grid.num_blocks == NUM_BLOCKS * 3 and grid.num_layers == 2
+    assert engine.manager.block_size == BLOCKS[name] and grid.block_size == BLOCK_SIZE
+    assert engine.parts == BLOCKS[name] // BLOCK_SIZE
+    assert grid.num_blocks == NUM_BLOCKS * engine.parts and grid.num_layers == 2
 
 
 # ---------------------------------------------------------------------- idle
 
 
+@of_all
 @pytest.mark.parametrize("lengths", [[5, 64, 90], [200, 333, 900]], ids=str)
-def test_with_nothing_due_outputs_are_stocks_to_the_last_bit(engine, stock, long_ids, lengths):
+def test_with_nothing_due_outputs_are_stocks_to_the_last_bit(engine, stock, name, long_ids, lengths):
     prompts = [long_ids(length, seed=20 + length) for length in lengths]
-    compression = None if max(lengths) < BLOCK else "off"
+    compression = None if max(lengths) < BLOCKS[name] else "off"
     expected = stock.run_all((prompt, sampling(40)) for prompt in prompts)
     got = engine.run_all((prompt, sampling(40, compression)) for prompt in prompts)
     assert not engine.sent
     assert [exact(output) for output in got] == [exact(output) for output in expected]
 
 
+@of_all
 def test_the_first_token_is_stocks_to_the_last_bit(engine, stock, long_ids):
     prompt = long_ids(1201, seed=30)
     expected, got = exact(stock.run(prompt, sampling(3))), exact(engine.run(prompt, sampling(3)))
@@ -111,7 +119,8 @@ def held(engine: Engine, request: str) -> list[int]:
     return [sum(not block.is_null for block in manager.req_to_blocks[id]) for manager in engine.managers]
 
 
-def test_full_attention_gives_blocks_back_and_states_go_on_as_in_stock(engine, stock, long_ids):
+@of_all
+def test_full_attention_gives_blocks_back_and_states_go_on_as_in_stock(engine, stock, name, long_ids):
     prompt, params = long_ids(1201, seed=2), sampling(80)
     whole, ours = stock.add(prompt, params), engine.add(prompt, params)
     freed, own = Counter(), engine.manager.kv_cache_group_id
@@ -126,9 +135,10 @@ def test_full_attention_gives_blocks_back_and_states_go_on_as_in_stock(engine, s
         assert found == plain and 0 < max(found) <= 2
         engine.check_accounts()
     stock.finish()
-    # Of 12 blocks below the window three stay, of 3 · 4 pages each.
-    assert set(freed) == {0, 9} and freed[9] > 75
-    assert engine.compactions[-1].counts.sum() == 3 * 3 * 4
+    # Of 12 blocks below the window three stay, of 3 · 4 pages each; of four larger ones one, of 9 · 4.
+    gone, stay = (9, 3) if BLOCKS[name] == 96 else (3, 1)
+    assert set(freed) == {0, gone} and freed[gone] > 75
+    assert engine.compactions[-1].counts.sum() == stay * engine.parts * 4
 
 
 def test_a_quarter_of_the_full_group_lets_more_requests_run_at_once(engine, stock, long_ids):
@@ -221,7 +231,7 @@ def cached_blocks(engine: Engine, hashes) -> list[list[int]]:
     ]
 
 
-@pytest.mark.parametrize(("name", "size"), [("lfm2", BLOCK), ("qwen3-next", 288)])
+@pytest.mark.parametrize(("name", "size"), [(name, BLOCKS[name]) for name in ("lfm2", "qwen3-next")])
 def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in_any_group(
     engines, stateful, long_ids, name, size
 ):
