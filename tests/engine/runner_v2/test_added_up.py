@@ -1,7 +1,7 @@
 """A kernel adds up what every query pays, inside captured graphs too, and what is kept is what V1 keeps."""
 
 import pytest
-from compared import assert_same, replay_captures, served, warm_up
+from alike import assert_same, replay_captures, served, warm_up
 
 from vllm_kvcompress.attention import gpu
 from vllm_kvcompress.requests.observer import Observer

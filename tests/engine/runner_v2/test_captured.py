@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import prompt, replay_captures, warm_up
+from alike import prompt, replay_captures, warm_up
 from harness import first_difference, sampling
 
 METHODS = ["snapkv:budget=0.3,window=8,recompact_every=3", "adakv:budget=0.3,window=8", "off"]

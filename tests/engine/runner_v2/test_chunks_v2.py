@@ -3,8 +3,8 @@
 import flash3
 import pytest
 import torch
+from alike import captured, prompt, warm_up
 from harness import first_difference, sampling
-from test_captured import assert_warm_up_leaves_nothing, captured
 
 from vllm_kvcompress.attention import chunks, gpu
 from vllm_kvcompress.kernels.attention import attend
@@ -18,10 +18,6 @@ REQUESTS = [  # method, seed and tokens of the prompt
     ("off", 4, 100),
 ]
 TOLERANCE = 4e-3  # of float16, rounded once more before it is merged
-
-
-def prompt(seed: int, length: int) -> list[int]:
-    return torch.randint(3, 300, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -158,5 +154,5 @@ def test_none_is_chosen_while_a_graph_is_captured(engine, monkeypatch):
 
 def test_the_warm_up_leaves_nothing_behind(engine, compared, monkeypatch):
     monkeypatch.setattr(gpu, "MAX_TILE", 2)  # longer rows are slow to interpret
-    assert_warm_up_leaves_nothing(engine)
+    warm_up(engine)
     assert compared == [[4]]

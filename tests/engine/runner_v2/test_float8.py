@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import prompt
+from alike import prompt
 from harness import first_difference, sampling
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention import attention as layers

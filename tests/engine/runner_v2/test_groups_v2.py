@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import assert_same, replay_captures, served, warm_up
+from alike import assert_same, replay_captures, served, warm_up
 from test_counted import counted  # noqa: F401 (a fixture)
 
 OPTIONS = dict(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import assert_same, served
+from alike import assert_same, served
 from harness import ROTATES
 
 OPTIONS = dict(

@@ -1,7 +1,7 @@
 """A kernel keeps moments of every query, inside captured graphs too, and what is kept is what V1 keeps."""
 
 import pytest
-from compared import served, warm_up
+from alike import served, warm_up
 from test_added_up import OPTIONS, assert_same_in_graphs
 
 from vllm_kvcompress.attention import gpu

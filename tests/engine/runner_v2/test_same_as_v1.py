@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import prompt
+from alike import prompt
 from harness import first_difference, sampling
 
 from vllm_kvcompress import load_prefix, save_prefix

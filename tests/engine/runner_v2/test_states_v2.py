@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from compared import assert_same, prompt, served
+from alike import assert_same, prompt, served
 from harness import STATEFUL
 from pinned import check_saved
 

@@ -42,28 +42,29 @@ def assert_same(one, other, requests) -> None:
         assert first_difference(ours, theirs) is None, method
 
 
+def captured(runner, num_rows: int) -> dict:
+    """The metadata, and with it every argument of every kernel, of a full graph of decode rows."""
+    return prepare_inputs_to_capture(
+        num_rows,
+        num_rows,
+        runner.model_state,
+        runner.input_buffers,
+        runner.block_tables,
+        runner.attn_groups,
+        runner.kv_cache_config,
+        full_cudagraph=True,
+        max_query_len=1,
+    ).attn_metadata
+
+
 def replay_captures(engine: Engine, monkeypatch) -> list[int]:
-    """From now on have steps that only decode use what was there at the capture of a full graph: the metadata
-    and with it every argument of every kernel.
+    """From now on have steps that only decode use the metadata that was there at a capture.
 
     Returns:
         The rows of each such step, filled as they are served.
     """
     runner = engine.worker.model_runner
-    graphs = {
-        num_rows: prepare_inputs_to_capture(
-            num_rows,
-            num_rows,
-            runner.model_state,
-            runner.input_buffers,
-            runner.block_tables,
-            runner.attn_groups,
-            runner.kv_cache_config,
-            full_cudagraph=True,
-            max_query_len=1,
-        ).attn_metadata
-        for num_rows in (1, 2, 4)
-    }
+    graphs = {num_rows: captured(runner, num_rows) for num_rows in (1, 2, 4)}
     prepare, replayed = runner.model_state.prepare_attn, []
 
     def replay(batch, *args, **kwargs):
