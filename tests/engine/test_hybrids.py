@@ -34,6 +34,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.core.single_type_kv_cache_manager import ChunkedLocalAttentionManager, SlidingWindowManager
 
 from vllm_kvcompress import profiles
+from vllm_kvcompress.evaluation.host import cache_groups
 from vllm_kvcompress.paging.manager import CompactingManager
 
 SLIDING = 128  # tokens of a window, or of a chunk
@@ -84,6 +85,11 @@ def layers_of(engine: Engine, local: bool) -> list:
 
 
 # ---------------------------------------------------------------------- whose the groups are
+
+
+@also_gemma4
+def test_evaluations_make_room_for_all_groups(engine, hybrids, name):
+    assert 1 < len(engine.managers) <= cache_groups(str(hybrids[name])) <= 2 * len(engine.managers)
 
 
 def test_windows_and_chunks_are_stocks_own_to_the_class(engine, stock, name):

@@ -276,6 +276,19 @@ def test_own_functions_and_the_built_in_ones_they_call_are_told_from_others():
     assert 0.01 < stepped.own_share(lambda: (own(), others()), 3) < 0.5
 
 
+def test_requests_that_do_not_fit_at_once_are_one_line_and_no_endless_loop():
+    left = iter([True, True, False])  # they come one after the other, and are gone
+    scheduler = SimpleNamespace(running=[])
+    engine = SimpleNamespace(
+        add_request=lambda *args: None, step=lambda: None, has_unfinished_requests=lambda: next(left)
+    )
+    stood_in = SimpleNamespace(
+        compactions=[], variant="idle", max_tokens=4, engine=engine, scheduler=scheduler
+    )
+    with pytest.raises(KVCompressionError, match="2 requests of 64 tokens do not fit .* lower --batch"):
+        stepped.SteppedEngine.prefill(stood_in, 64, 2)
+
+
 def test_where_nothing_is_compacted_nothing_is_said_of_what_it_pays():
     row = {
         "context": 1024,

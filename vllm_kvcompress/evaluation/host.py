@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,6 +68,18 @@ def model_config(model: str) -> Any:
 def context_limit(model: str) -> int:
     """Tokens of a model's context, as vLLM has it."""
     return model_config(model).max_model_len
+
+
+def cache_groups(model: str) -> int:
+    """How many cache groups vLLM makes of a model's layers, about: as large as its rarest kind has layers.
+
+    In a pool each request has blocks of every group.
+    """
+    config = model_config(model).hf_text_config
+    kinds = Counter(
+        getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ["attention"]
+    )
+    return sum(-(-number // min(kinds.values())) for number in kinds.values())
 
 
 def engine_dtype() -> str:

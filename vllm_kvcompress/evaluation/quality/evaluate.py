@@ -15,7 +15,7 @@ from typing import Any
 from vllm_kvcompress import __version__
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation import options, report
-from vllm_kvcompress.evaluation.host import checkpoint, context_limit, engine_dtype
+from vllm_kvcompress.evaluation.host import cache_groups, checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.pictures import MODES
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import Sample, opening
@@ -251,7 +251,7 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
         config = served_by([row.spec for row in ours])
         measure(Engine(model, most, arguments.block_size, config=config), ours, stock)
         for row in stock:
-            blocks = STEP_BATCH * -(-length // arguments.block_size) + 1
+            blocks = STEP_BATCH * -(-length // arguments.block_size) * cache_groups(model) + 1
             dtype = row.spec.removeprefix(STOCK)
             engine = Engine(model, length, arguments.block_size, dtype, num_gpu_blocks_override=blocks)
             measure(engine, [row], [])

@@ -15,7 +15,7 @@ from typing import Any
 
 import vllm_kvcompress
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.evaluation.host import cache_groups, engine_dtype
 
 PACKAGE = str(Path(vllm_kvcompress.__file__).parent)
 BUILT_IN = "~"  # what a profile has for the file of a function that is not Python's
@@ -33,13 +33,14 @@ class SteppedEngine:
         self.max_tokens = output_room(arguments)
         longest = max(arguments.contexts) + self.max_tokens
         config = KVCompressionConfig.parse(arguments.compression)
+        blocks = arguments.batch * (longest // arguments.block_size + 1) * cache_groups(arguments.model)
         self.llm = LLM(
             arguments.model,
             dtype=engine_dtype(),
             enforce_eager=True,
             max_model_len=longest,
             block_size=arguments.block_size,
-            num_gpu_blocks_override=2 * arguments.batch * (longest // arguments.block_size + 1),
+            num_gpu_blocks_override=2 * blocks,
             max_num_seqs=max(16, arguments.batch),
             seed=0,
             disable_log_stats=True,
@@ -56,7 +57,11 @@ class SteppedEngine:
         self.compactions = [] if variant == "stock" else _timed(worker.compactor, "run", len)
 
     def prefill(self, context: int, batch: int) -> dict[str, Any]:
-        """Bring `batch` requests to decoding; each prompt goes on where that of a shorter context ended."""
+        """Bring `batch` requests to decoding; each prompt goes on where that of a shorter context ended.
+
+        Raises:
+            KVCompressionError: the pool is too small for so many at once.
+        """
         from vllm import SamplingParams
 
         self.compactions.clear()
@@ -71,6 +76,10 @@ class SteppedEngine:
         while len(self.scheduler.running) < batch or any(
             request.num_output_tokens < 3 for request in self.scheduler.running
         ):
+            if not self.engine.has_unfinished_requests():
+                raise KVCompressionError(
+                    f"{batch} requests of {context} tokens do not fit into the pool at once; lower --batch"
+                )
             self.engine.step()
         return {"seconds": time.perf_counter() - begin, "compactions": list(self.compactions)}
 
