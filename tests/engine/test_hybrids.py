@@ -240,6 +240,7 @@ def test_nothing_computed_on_compacted_context_is_offered_to_the_prefix_cache_in
     if name != "llama4":  # windows, too, have every block cached, where vLLM is asked to; chunks always
         options = options | {"prefix_cache_retention_interval": BLOCK_SIZE}
     engine = engines(hybrids[name], "snapkv:budget=0.25", **options)
+    engine.compactions.clear()
     prompt = long_ids(400, seed=3)
     point, end = len(prompt) // BLOCK_SIZE, (len(prompt) + 199) // BLOCK_SIZE
 
