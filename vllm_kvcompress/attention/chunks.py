@@ -33,16 +33,15 @@ def flash3_serves(impls: Sequence[AttentionImpl], dtype: torch.dtype, device: to
         raise KVCompressionError(f"{VARIABLE} must be 0 or 1, got {asked!r}")
     if asked == "0":
         return False
-    reasons = {
-        is_missing(device): True,
-        "vLLM attends by another version of it, or another backend": any(
-            getattr(impl, "vllm_flash_attn_version", None) != 3 for impl in impls
-        ),
-        "a layer has attention sinks": any(impl.sinks is not None for impl in impls),
-        "the cache is float8": any(impl.kv_cache_dtype in ON_GPU for impl in impls),
-        f"the model is in {dtype}": dtype not in (torch.float16, torch.bfloat16),
-    }
-    found = next((reason for reason, applies in reasons.items() if reason and applies), None)
+    problems = (
+        is_missing(device),
+        any(getattr(impl, "vllm_flash_attn_version", None) != 3 for impl in impls)
+        and "vLLM attends by another version of it, or another backend",
+        any(impl.sinks is not None for impl in impls) and "a layer has attention sinks",
+        any(impl.kv_cache_dtype in ON_GPU for impl in impls) and "the cache is float8",
+        dtype not in (torch.float16, torch.bfloat16) and f"the model is in {dtype}",
+    )
+    found = next(filter(None, problems), None)
     if found is not None:
         logger.warning("kv-compression: %s=1 is of no use: %s", VARIABLE, found)
     return found is None
