@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -316,44 +317,56 @@ def test_e5m2_is_refused_on_a_gpu_as_neither_backend_writes_it(on_gpu):
     assert str(e.value).endswith("; use --kv-cache-dtype fp8") and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("method", ["h2o", "kvzip", "expected_attention", "criticalkv:base=kv_compress_full"])
-def test_a_request_cannot_have_every_query_watched_inside_captured_graphs_without_a_place_for_it(method):
-    def engine(full, speculates=False):
-        mode = SimpleNamespace(has_full_cudagraphs=lambda: full)
-        return SimpleNamespace(
-            compilation_config=SimpleNamespace(cudagraph_mode=mode),
-            speculative_config=object() if speculates else None,
-        )
+def in_graphs(mode="FULL_AND_PIECEWISE", speculates=False):
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode]),
+        speculative_config=object() if speculates else None,
+    )
 
-    def check(own, *how, **more):
-        check_watched(request, KVCompressionConfig.parse(own), engine(*how, **more))
+
+@pytest.mark.parametrize("method", ["h2o", "kvzip", "expected_attention", "criticalkv:base=kv_compress_full"])
+def test_a_request_cannot_have_every_query_watched_in_graphs_of_every_step_without_a_place_for_it(method):
+    def check(own, mode="FULL", **more):
+        check_watched(request, KVCompressionConfig.parse(own), in_graphs(mode, **more))
 
     def assert_refused(own, **more):
-        with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start"):
-            check(own, True, **more)
+        with pytest.raises(KVCompressionError, match=f"{request.method} watches every query.*; start") as e:
+            check(own, **more)
+        assert "\n" not in str(e.value) and str(e.value).endswith("cudagraph_mode FULL_AND_PIECEWISE")
 
     request, snapkv = KVCompressionConfig.parse(method), KVCompressionConfig.parse("snapkv")
-    check("snapkv", False)
-    check("kvzip", True)  # there are none of attention, as the workers say
-    check("expected_attention", True, speculates=True)
-    check("h2o", True, speculates=True)
-    check_watched(snapkv, snapkv, engine(full=True))
+    for mode in ("NONE", "PIECEWISE", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE"):
+        for own in ("snapkv", "h2o", "kvzip"):  # what it watches is kept out of graphs of decoding alone
+            check(own, mode), check(own, mode, speculates=True)
+    check("kvzip")  # whose workers have no others
+    check("expected_attention", speculates=True)
+    check("h2o", speculates=True)
+    check_watched(snapkv, snapkv, in_graphs("FULL"))
     assert_refused("snapkv")
     assert_refused("expected_attention" if method != "expected_attention" else "h2o")
     if method == "expected_attention":
-        check("criticalkv:base=expected_attention", True)
+        check("criticalkv:base=expected_attention")
         assert_refused("snapkv", speculates=True)
     elif method == "kvzip":
         assert_refused("h2o")
     else:  # whose kernel adds up squares, too
-        check("h2o", True)
+        check("h2o")
         assert_refused("snapkv", speculates=True)
-    matched = KVCompressionConfig.parse("attention_matching")
-    check_watched(matched, snapkv, engine(full=False))
-    check_watched(matched, KVCompressionConfig.parse("attention_matching:queries=prompt"), engine(full=True))
-    for other in (snapkv, request, KVCompressionConfig.parse("snapkv+k4v3")):  # whose records have no biases
+
+
+def test_a_request_cannot_have_what_is_matched_without_the_servers_memory_and_graphs_for_it(monkeypatch):
+    request, snapkv = KVCompressionConfig.parse("attention_matching"), KVCompressionConfig.parse("snapkv")
+    check_watched(request, snapkv, in_graphs("NONE"))  # a CPU's memory is not counted
+    check_watched(request, KVCompressionConfig.parse("attention_matching:references=9"), in_graphs())
+    for other in ("snapkv", "kvzip", "snapkv+k4v3"):  # whose records have no biases
         with pytest.raises(KVCompressionError, match="no place for the format matched k4v3; start"):
-            check_watched(matched, other, engine(full=True))
+            check_watched(request, KVCompressionConfig.parse(other), in_graphs())
+    on_gpu = SimpleNamespace(is_cpu=lambda: False)
+    monkeypatch.setattr("vllm_kvcompress.support.current_platform", on_gpu)
+    for other in ("snapkv", "kvzip"):
+        with pytest.raises(KVCompressionError, match="attention_matching has no memory set aside.*; start"):
+            check_watched(request, KVCompressionConfig.parse(other), in_graphs("NONE"))
+    check_watched(request, request, in_graphs("NONE"))
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):

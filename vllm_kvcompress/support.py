@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 import vllm
 from vllm import envs
-from vllm.config import ModelConfig, VllmConfig
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -180,28 +180,32 @@ def _check_needs(config: KVCompressionConfig, lacks: Mapping[str, str]) -> None:
 
 
 def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_config: VllmConfig) -> None:
-    """Refuse a request's method that must see queries which this engine computes inside captured graphs, and
-    formats that these cannot read.
+    """Refuse what a request asks of this engine's workers, if they have no memory or no graphs for it.
 
     Raises:
         KVCompressionError: one line that names it and what to do.
     """
-    graphs = vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+    mode = vllm_config.compilation_config.cudagraph_mode
     format = request.record_format
-    if graphs and format is not None and format != engine.record_format:
+    if request.matches and not engine.matches and not current_platform.is_cpu():
+        raise KVCompressionError(
+            f"kv-compression method {request.method} has no memory set aside for it; start the server with it"
+        )
+    if mode.has_full_cudagraphs() and format is not None and format != engine.record_format:
         raise KVCompressionError(
             f"full CUDA graphs have no place for the format {format.name}; start the server with it, "
             "or with --enforce-eager"
         )
     speculates = vllm_config.speculative_config is not None
     kept = engine.kept_in_graphs(speculates)
-    if engine.watches_every_query and kept is None:
-        graphs = False  # as the workers will have it
     watched = kept is not None and request.kept_in_graphs(speculates) == kept
-    if graphs and request.watches_every_query and not watched:
+    # Workers keep out of full graphs what is watched, but out of those of decoding alone; and for an engine's
+    # own method that is watched otherwise they have no others.
+    of_any_step = mode.mixed_mode() == CUDAGraphMode.FULL and (kept or not engine.watches_every_query)
+    if of_any_step and request.watches_every_query and not watched:
         raise KVCompressionError(
-            f"kv-compression method {request.method} watches every query, for which these full CUDA graphs "
-            "have no place; start the server with it, or with --enforce-eager"
+            f"kv-compression method {request.method} watches every query, for which full CUDA graphs of "
+            "every step have no place; start the server with it, or with cudagraph_mode FULL_AND_PIECEWISE"
         )
 
 

@@ -212,8 +212,10 @@ TABLE: dict[str, Touched] = {
         reads="cudagraph_mode max_cudagraph_capture_size static_forward_context",
     ),
     "vllm.config:CUDAGraphMode": Touched(
+        reads="FULL",
         calls={
             "has_full_cudagraphs": "(self)",
+            "mixed_mode": "(self)",
         },
     ),
     "vllm.config:KernelConfig": Touched(
@@ -504,6 +506,12 @@ TABLE: dict[str, Touched] = {
         calls={
             "get_model": "(self)",
         },
+        overrides={
+            "_is_uniform_decode": (
+                "(max_num_scheduled_tokens, uniform_decode_query_len, num_tokens, num_reqs, "
+                "force_uniform_decode=...)"
+            ),
+        },
     ),
     "vllm.v1.worker.gpu_input_batch:InputBatch": Touched(
         reads="req_ids",
@@ -512,6 +520,9 @@ TABLE: dict[str, Touched] = {
         reads="attn_groups kv_cache_config model_config model_state req_states",
         calls={
             "get_model": "(self)",
+        },
+        overrides={
+            "gather_batch_req_state": "(self, scheduler_output, dummy_run)",
         },
     ),
     "vllm.v1.worker.gpu.model_states.mamba_hybrid:MambaHybridModelState": Touched(
@@ -576,7 +587,7 @@ TABLE: dict[str, Touched] = {
     ),
     "vllm.v1.attention.backend:MultipleOf": Touched(),
     "vllm.v1.attention.backend:AttentionCGSupport": Touched(
-        reads="NEVER",
+        reads="UNIFORM_BATCH",
     ),
     "vllm.v1.attention.backend:AttentionImplBase": Touched(
         reads="__new__",
@@ -595,7 +606,7 @@ TABLE: dict[str, Touched] = {
         reads="_k_scale _k_scale_float _q_scale _v_scale _v_scale_float"
     ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder": Touched(
-        reads="__init__ supports_update_block_table",
+        reads="__init__ supports_update_block_table vllm_config",
         overrides={
             "build": "(self, common_prefix_len, common_attn_metadata, fast_build=...)",
             "build_for_cudagraph_capture": "(self, common_attn_metadata)",

@@ -12,6 +12,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvcompress.attention import chunks
@@ -29,6 +30,8 @@ from vllm_kvcompress.kernels.batch import Rows
 from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import CompactableSpec
+from vllm_kvcompress.plan import STAGED_BYTES
+from vllm_kvcompress.policies.watching import DEVICE_BLOCK_BYTES
 from vllm_kvcompress.worker.gpu import CompressionGPUWorker
 from vllm_kvcompress.worker.worker import backend_overrides
 
@@ -67,7 +70,7 @@ def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
 
 
 @pytest.mark.parametrize(
-    ("method", "speculates", "captured"),
+    ("method", "speculates", "of_any_step"),
     [
         ("snapkv", True, True),
         ("snapkv:recompact_every=64", False, True),
@@ -80,14 +83,81 @@ def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
         ("kvzip", False, False),
     ],
 )
-def test_full_graphs_unless_every_query_is_watched_by_none_of_their_kernels(method, speculates, captured):
+def test_full_graphs_of_decoding_alone_where_every_query_is_watched_by_none_of_their_kernels(
+    method, speculates, of_any_step
+):
     config = SimpleNamespace(
         additional_config={"kv_compression": method}, speculative_config=object() if speculates else None
     )
     builder, stock = (cls.get_builder_cls() for cls in PAIRS[1])
     support = builder.get_cudagraph_support(config, None)
-    assert support == (stock.get_cudagraph_support(config, None) if captured else AttentionCGSupport.NEVER)
-    assert (support.value >= AttentionCGSupport.UNIFORM_BATCH.value) == captured
+    of_stock = stock.get_cudagraph_support(config, None)
+    assert of_stock == AttentionCGSupport.ALWAYS
+    assert support == (of_stock if of_any_step else AttentionCGSupport.UNIFORM_BATCH)
+
+
+def runner_v1():
+    """Whether vLLM takes a batch for one of decoding alone, as its runner asks."""
+    runner = SimpleNamespace(_is_uniform_decode=GPUModelRunner._is_uniform_decode)
+
+    def decodes(batch, query_len=1):
+        runner.input_batch = SimpleNamespace(req_ids=list(batch))
+        return runner._is_uniform_decode(
+            max_num_scheduled_tokens=max(batch.values()),
+            uniform_decode_query_len=query_len,
+            num_tokens=sum(batch.values()),
+            num_reqs=len(batch),
+            force_uniform_decode=None,
+        )
+
+    return runner, decodes
+
+
+def runner_v2():
+    def gather(scheduler_output, dummy_run):
+        (count, *others) = set(scheduler_output.num_scheduled_tokens.values())
+        return "its state", None if others else count
+
+    runner = SimpleNamespace(gather_batch_req_state=gather)
+
+    def decodes(batch, query_len=1):
+        state, count = runner.gather_batch_req_state(SimpleNamespace(num_scheduled_tokens=batch), False)
+        assert state == "its state"
+        return count == query_len
+
+    return runner, decodes
+
+
+@pytest.mark.parametrize("make", [runner_v1, runner_v2])
+def test_a_step_is_kept_out_of_full_graphs_if_and_only_if_spans_note_something_of_it(make):
+    runner, decodes = make()
+    noted = {"a"}
+    state = SimpleNamespace(
+        live=True, observer=SimpleNamespace(notes=lambda request_ids: not noted.isdisjoint(request_ids))
+    )
+    worker = SimpleNamespace(model_runner=runner, compression=state, use_v2_model_runner=make is runner_v2)
+    CompressionGPUWorker._keep_noted_steps_out_of_full_graphs(worker)
+    assert decodes({"b": 1, "c": 1}) and decodes({"b": 4, "c": 4}, query_len=4)
+    assert not decodes({"b": 1, "a": 1}) and not decodes({"a": 4, "c": 4}, query_len=4)
+    assert not decodes({"b": 1, "c": 3})
+    noted.clear()
+    assert decodes({"b": 1, "a": 1})
+    noted.add("a")
+    state.live = False  # batches of vLLM's own making
+    assert decodes({"b": 1, "a": 1})
+
+
+def test_the_device_is_waited_for_only_where_drafts_leave_open_how_long_rows_are():
+    on_device, on_host = torch.tensor([5, 9]), torch.tensor([5, 10])
+    builder = object.__new__(CompressedTritonAttentionBackend.get_builder_cls())
+
+    def lengths(known, drafts=None):
+        builder.vllm_config = SimpleNamespace(speculative_config=drafts)
+        common = SimpleNamespace(seq_lens=on_device, seq_lens_cpu_upper_bound=known)
+        return builder._lengths(common).tolist()
+
+    assert lengths(on_host) == [5, 10]
+    assert lengths(on_host, drafts="ngram") == lengths(None) == [5, 9]
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
@@ -210,8 +280,13 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
     moments = 2 * 32 * 2 * 34 * 64 * 4
     less = available(method="knorm") - available(method="expected_attention")
     assert less == 32 * (moments - 64 * 2 * 32 * 64 * 2) + 4 * 4 * 2 * 32 * 64**2 + 16 * moments // 2
-    attention = 2 * 4 * 32 * 128 * 4096  # where PyTorch watches, some queries' attention
-    assert available(method="knorm") - available(method="h2o", speculates=True) == attention
+    # Where PyTorch watches, some queries' attention: no more than what compacting takes before.
+    for method in ("h2o", "kvzip"):
+        assert available(method="knorm") == available(method=method, speculates=True)
+    assert 4 * DEVICE_BLOCK_BYTES <= STAGED_BYTES
+    # What is noted of one context, for each of its tokens the query that paid most to it, is on top of that.
+    less = available(method="knorm") - available(method="attention_matching")
+    assert less > 2 * 8 * 4096 * 64 * 2
     # Where FlashAttention 3 serves chunks, their queries once more and what is found in the runs.
     plain = available(), available(cache_dtype="fp8")
     monkeypatch.setenv(chunks.VARIABLE, "1")

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_kvcompress.policies import POLICIES, LayerObservation
+from vllm_kvcompress.policies import POLICIES, LayerObservation, watching
 from vllm_kvcompress.policies.base import QUERY_BLOCK, exact_products
 from vllm_kvcompress.policies.watching import BLOCK_BYTES
 
@@ -64,6 +64,35 @@ def test_heads_are_taken_one_by_one_where_logits_are_large(name):
     for head in range(HEADS):
         wanted = definition(name, observation, head)
         torch.testing.assert_close(result[head].double(), wanted, atol=1e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("at_once", [(5, 2), (1, 1)])
+@pytest.mark.parametrize("name", REDUCED)
+def test_fewer_queries_at_once_change_nothing(name, at_once, monkeypatch):
+    monkeypatch.setattr(watching, "_block", lambda *shape: at_once)
+    observation = draw(23, 90, 16, torch.float32, padding=torch.tensor([0, 40, 31]))
+    result = POLICIES[name]().observe(observation)
+    for head in range(HEADS):
+        wanted = definition(name, observation, head)
+        torch.testing.assert_close(result[head].double(), wanted, atol=1e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize(("width", "at_once"), [(700, QUERY_BLOCK), (131_072, 32), (10_000_000, 1)], ids=str)
+def test_the_memory_of_other_devices_has_a_bound_however_long_a_context_is(width, at_once):
+    heads, group, num_queries = 8, 4, 300
+    seen = LayerObservation(
+        keys=torch.empty(heads, width, 64, device="meta"),
+        values=torch.empty(heads, width, 0, device="meta"),
+        queries=torch.empty(num_queries, heads, group, 64, device="meta"),
+        scale=1.0,
+        num_scored=width,
+    )
+    parts = list(watching.attention_parts(seen))
+    most = max(part.attention.numel() * 4 for part in parts)
+    assert most <= max(watching.DEVICE_BLOCK_BYTES, 4 * group * width)
+    assert max(part.queries.stop - part.queries.start for part in parts) == at_once
+    done = [len(range(heads)[part.heads]) * len(range(num_queries)[part.queries]) for part in parts]
+    assert sum(done) == heads * num_queries
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])

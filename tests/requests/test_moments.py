@@ -71,14 +71,14 @@ def test_a_kernel_keeps_them_of_requests_that_ask_and_are_not_paused(observer):
     assert observer.moments("e").skip == 9 and observer.moments("c").skip == 4
     assert observer.moments("e").content.shape[:2] == (2, 4) and not observer.moments("e").content.any()
     assert observer.moments("h") is None and observer.moments("nobody") is None
-    assert observer.needs_spans, "for sums there is no place"
+    assert observer.notes("ech"), "for sums there is no place"
     observer.forget("h")
-    assert not observer.needs_spans
+    assert not observer.notes("ech")
     bounds, seq_lens = torch.tensor([0, 1, 2]), torch.tensor([5, 5])
     assert observer.spans(["e", "c"], bounds, seq_lens, torch.zeros(2, 2).long()) == []
     kept = observer.moments("e")
     observer.pause("e")
-    assert observer.moments("e") is None and not observer.needs_spans
+    assert observer.moments("e") is None and not observer.notes("ech")
     observer.resume("e")
     assert observer.moments("e") is kept
 
@@ -86,7 +86,7 @@ def test_a_kernel_keeps_them_of_requests_that_ask_and_are_not_paused(observer):
 def test_where_no_kernel_keeps_them_spans_note_what_accumulates(observer):
     assert not observer.keeps_moments
     observer.watch("e", ExpectedAttention())
-    assert observer.moments("e") is None and observer.needs_spans
+    assert observer.moments("e") is None and observer.notes("e")
 
 
 def test_what_observes_in_a_way_of_its_own_is_not_kept_in_its_place():

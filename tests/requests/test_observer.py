@@ -303,29 +303,29 @@ def test_where_a_kernel_writes_rings_spans_are_for_policies_that_watch_every_que
     observer.kernel_writes_rings = True
     rows = ["w", "d", "r:repeat-0"], torch.tensor([0, 1, 2, 3]), torch.tensor([9, 9, 9]), torch.ones(3, 9)
     observer.watch("w", Window(5))
-    assert not observer.needs_spans and observer.spans(*rows) == []
+    assert not observer.notes(rows[0]) and observer.spans(*rows) == []
     observer.watch("d", Diary(3))
-    assert observer.needs_spans
+    assert observer.notes(rows[0]) and not observer.notes(["w", None, "r:repeat-0"])
     (span,) = observer.spans(*rows)
     assert span.observed is observer.of("d") and not span.ring
     span.record(0, torch.ones(3, HEADS * GROUP, SIZE))
     assert not observer.ring("d").any(), "the kernel does"
     observer.forget("d")
-    assert not observer.needs_spans
+    assert not observer.notes(rows[0])
     repetition = Repetition("r:repeat-0", "w", 0, 4, 8)
     observer.watch_repetition(repetition)
-    assert observer.needs_spans
+    assert observer.notes(rows[0]) and not observer.notes(["w", None]), "in the steps that it is part of"
     (span,) = observer.spans(*rows)
     assert isinstance(span, RepeatedSpan) and span.part is repetition
     assert span.observed is observer.of("w") and span.tokens == slice(2, 3)
     observer.forget("r:repeat-0")
-    assert not observer.needs_spans
+    assert not observer.notes(rows[0])
 
 
 def test_without_such_a_kernel_every_record_needs_spans(observer):
-    assert not observer.needs_spans
+    assert not observer.notes(["w"])
     observer.watch("w", Window(5))
-    assert observer.needs_spans
+    assert observer.notes(["w"])
     (span,) = observer.spans(["w"], torch.tensor([0, 1]), torch.tensor([9]), torch.ones(1, 9))
     assert span.ring
 

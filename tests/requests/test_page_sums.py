@@ -31,7 +31,7 @@ def test_nothing_is_added_while_a_request_is_paused_and_no_span_notes_it(observe
     assert observer.adds("h") == "nothing"
     observer.resume("h")
     assert observer.adds("h") == "attention"
-    assert not observer.needs_spans
+    assert not observer.notes("hkn")
     bounds, seq_lens = torch.tensor([0, 1, 2]), torch.tensor([5, 5])
     assert observer.spans(["h", "k"], bounds, seq_lens, torch.zeros(2, 2).long()) == []
     observer.forget("h")
@@ -41,7 +41,7 @@ def test_nothing_is_added_while_a_request_is_paused_and_no_span_notes_it(observe
 def test_without_a_place_for_sums_spans_note_what_accumulates(observer):
     assert observer.sums is None
     observer.watch("h", H2O())
-    assert observer.adds("h") is None and observer.needs_spans
+    assert observer.adds("h") is None and observer.notes("h")
 
 
 def test_what_observes_in_a_way_of_its_own_is_not_added_up_in_its_place():

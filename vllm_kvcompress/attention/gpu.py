@@ -272,12 +272,14 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        # In a captured graph nothing but kernels could note queries; piecewise graphs leave attention out.
+        stock = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        # In a full graph nothing but kernels could note queries. The worker keeps steps out of those of
+        # decoding alone, but not of those of any step; piecewise graphs leave attention out.
         config = KVCompressionConfig.parse(vllm_config.additional_config["kv_compression"])
         in_graphs = config.kept_in_graphs(vllm_config.speculative_config is not None)
         if config.watches_every_query and in_graphs is None:
-            return AttentionCGSupport.NEVER
-        return super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(stock, AttentionCGSupport.UNIFORM_BATCH, key=lambda support: support.value)
+        return stock
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         self._capturing = True
@@ -368,6 +370,12 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 keep_moments(arrays, of_layer, index, query, rows, dtype, scales)
                 keep_moments(arrays, of_layer, index, query, most, dtype, scales)
 
+    def _lengths(self, common: CommonAttentionMetadata) -> Tensor:
+        """Tokens of each row, `[R]`, on the host; waited for where drafts leave open how many they are."""
+        known = common.seq_lens_cpu_upper_bound
+        drafts = self.vllm_config.speculative_config is not None
+        return common.seq_lens.cpu() if known is None or drafts else known
+
     def _batch(self, state: CompressionState, common: CommonAttentionMetadata) -> CompressedBatch:
         """Our part of a batch; in a graph being captured every kernel has its place, whatever comes later."""
         assert state.runs is not None
@@ -386,9 +394,10 @@ class CompressedMetadataBuilder(AttentionMetadataBuilder):
                 shown.append(RowNumbers(slots.get(request_id, -1), *place, ADDED[adds], *moments))
                 if (table := state.tables.get(request_id)) is not None:
                     compacted.append(table.format)
-            if state.observer.needs_spans:
+            if state.observer.notes(request_ids):
+                lengths = self._lengths(common)
                 spans = state.observer.spans(
-                    request_ids, common.query_start_loc_cpu, common.seq_lens.cpu(), common.block_table_tensor
+                    request_ids, common.query_start_loc_cpu, lengths, common.block_table_tensor
                 )
         self.arrays.show(shown)
         held, chunks = set(compacted), None

@@ -17,6 +17,7 @@ from vllm_kvcompress.policies.base import (
 )
 
 BLOCK_BYTES = 2 << 20  # of logits held at once on a CPU, or one head's: they should stay in its caches
+DEVICE_BLOCK_BYTES = 64 << 20  # likewise elsewhere, or one query's; policies make thrice as much of them
 
 Reduction = Literal["sum", "sum of squares", "max"]
 
@@ -71,11 +72,10 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
         torch.float32, memory_format=plain if often else torch.preserve_format
     )
     queries = observation.queries.permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
-    size = min(QUERY_BLOCK, num_queries)
+    size, at_once = _block(keys.device.type, heads, group, num_queries, width)
     future = torch.full((size, size), -torch.inf, device=keys.device).triu_(1)
     per_head = group * size * width
-    at_once = max(1, BLOCK_BYTES // 4 // per_head) if keys.device.type == "cpu" else heads
-    memory = torch.empty(min(at_once, heads) * per_head, device=keys.device)  # new memory costs page faults
+    memory = torch.empty(at_once * per_head, device=keys.device)  # new memory costs page faults
     padding = absent = None
     if observation.padding is not None:
         absent = ~observation.holds()[:, None]
@@ -83,8 +83,8 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
             padding = observation.padding.tolist()
     cap = observation.logits_soft_cap
     with exact_products(keys, observation.queries):
-        for begin in range(0, num_queries, QUERY_BLOCK):
-            end = min(begin + QUERY_BLOCK, num_queries)
+        for begin in range(0, num_queries, size):
+            end = min(begin + size, num_queries)
             seen = width - num_queries + end
             for some, first in _heads(heads, len(memory) // (group * (end - begin) * seen), padding):
                 block = queries[some, :, begin:end].flatten(1, 2)
@@ -101,6 +101,14 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
                 sinks = None if observation.sinks is None else observation.sinks[some]
                 attention = softmax_beside(sinks, logits.unflatten(1, (group, -1))).flatten(1, 2)
                 yield AttentionPart(some, slice(begin, end), slice(first, seen), attention)
+
+
+def _block(device: str, heads: int, group: int, num_queries: int, width: int) -> tuple[int, int]:
+    """How many queries of how many heads to take at once."""
+    size, room = min(QUERY_BLOCK, num_queries), (BLOCK_BYTES if device == "cpu" else DEVICE_BLOCK_BYTES) // 4
+    if device != "cpu":
+        size = max(1, min(size, room // (group * width)))
+    return size, max(1, min(heads, room // (group * size * width)))
 
 
 def _heads(heads: int, at_once: int, padding: list[int] | None) -> Iterator[tuple[slice, int]]:

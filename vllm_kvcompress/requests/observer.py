@@ -1,7 +1,7 @@
 """Keeps what policies need of queries, whatever chunks they are computed in."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -448,12 +448,19 @@ class Observer:
         self._observed.pop(request_id, None)
         self._repetitions.pop(request_id, None)
 
-    @property
-    def needs_spans(self) -> bool:
-        """Whether any row of a batch could have to be noted by a span."""
-        if not self.kernel_writes_rings:
-            return bool(self._observed)
-        return bool(self._repetitions) or not all(map(self._is_kernels, self._observed.values()))
+    def notes(self, request_ids: Iterable[str | None]) -> bool:
+        """Whether spans would note anything of a step with these requests."""
+        return any(self._noted_by_spans(name) is not None for name in request_ids)
+
+    def _noted_by_spans(self, request_id: str | None) -> tuple[Observed, Repetition | None] | None:
+        """Whose record a span would write of a request's tokens, and of what part they are a repetition."""
+        if request_id is None:
+            return None
+        repetition = self._repetitions.get(request_id)
+        observed = self._observed.get(repetition.owner_id if repetition else request_id)
+        if observed is None or repetition is None and (observed.paused or self._is_kernels(observed)):
+            return None
+        return observed, repetition
 
     def _is_kernels(self, observed: Observed) -> bool:
         """Whether kernels note all that is kept of a request's own queries."""
@@ -477,14 +484,9 @@ class Observer:
         spans: list[Span] = []
         decoding: list[list[QuerySpan]] = []
         for row, request_id in enumerate(request_ids):
-            if request_id is None:
+            if (noted := self._noted_by_spans(request_id)) is None:
                 continue
-            repetition = self._repetitions.get(request_id)
-            observed = self._observed.get(repetition.owner_id if repetition else request_id)
-            if observed is None:
-                continue
-            if repetition is None and (observed.paused or self._is_kernels(observed)):
-                continue
+            observed, repetition = noted
             begin, end = query_start_loc[row : row + 2].tolist()
             seq_len = int(seq_lens[row])
             table = self.tables.get(request_id)

@@ -10,6 +10,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -25,7 +26,7 @@ from vllm_kvcompress.kernels.shares import Shares
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, moment_tokens, ring_budget
-from vllm_kvcompress.policies.base import QUERY_BLOCK
+from vllm_kvcompress.policies.watching import DEVICE_BLOCK_BYTES
 from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.float8 import ON_GPU, Float8
 from vllm_kvcompress.requests.runs import RunArrays
@@ -79,6 +80,29 @@ class CompressionGPUWorker(CompressionWorker):
             builder.arrays, builder.share_lists, builder.processors = arrays, share_lists, processors
             builder.chunk_rows = chunk_rows
             builder.format, builder.fills = self._config.record_format, builder is self.builders[0]
+        self._keep_noted_steps_out_of_full_graphs()
+
+    def _keep_noted_steps_out_of_full_graphs(self) -> None:
+        """Have a step of which spans note anything be none of decoding alone in vLLM's eyes: in full graphs,
+        which are of such steps, there is nobody to note it."""
+        runner, state = self.model_runner, self.compression
+        if self.use_v2_model_runner:
+            gather = runner.gather_batch_req_state
+
+            def gather_batch_req_state(scheduler_output: SchedulerOutput, dummy_run: bool):
+                batch, uniform_token_count = gather(scheduler_output, dummy_run)
+                noted = state.live and state.observer.notes(scheduler_output.num_scheduled_tokens)
+                return batch, None if noted else uniform_token_count
+
+            runner.gather_batch_req_state = gather_batch_req_state
+        else:
+            is_uniform = runner._is_uniform_decode
+
+            def is_uniform_decode(*args, **kwargs) -> bool:
+                noted = state.live and state.observer.notes(runner.input_batch.req_ids)
+                return not noted and is_uniform(*args, **kwargs)
+
+            runner._is_uniform_decode = is_uniform_decode
 
     def make_cache(self, grid: PageGrid, layers: Sequence[Attention], builder: Any) -> PagedCache:
         if not isinstance(builder, CompressedMetadataBuilder):
@@ -119,22 +143,22 @@ class CompressionGPUWorker(CompressionWorker):
             layers, heads, size = len(own), own[0].num_kv_heads, own[0].head_size
             query_heads = own[0].num_heads
         longest, max_num_seqs = model.max_model_len, self.scheduler_config.max_num_seqs
+        policy = self._config.build_policy()
         # Scores, their order and positions of a request's tokens, and one layer's keys and values in float32.
-        available -= STAGED_BYTES + longest * heads * (layers * 32 + size * 12)
+        available -= longest * heads * (layers * 32 + size * 12)
+        # Compactions come before attention is watched, and nothing of both lasts.
+        available -= max(STAGED_BYTES, 4 * DEVICE_BLOCK_BYTES)
         if self._kept_in_graphs == "sums":
             token = 2 * size * (1 if self.cache_config.cache_dtype in ON_GPU else model.dtype.itemsize)
             available = available * token // (token + SUM_BYTES)
         elif self._kept_in_graphs == "moments":
             available -= 4 * 4 * layers * query_heads * size**2  # covariances of a request that is scored
             available -= merged_bytes(self.scheduler_config.max_num_batched_tokens, query_heads, size)
-        elif self._config.watches_every_query:
-            available -= 2 * 4 * query_heads * QUERY_BLOCK * longest  # attention weights
-            policy = self._config.build_policy()
-            if policy.matches:  # of one context at a time; its values in float32, and those of one more
-                of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
-                available -= layers * heads * of_head + policy.fit_bytes(longest, longest, size)
-        elif self._config.build_policy().gives_losses:
-            available -= 2 * 4 * query_heads * self._config.observed_window * longest  # likewise
+        elif policy.matches:  # of one context at a time; its values in float32, and those of one more
+            of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
+            available -= layers * heads * of_head + policy.fit_bytes(longest, longest, size)
+        elif policy.gives_losses:
+            available -= 2 * 4 * query_heads * self._config.observed_window * longest  # attention weights
         blocks = longest // self.cache_config.block_size * self._most_groups(layers)
         available -= 4 * max_num_seqs * (blocks + layers * heads)  # runs
         sinks = any(layer.impl.sinks is not None for layer in own)

@@ -58,23 +58,30 @@ def captured(runner, num_rows: int) -> dict:
 
 
 def replay_captures(engine: Engine, monkeypatch) -> list[int]:
-    """From now on have steps that only decode use the metadata that was there at a capture.
+    """From now on have steps that vLLM takes for decoding alone use the metadata that was there at a capture.
 
     Returns:
         The rows of each such step, filled as they are served.
     """
     runner = engine.worker.model_runner
     graphs = {num_rows: captured(runner, num_rows) for num_rows in (1, 2, 4)}
-    prepare, replayed = runner.model_state.prepare_attn, []
+    prepare, gather, replayed = runner.model_state.prepare_attn, runner.gather_batch_req_state, []
+    uniform_token_count = None
+
+    def gather_batch_req_state(*args):
+        nonlocal uniform_token_count
+        state, uniform_token_count = gather(*args)
+        return state, uniform_token_count
 
     def replay(batch, *args, **kwargs):
         fresh = prepare(batch, *args, **kwargs)  # fills the arrays, as before a replay
-        if batch.num_reqs != batch.num_tokens:
+        if uniform_token_count != 1:
             return fresh
         rows = batch.num_reqs + (batch.num_reqs == 3)  # once with a row of padding
         replayed.append(rows)
         return graphs[rows]
 
+    monkeypatch.setattr(runner, "gather_batch_req_state", gather_batch_req_state)
     monkeypatch.setattr(runner.model_state, "prepare_attn", replay)
     return replayed
 

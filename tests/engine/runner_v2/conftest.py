@@ -53,6 +53,23 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_that_reads(tiny, tmp_path_factory) -> Path:
+    """The same with a tokenizer, of a token for each byte."""
+    from shutil import copytree
+
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: 3 + i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    path = copytree(tiny, tmp_path_factory.mktemp("tiny") / "reads")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def start_engine():
     """`start_engine(model, runner, backend, asynchronous=False, **options)`.
 
