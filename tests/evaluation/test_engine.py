@@ -1,6 +1,7 @@
 """The evaluation's engine on the small model, against plain transformers."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -94,6 +95,71 @@ def test_kept_tokens_of_a_prompt(engine, tokens):
     assert torch.allclose(kept.sum(1), kept.sum(1)[0])  # Ada-KV shares out each layer's budget
     assert len(kept.unique()) > 1
     assert bool((engine.compactions(tokens[:LENGTH], "kivi:budget=none") == 1).all())
+
+
+def computed(engine, prompt, specs) -> tuple[dict, Counter]:
+    """What requests of one prompt keep and answer, by method and budget; tokens computed of each method, and of
+    its repetitions."""
+    from vllm_kvcompress.evaluation.engine import Ask
+
+    found, tokens = {}, Counter()
+    schedule, scheduler = engine.scheduler.schedule, engine.scheduler
+
+    def counting(*args):
+        step = schedule(*args)
+        for name, count in step.num_scheduled_tokens.items():
+            repetition = scheduler._repetitions.of(name)
+            own = scheduler.requests[name if repetition is None else repetition.owner_id]
+            method = scheduler._tracked[own.request_id].config.method
+            tokens[method if repetition is None else f"{method} again"] += count
+        return step
+
+    def listener(job, counts, kept):
+        found[job.config.method, job.config.budget] = counts, kept
+
+    engine.compactor.listeners.append(listener)
+    scheduler.schedule = counting
+    try:
+        outcomes = engine.run([Ask(prompt, spec, max_tokens=6, ignore_eos=True) for spec in specs])
+    finally:
+        engine.compactor.listeners.remove(listener)
+        del scheduler.schedule
+    assert len(found) == len(specs)
+    for spec, outcome in zip(specs, outcomes, strict=True):
+        method, budget = spec.partition(",")[0].split(":budget=")
+        found[method, float(budget)] += (outcome.text,)
+    return found, tokens
+
+
+def test_what_is_noted_of_a_prompt_is_noted_once_and_nothing_is_kept_otherwise(engine, tokens):
+    methods = "kvzip", "expected_attention", "h2o", "attention_matching"
+    specs = [f"{method}:budget={budget}" for budget in (0.5, 0.25) for method in methods]
+    noted, prompt = engine._noted._noted, tokens[:LENGTH]
+    alone, of_one = {}, {}
+    for spec in specs:
+        noted.clear()
+        own, of_one[spec] = computed(engine, prompt, [spec])
+        alone |= own
+    noted.clear()
+    shared, counted = computed(engine, prompt, specs)
+    assert len(noted) == len(methods)
+    for name, (counts, kept, text) in alone.items():
+        assert torch.equal(shared[name][0], counts) and torch.equal(shared[name][1], kept), name
+        assert shared[name][2] == text, name
+    for method in methods:
+        first = of_one[f"{method}:budget=0.5"]
+        repeats = method in ("kvzip", "attention_matching")
+        assert (
+            counted[f"{method} again"] == first[f"{method} again"]
+            and (first[f"{method} again"] > 0) == repeats
+        )
+        if not repeats:  # and reads no cached block but for those that come after it
+            assert LENGTH <= first[method] and counted[method] < 1.5 * LENGTH
+    # Nothing is handed on to another prompt, nor to a policy that notes something else.
+    other, counted = computed(engine, prompt[:-40], specs[:1])
+    assert counted["kvzip again"] > 0 and not torch.equal(other["kvzip", 0.5][1], alone["kvzip", 0.5][1])
+    counted = computed(engine, prompt, ["kvzip:budget=0.3,chunk=200"])[1]
+    assert counted["kvzip again"] > 0
 
 
 def test_decode_step_is_timed(engine, tokens):

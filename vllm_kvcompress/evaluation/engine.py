@@ -18,6 +18,7 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
 from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.evaluation.noted import NotedOnce
 from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, FULL
 
 _SCRIPT = "kvcompress_script"
@@ -71,7 +72,8 @@ class Engine:
     """Runs requests of different variants side by side in one engine with prefix caching.
 
     The prompt's raw blocks are computed once; each variant then computes only what its observation window
-    needs and compacts a request of its own. A policy that watches every query reads no cached block. So
+    needs and compacts a request of its own. Of several requests with a policy that watches every query, or has
+    the prompt repeated, the first one has it done for all (see `NotedOnce`), and reads no cached block. So
     what a request keeps does not depend on what was cached.
     """
 
@@ -85,7 +87,7 @@ class Engine:
         **options: Any,
     ) -> None:
         """Start vLLM; with a quantized cache it is stock, and serves the full cache only."""
-        self.stock = kv_cache_dtype != "auto"
+        self.stock, self._own = kv_cache_dtype != "auto", config
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.llm = LLM(
             str(model),
@@ -109,7 +111,9 @@ class Engine:
         self._ids = count()
         self._compacted: dict[str, float] = {}  # internal request id -> seconds
         if not self.stock:
-            self.compactor = core.model_executor.driver_worker.worker.compactor
+            worker = core.model_executor.driver_worker.worker
+            self.compactor = worker.compactor
+            self._noted = NotedOnce(self.scheduler, worker)
             self._time_compactions()
 
     @property
@@ -134,12 +138,23 @@ class Engine:
         return group
 
     def run(self, asks: Sequence[Ask]) -> list[Outcome]:
-        """Serve all requests at once and return their outcomes in order.
+        """Serve requests and return their outcomes in order: all at once, but for those that wait for what
+        another one has noted of their prompt.
 
         Raises:
             KVCompressionError: the model cannot be served as asked.
             RuntimeError: a request was preempted or not compacted as asked; its figures would mean nothing.
         """
+        if self.stock:
+            return self._run(asks)
+        first = self._noted.first_of_each((ask.prompt, self._as_served(ask.variant)) for ask in asks)
+        turns = [
+            iter(self._run([ask for ask, own in zip(asks, first, strict=True) if own == turn]))
+            for turn in (True, False)
+        ]
+        return [next(turns[not own]) for own in first]
+
+    def _run(self, asks: Sequence[Ask]) -> list[Outcome]:
         engine = self.llm.llm_engine
         outcomes = {str(next(self._ids)): (ask, Outcome()) for ask in asks}
         for name, (ask, _) in outcomes.items():
@@ -238,6 +253,13 @@ class Engine:
         if config.matches and "waits" not in config.options:  # else forced tokens are computed on raw context
             variant += ",waits=true" if ":" in variant else ":waits=true"
         return {"kv_compression": variant}
+
+    def _as_served(self, variant: str) -> KVCompressionConfig | None:
+        """What a request of a variant is compacted by; None if the engine refuses it."""
+        try:
+            return self._own.for_request(self._compression(variant)["kv_compression"])
+        except KVCompressionError:
+            return None
 
     def _held(self, request_id: str) -> int:
         return self.scheduler.compacting_manager.held_blocks(request_id)
