@@ -98,8 +98,8 @@ def test_kept_tokens_of_a_prompt(engine, tokens):
 
 
 def computed(engine, prompt, specs) -> tuple[dict, Counter]:
-    """What requests of one prompt keep and answer, by method and budget; tokens computed of each method, and of
-    its repetitions."""
+    """What requests of one prompt keep and answer, by method and budget; tokens computed of each method,
+    those of its repetitions apart."""
     from vllm_kvcompress.evaluation.engine import Ask
 
     found, tokens = {}, Counter()

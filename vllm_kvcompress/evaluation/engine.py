@@ -72,9 +72,9 @@ class Engine:
     """Runs requests of different variants side by side in one engine with prefix caching.
 
     The prompt's raw blocks are computed once; each variant then computes only what its observation window
-    needs and compacts a request of its own. Of several requests with a policy that watches every query, or has
-    the prompt repeated, the first one has it done for all (see `NotedOnce`), and reads no cached block. So
-    what a request keeps does not depend on what was cached.
+    needs and compacts a request of its own. Of several requests with a policy that watches every query, or
+    has the prompt repeated, the first one has it done for all (see `NotedOnce`), and reads no cached block.
+    So what a request keeps does not depend on what was cached.
     """
 
     def __init__(
