@@ -162,6 +162,9 @@ def test_moments_of_all_queries_take_the_memory_of_some():
     assert ring_tokens(expected, 272) == ring_tokens(parse("criticalkv:base=expected_attention"), 272) == 272
     assert ring_tokens(parse("snapkv:window=32"), 272) == 64 and ring_tokens(parse("h2o"), 272) == 0
     assert ring_budget(expected, 8, 10**6, 2, 272) == 8 * 272
+    noted = {method: ring_tokens(parse(method), 272, 9) for method in ("h2o", "kvzip", "snapkv", "knorm")}
+    assert noted == {"h2o": 9, "kvzip": 9, "snapkv": ring_tokens(parse("snapkv")), "knorm": 0}
+    assert ring_tokens(expected, 272, 9) == 272 and ring_tokens(parse("attention_matching"), 272, 9) == 0
     assert ring_budget(parse("expected_attention:recompact_every=9"), 99, 10**9, 2, 272) == 99 * 272
 
 

@@ -363,10 +363,16 @@ def test_a_request_cannot_have_what_is_matched_without_the_servers_memory_and_gr
             check_watched(request, KVCompressionConfig.parse(other), in_graphs())
     on_gpu = SimpleNamespace(is_cpu=lambda: False)
     monkeypatch.setattr("vllm_kvcompress.support.current_platform", on_gpu)
-    for other in ("snapkv", "kvzip"):
-        with pytest.raises(KVCompressionError, match="attention_matching has no memory set aside.*; start"):
-            check_watched(request, KVCompressionConfig.parse(other), in_graphs("NONE"))
-    check_watched(request, request, in_graphs("NONE"))
+    graphs = in_graphs("NONE")
+    graphs.model_config = SimpleNamespace(max_model_len=4096, get_head_size=lambda: 64, dtype=torch.bfloat16)
+    for other in ("snapkv", "kvzip", "attention_matching:references=9"):
+        with pytest.raises(
+            KVCompressionError, match="attention_matching would take more memory.*; start"
+        ) as e:
+            check_watched(request, KVCompressionConfig.parse(other), graphs)
+        assert "\n" not in str(e.value)
+    for own in (request, KVCompressionConfig.parse("attention_matching:references=9000")):
+        check_watched(request, own, graphs)
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):

@@ -197,11 +197,14 @@ def moment_tokens(head_size: int, itemsize: int) -> int:
     return -(-4 * math.prod(moment_shape(1, head_size)) // (head_size * itemsize))
 
 
-def ring_tokens(config: KVCompressionConfig, of_moments: int = 0) -> int:
+def ring_tokens(config: KVCompressionConfig, of_moments: int = 0, of_columns: int = 0) -> int:
     """Queries for which a request takes memory: those that are kept for its policy's window, with those that
-    it recalls, and `of_moments` if it keeps the moments of all."""
+    it recalls, `of_moments` if it keeps the moments of all, and `of_columns` if it keeps a number of each of
+    its tokens."""
     policy = config.build_policy()
     own = 0 if policy.moments is None else of_moments
+    if policy.moments is None and config.watches_every_query and not policy.matches:
+        own += of_columns
     if not config.observed_window:
         return own
     return own + config.observed_window + SPARE_QUERIES + policy.recalled

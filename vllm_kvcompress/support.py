@@ -187,9 +187,10 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
     """
     mode = vllm_config.compilation_config.cudagraph_mode
     format = request.record_format
-    if request.matches and not engine.matches and not current_platform.is_cpu():
+    if request.matches and not current_platform.is_cpu() and not _has_memory(request, engine, vllm_config):
         raise KVCompressionError(
-            f"kv-compression method {request.method} has no memory set aside for it; start the server with it"
+            f"kv-compression method {request.method} would take more memory than is set aside for it; "
+            "start the server with it, and these options"
         )
     if mode.has_full_cudagraphs() and format is not None and format != engine.record_format:
         raise KVCompressionError(
@@ -207,6 +208,19 @@ def check_watched(request: KVCompressionConfig, engine: KVCompressionConfig, vll
             f"kv-compression method {request.method} watches every query, for which full CUDA graphs of "
             "every step have no place; start the server with it, or with cudagraph_mode FULL_AND_PIECEWISE"
         )
+
+
+def _has_memory(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_config: VllmConfig) -> bool:
+    """Whether what a request notes and solves for takes no more than what the engine was started with."""
+    if not engine.matches:
+        return False
+    model = vllm_config.model_config
+    longest, size = model.max_model_len, model.get_head_size()
+    wanted, aside = (
+        (policy.state_bytes(longest, size, model.dtype.itemsize), policy.fit_bytes(longest, longest, size))
+        for policy in (request.build_policy(), engine.build_policy())
+    )
+    return all(own <= most for own, most in zip(wanted, aside, strict=True))
 
 
 def encoded_tokens(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:

@@ -84,7 +84,7 @@ def test_all_but_layout_and_spec_is_the_stock_backends(ours, stock):
     ],
 )
 def test_full_graphs_of_decoding_alone_where_every_query_is_watched_by_none_of_their_kernels(
-    method, speculates, of_any_step
+    method, speculates, of_any_step, monkeypatch
 ):
     config = SimpleNamespace(
         additional_config={"kv_compression": method}, speculative_config=object() if speculates else None
@@ -94,6 +94,9 @@ def test_full_graphs_of_decoding_alone_where_every_query_is_watched_by_none_of_t
     of_stock = stock.get_cudagraph_support(config, None)
     assert of_stock == AttentionCGSupport.ALWAYS
     assert support == (of_stock if of_any_step else AttentionCGSupport.UNIFORM_BATCH)
+    for less in (AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE, AttentionCGSupport.NEVER):
+        monkeypatch.setattr(stock, "get_cudagraph_support", lambda *_, less=less: less)
+        assert builder.get_cudagraph_support(config, None) == less
 
 
 def runner_v1():
@@ -147,7 +150,7 @@ def test_a_step_is_kept_out_of_full_graphs_if_and_only_if_spans_note_something_o
     assert decodes({"b": 1, "a": 1})
 
 
-def test_the_device_is_waited_for_only_where_drafts_leave_open_how_long_rows_are():
+def test_lengths_are_waited_for_only_where_drafts_leave_them_open():
     on_device, on_host = torch.tensor([5, 9]), torch.tensor([5, 10])
     builder = object.__new__(CompressedTritonAttentionBackend.get_builder_cls())
 

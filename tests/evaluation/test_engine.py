@@ -162,8 +162,16 @@ def test_what_is_noted_of_a_prompt_is_noted_once_and_nothing_is_kept_otherwise(e
     assert counted["kvzip again"] > 0
 
 
-def test_decode_step_is_timed(engine, tokens):
+def test_decode_step_is_timed(engine, tokens, monkeypatch):
     assert 0 < engine.step_seconds(tokens[:LENGTH], SNAPKV, 2, 3) < 60
+    # One is solved for after the other, and the first would end before the last one decodes.
+    from vllm_kvcompress.evaluation import engine as module
+
+    assert engine.step_seconds(tokens[:LENGTH], "attention_matching:budget=0.25", 3, 3) > 0
+    params = module.SamplingParams
+    monkeypatch.setattr(module, "SamplingParams", lambda **given: params(**given | {"max_tokens": 12}))
+    assert engine.step_seconds(tokens[:LENGTH], "attention_matching:budget=0.25", 3, 3) is None
+    assert not engine.llm.llm_engine.has_unfinished_requests()
 
 
 def test_what_the_model_cannot_be_served_with_is_one_line(engine, tokens):

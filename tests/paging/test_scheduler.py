@@ -9,9 +9,11 @@ import pytest
 import torch
 from simulation import ALL_AT_ONCE, BLOCK, Simulation, configured, on_a_gpu, prompt_of
 
+from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.paging import repetition, scheduler
 from vllm_kvcompress.paging.repetition import longest_repetition
 from vllm_kvcompress.paging.rings import memory_for_rings, of_moments
+from vllm_kvcompress.paging.tracked import Tracked
 from vllm_kvcompress.plan import ring_budget
 
 MODES = [
@@ -384,6 +386,23 @@ def test_requests_wait_for_memory_for_the_moments_of_their_queries(gpu):
         assert sim.scheduler._rings.taken <= 2 * own
     assert not left[names[1]] and names[0] in left[names[2]]
     sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("method", ["h2o", "kvzip"])
+@pytest.mark.parametrize("engine", ["snapkv", "h2o"])
+def test_requests_wait_for_memory_for_a_number_of_each_token_that_no_kernel_has_a_place_for(
+    gpu, engine, method
+):
+    rings = Simulation(f"{engine}:budget=0.25").scheduler._rings
+    # Of two query heads of 16 channels in float32 a query takes as much as 32 numbers.
+    rings.budget, each = 2 * 10, 10 * 32
+    config = KVCompressionConfig.parse(f"{method}:budget=0.25")
+    kept = engine == method == "h2o"  # its kernels have one beside the pages
+    assert rings.start(config, each) and rings.start(config, each)
+    assert rings.taken == (0 if kept else 20)
+    assert rings.start(config, 1) == kept
+    rings.begin_step([(Tracked(config, point=each), each - 31)])
+    assert rings.taken == (0 if kept else 10) and rings.start(config, each)
 
 
 def test_one_request_starts_however_little_memory_there_is(gpu):

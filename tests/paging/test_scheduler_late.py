@@ -95,7 +95,7 @@ def test_nobody_overtakes_a_request_that_waits_for_memory_for_its_queries(monkey
     sim.scheduler._rings.budget, sim.scheduler._rings.taken = 200, 100
 
     def start(options: str) -> bool:
-        return sim.scheduler._rings.start(KVCompressionConfig.parse(options))
+        return sim.scheduler._rings.start(KVCompressionConfig.parse(options), 100)
 
     assert not start("snapkv:window=300")
     assert not start("snapkv:window=32"), "though there is memory for this one"

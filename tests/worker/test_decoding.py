@@ -7,6 +7,7 @@ import torch
 from compaction import Request
 from test_compactor import configure
 
+from vllm_kvcompress.requests import observer
 from vllm_kvcompress.requests.observer import DecodingSpan
 from vllm_kvcompress.worker.compactor import Work
 
@@ -87,6 +88,20 @@ def test_rows_of_one_token_are_observed_together(method):
             for some in (alone, together):
                 compact(some[0], config, 5)
                 compact(some[1], config, 8)
+
+
+@pytest.mark.parametrize(("less", "sizes"), [(0, [2, 1]), (1, [1, 1, 1])])
+def test_so_many_are_observed_together_as_there_is_memory_for_keys(less, sizes, monkeypatch):
+    config = configure("h2o", "global")
+    alone, together = requests(config), requests(config)
+    for request in alone:
+        request.compute(1)
+    cache = together[0].compactor.cache
+    of_short = 6 * 4 * cache.grid.num_heads * cache.head_size * 4  # 22 or 23 tokens in pages of 4, in float32
+    monkeypatch.setattr(observer, "KEY_BYTES", 2 * of_short - less)
+    spans = decode(together)
+    assert [len(getattr(span, "rows", [span])) for span in spans] == sizes
+    alike(alone, together)
 
 
 def test_each_layer_has_its_own_constants_and_other_policies_and_drafts_go_alone():

@@ -217,31 +217,31 @@ class Engine:
             raise KVCompressionError(f"{variant} leaves a prompt of {len(prompt)} tokens as it is")
         return seen[0]
 
-    def step_seconds(self, prompt: Sequence[int], variant: str, batch: int, steps: int) -> float:
-        """Median seconds of a decode step of `batch` requests with this prompt."""
+    def step_seconds(self, prompt: Sequence[int], variant: str, batch: int, steps: int) -> float | None:
+        """Median seconds of a decode step of `batch` requests with this prompt; None where the first has come
+        to the longest context before the last decodes, as each waits for the one before."""
         engine = self.llm.llm_engine
         names = [str(next(self._ids)) for _ in range(batch)]
         for name in names:
             params = SamplingParams(
                 temperature=0,
-                max_tokens=4 * steps + 64,
+                max_tokens=engine.model_config.max_model_len - len(prompt),
                 ignore_eos=True,
                 extra_args=self._compression(variant),
             )
             engine.add_request(name, {"prompt_token_ids": list(prompt)}, params)
-        while len(self.scheduler.running) < batch or any(
-            request.num_output_tokens < 2 for request in self.scheduler.running
-        ):
-            engine.step()
-        times = []
-        for _ in range(steps):
+        ended, times = False, []
+        while len(times) < steps and not ended:
+            running = self.scheduler.running
+            decode = len(running) == batch and all(request.num_output_tokens >= 2 for request in running)
             begin = time.perf_counter()
-            engine.step()
-            times.append(time.perf_counter() - begin)
+            ended = any(output.finished for output in engine.step())
+            if decode:
+                times.append(time.perf_counter() - begin)
         engine.abort_request(names)
         while engine.has_unfinished_requests():
             engine.step()
-        return sorted(times)[len(times) // 2]
+        return None if ended else sorted(times)[len(times) // 2]
 
     def _compression(self, variant: str) -> dict[str, str]:
         if self.stock:

@@ -43,32 +43,49 @@ def of_moments(vllm_config: VllmConfig) -> int:
     return moment_tokens(model.get_head_size(), model.dtype.itemsize)
 
 
+def columns_of_query(vllm_config: VllmConfig) -> int:
+    """Tokens of which a KV head's float32 numbers take as much memory as a query of its group."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    return group * model.get_head_size() * model.dtype.itemsize // 4
+
+
 class Rings:
     """Counts the queries that are kept, so that nobody starts for whose there is no memory.
 
     Attributes:
-        budget: queries that there may be; moments of all of them count as the queries that take as much.
+        budget: queries that there may be; moments of all of them, and numbers that policies keep of each
+            token, count as the queries that take as much.
         taken: queries that are kept of running requests.
     """
 
-    def __init__(self, budget: float, of_moments: int) -> None:
+    def __init__(self, budget: float, vllm_config: VllmConfig, engine: KVCompressionConfig) -> None:
         self.budget = budget
-        self._of_moments = of_moments
+        self._of_moments = of_moments(vllm_config)
+        self._columns = columns_of_query(vllm_config)
+        # Which have their place beside the pages.
+        self._keeps_sums = engine.kept_in_graphs(vllm_config.speculative_config is not None) == "sums"
         self.taken = 0
         self._awaited = False  # in this step somebody was refused one
 
-    def begin_step(self, running: Iterable[Tracked]) -> None:
-        """Count anew."""
+    def begin_step(self, running: Iterable[tuple[Tracked, int]]) -> None:
+        """Count anew; of requests and their tokens."""
         self.taken = sum(
-            ring_tokens(tracked.config, self._of_moments)
-            for tracked in running
+            self._needed(tracked.config, num_tokens)
+            for tracked, num_tokens in running
             if tracked.held is None or tracked.config.compacts_again
         )
         self._awaited = False
 
-    def start(self, config: KVCompressionConfig) -> bool:
-        """Count in the query ring of a request that is about to start, if there is memory for it."""
-        needed = ring_tokens(config, self._of_moments)
+    def _needed(self, config: KVCompressionConfig, num_tokens: int) -> int:
+        if self.budget == math.inf:
+            return 0
+        kept = self._keeps_sums and config.build_policy().sums is not None
+        return ring_tokens(config, self._of_moments, 0 if kept else -(-num_tokens // self._columns))
+
+    def start(self, config: KVCompressionConfig, num_tokens: int) -> bool:
+        """Count in what is kept of a request of so many tokens that is about to start, if there is memory."""
+        needed = self._needed(config, num_tokens)
         # Nobody who needs a ring overtakes one that waits for one. Who needs none may go on, where vLLM looks
         # past a request that cannot start (0.33; in 0.32 all behind it wait): it takes nothing of rings away.
         if needed and self.taken and self.taken + needed > self.budget:

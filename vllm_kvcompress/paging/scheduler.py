@@ -23,7 +23,7 @@ from vllm_kvcompress.paging.leaving import Leaving
 from vllm_kvcompress.paging.manager import CompactingManager
 from vllm_kvcompress.paging.prefixes import Prefixes
 from vllm_kvcompress.paging.repetition import Repetitions
-from vllm_kvcompress.paging.rings import Rings, memory_for_rings, of_moments
+from vllm_kvcompress.paging.rings import Rings, memory_for_rings
 from vllm_kvcompress.paging.solving import Solving
 from vllm_kvcompress.paging.spec import compactable_groups
 from vllm_kvcompress.paging.statistics import CompressionStats
@@ -84,7 +84,7 @@ class _Compression(Telling):
         num_tokens = self.kv_cache_config.num_blocks // len(own) * manager.block_size
         of_what = self.max_num_running_reqs, num_tokens, groups[0].kv_cache_spec.dtype
         budget = memory_for_rings(self.vllm_config, self.compression, *of_what)
-        self._rings = Rings(budget, of_moments(self.vllm_config))
+        self._rings = Rings(budget, self.vllm_config, self.compression)
 
     def _unless_compacted(self, cache_blocks: Callable[[Request, int], None]) -> Callable[..., None]:
         """What offers blocks of all groups to the prefix cache: those of windows, too, may have been computed
@@ -190,8 +190,8 @@ class _Compression(Telling):
         unsolved = self._due.give_up()
         jobs, late = self._due.compact()
         self._end_abandoned()
-        running = (self._tracked.get(request.request_id) for request in self.running)
-        self._rings.begin_step(tracked for tracked in running if tracked is not None)
+        running = ((self._tracked.get(request.request_id), request.num_tokens) for request in self.running)
+        self._rings.begin_step((tracked, tokens) for tracked, tokens in running if tracked is not None)
         decoding = sum(self._decodes(request) for request in self.running)
         left = self.max_num_scheduled_tokens - decoding * (1 + self.num_spec_tokens)
         self._repetitions.begin_step(decoding, max(left, 0))
@@ -250,7 +250,7 @@ class _Compression(Telling):
         if point is not None:
             num_new_tokens = min(num_new_tokens, max(point - num_computed_tokens, 0))
         if tracked is not None and request.status != RequestStatus.RUNNING:
-            if not self._rings.start(tracked.config):
+            if not self._rings.start(tracked.config, request.num_tokens):
                 return 0  # it goes on waiting
         num_new_tokens = self._repetitions.bounded(request.request_id, num_new_tokens)
         if num_new_tokens:

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm_kvcompress.policies.base import LayerObservation, Policy, softmax_beside
 
 MOST_FUTURE = 1 << 16
+QUERIES = 2048  # that are held in float32 at once
 
 
 class QueryStatistics(NamedTuple):
@@ -74,15 +75,16 @@ class ExpectedAttention(Policy):
     def observe(self, observation: LayerObservation) -> QueryStatistics | None:
         assert observation.rotary is not None
         first = observation.num_tokens - len(observation.queries)
-        queries = observation.rotary.undo(observation.queries, first)[max(self.skip - first, 0) :]
-        old: QueryStatistics | None = observation.state
-        if not len(queries):
-            return old
-        mean = queries.mean(0)
-        centred = (queries - mean).flatten(1, 2).transpose(0, 1)  # [H·G, n, D]
-        scatter = (centred.transpose(1, 2) @ centred).unflatten(0, mean.shape[:2])
-        new = QueryStatistics(len(queries), mean, scatter)
-        return new if old is None else _merged(old, new)
+        state: QueryStatistics | None = observation.state
+        for begin in range(max(self.skip - first, 0), len(observation.queries), QUERIES):
+            some = observation.queries[begin : begin + QUERIES]
+            queries = observation.rotary.undo(some, first + begin)
+            mean = queries.mean(0)
+            centred = (queries - mean).flatten(1, 2).transpose(0, 1)  # [H·G, n, D]
+            scatter = (centred.transpose(1, 2) @ centred).unflatten(0, mean.shape[:2])
+            new = QueryStatistics(len(queries), mean, scatter)
+            state = new if state is None else _merged(state, new)
+        return state
 
     def stack(self, states: list[QueryStatistics | None]) -> QueryStatistics | None:
         found = [state for state in states if state is not None]  # all or none of them

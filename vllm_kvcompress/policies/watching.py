@@ -17,7 +17,7 @@ from vllm_kvcompress.policies.base import (
 )
 
 BLOCK_BYTES = 2 << 20  # of logits held at once on a CPU, or one head's: they should stay in its caches
-DEVICE_BLOCK_BYTES = 64 << 20  # likewise elsewhere, or one query's; policies make thrice as much of them
+DEVICE_BLOCK_BYTES = 64 << 20  # likewise elsewhere, or one query's; no more than 3 copies are made of them
 
 Reduction = Literal["sum", "sum of squares", "max"]
 
@@ -71,7 +71,6 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
     transposed = keys.transpose(1, 2).to(
         torch.float32, memory_format=plain if often else torch.preserve_format
     )
-    queries = observation.queries.permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
     size, at_once = _block(keys.device.type, heads, group, num_queries, width)
     future = torch.full((size, size), -torch.inf, device=keys.device).triu_(1)
     per_head = group * size * width
@@ -85,9 +84,12 @@ def attention_parts(observation: LayerObservation) -> Iterator[AttentionPart]:
     with exact_products(keys, observation.queries):
         for begin in range(0, num_queries, size):
             end = min(begin + size, num_queries)
+            queries = (
+                observation.queries[begin:end].permute(1, 2, 0, 3).to(torch.float32, memory_format=plain)
+            )
             seen = width - num_queries + end
             for some, first in _heads(heads, len(memory) // (group * (end - begin) * seen), padding):
-                block = queries[some, :, begin:end].flatten(1, 2)
+                block = queries[some].flatten(1, 2)
                 shape = *block.shape[:2], seen - first
                 logits = memory[: math.prod(shape)].view(shape)
                 alpha = scale / cap if cap else scale

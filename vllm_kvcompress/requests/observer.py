@@ -1,7 +1,7 @@
 """Keeps what policies need of queries, whatever chunks they are computed in."""
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -16,6 +16,8 @@ from vllm_kvcompress.requests.cache import PagedCache
 from vllm_kvcompress.requests.moments import QueryMoments
 from vllm_kvcompress.requests.sums import PageSums
 from vllm_kvcompress.requests.tables import RequestTable
+
+KEY_BYTES = 64 << 20  # of float32 keys of a layer that are read at once of several rows
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,13 @@ class QuerySpan:
         if accumulates:
             self.observed.accumulate(layer, first, own, self.num_drafts, self.context)
 
+    @functools.cached_property
+    def num_pages(self) -> int:
+        """Pages of the longest of all layers' columns."""
+        table = self.context.table
+        every = slice(0, self.context.cache.grid.num_layers)
+        return self.context.blocks.shape[-1] + (0 if table is None else table.longest(every))
+
     @property
     def decodes(self) -> bool:
         """Whether it is one token whose policy may observe others' with it, as those of more heads."""
@@ -183,9 +192,10 @@ class DecodingSpan:
         self._pages = torch.stack(split, 1).flatten(1, 2)  # [L, R·H, most]
         # A row's last page is filled to its own token, so its columns are moved up to the others' last one.
         self._slack = [-(row.first + 1) % grid.block_size for row in rows]
-        slack = torch.tensor(self._slack, device=pages[0].device).repeat_interleave(grid.num_heads)
+        on_device = self.context.cache.on_device
+        slack = on_device(self._slack).repeat_interleave(grid.num_heads)
         self._empty = (self._pages < 0).sum(2) * grid.block_size + slack  # [L, R·H]
-        self._tokens = torch.tensor([row.tokens.start for row in rows], device=pages[0].device)
+        self._tokens = on_device([row.tokens.start for row in rows])
 
     def record(self, layer: int, query: Queries) -> None:
         context, heads = self.context, self.context.cache.grid.num_heads
@@ -506,5 +516,19 @@ class Observer:
                 alike = [others for others in decoding if others[0].observed.policy == observed.policy]
                 alike[0].append(span) if alike else decoding.append([span])
         for alike in decoding:
-            spans.append(DecodingSpan(alike) if len(alike) > 1 else alike[0])
+            for together in _together(alike):
+                spans.append(DecodingSpan(together) if len(together) > 1 else together[0])
         return spans
+
+
+def _together(rows: list[QuerySpan]) -> Iterator[list[QuerySpan]]:
+    """Rows of like length whose keys, padded to the longest one's, take no more memory than they may."""
+    grid = rows[0].context.cache.grid
+    some: list[QuerySpan] = []
+    for row in sorted(rows, key=lambda row: row.num_pages):  # the next one is the longest so far
+        of_each = row.num_pages * grid.block_size * grid.num_heads * 4 * row.context.cache.head_size
+        if some and (len(some) + 1) * of_each > KEY_BYTES:
+            yield some
+            some = []
+        some.append(row)
+    yield some

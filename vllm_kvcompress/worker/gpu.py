@@ -236,9 +236,13 @@ class CompressionGPUWorker(CompressionWorker):
         refused = NEEDS_HEAD_SIZE in self.lacks and config.record_format is not None
         if refused or any(getattr(policy, need, False) for need in self.lacks):  # the engine will say so
             return
-        watches = config.watches_every_query and self._kept_in_graphs is None
-        if watches or plan is None or blocks[-1] >= grid.num_blocks:
+        if policy.matches or plan is None or blocks[-1] >= grid.num_blocks:
             return
+        if config.watches_every_query and self._kept_in_graphs is None:  # by scores that need no notes
+            own = {"allocation": config.allocation or config.preset.allocation}
+            if config.record_format is not None:
+                own["format"] = config.record_format.name
+            config = config.for_request({"method": "knorm", **own})
         groups, num_kept = grid.num_groups, plan.kept_blocks * grid.num_groups
         edge = plan.source_blocks * groups
         sources, tails = (_parts(own, groups) for own in (blocks[:edge], blocks[edge:]))

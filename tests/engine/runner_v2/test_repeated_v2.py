@@ -3,8 +3,10 @@
 from collections import Counter
 
 import pytest
-from alike import assert_same, replay_captures, served
+from alike import assert_same, replay_captures, served, warm_up
 
+from vllm_kvcompress import KVCompressionConfig
+from vllm_kvcompress.attention import gpu
 from vllm_kvcompress.requests.observer import RepeatedSpan
 
 OPTIONS = dict(
@@ -19,7 +21,8 @@ REQUESTS = [  # method, prompt tokens
     ("kvzip:budget=0.3,chunk=70", 101),
     ("attention_matching+kivi8:budget=0.1,references=32,waits=true,chunk=90", 150),
     ("attention_matching+kivi8:budget=0.1,references=32,waits=true,queries=self-study,answer_tokens=3", 150),
-    ("h2o:budget=0.3,window=8,recompact_every=3", 85),
+    ("h2o:budget=0.3,window=8,recompact_every=3", 85),  # two of a kind decode as one, of unlike lengths
+    ("h2o:budget=0.3,window=8,recompact_every=3", 62),
     ("snapkv:budget=0.3,window=8,recompact_every=3", 117),
 ]
 
@@ -62,4 +65,15 @@ def test_the_same_is_kept_where_all_else_decodes_in_replayed_graphs(
     replayed = replay_captures(engine, monkeypatch)
     assert_same(reference, served(engine, REQUESTS), REQUESTS)
     assert noted == wanted and len(wanted) == 2 + 2 + 4, "parts of two contexts, and four studies"
-    assert alone and replayed, "there were steps of one token each, with and without something to note"
+    studied = [step for step in alone if any(":repeat-" in name for name in step)]
+    assert studied and replayed, "there were steps of one token each, with and without something to note"
+
+
+@pytest.mark.parametrize("method", ["kvzip:budget=0.3", "kvzip+kivi8:budget=0.1"])
+def test_compactions_are_compiled_before_anything_is_served(
+    method, tiny_that_reads, start_engine, monkeypatch
+):
+    monkeypatch.setattr(gpu, "MAX_TILE", 2)  # longer rows are slow to interpret
+    options = OPTIONS | {"additional_config": {"kv_compression": method}}
+    for job in warm_up(start_engine(tiny_that_reads, "v2", "gpu", **options)):
+        assert job.config.record_format == KVCompressionConfig.parse(method).record_format

@@ -294,7 +294,8 @@ def _kvpress_table(arguments, model, methods, budgets, samples, store: Store, fo
 def _time_step(engine, prompt: list[int], row: Variant, store: Store) -> None:
     if (key := ("step", row.spec)) not in store:
         seconds = engine.step_seconds(prompt, row.spec, STEP_BATCH, STEPS)
-        store.add(key, seconds=seconds, context=len(prompt), batch=STEP_BATCH)
+        if seconds is not None:
+            store.add(key, seconds=seconds, context=len(prompt), batch=STEP_BATCH)
 
 
 def _ask(engine, sample: Sample, mode: str, rows: list[Variant], store: Store) -> None:
