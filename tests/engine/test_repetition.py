@@ -1,10 +1,16 @@
 """KVzip's repetition: a request of its own that nobody sees, waits for nobody and leaves nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from harness import first_difference, same_kept, sampling, tokens
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.request import RequestStatus
+
+from vllm_kvcompress.paging.repetition import FIRST
+from vllm_kvcompress.requests.observer import RepeatedSpan
+from vllm_kvcompress.worker.gpu import CompressionGPUWorker
 
 # A step computes 512 tokens, so that a part takes two of them.
 OPTIONS = "kvzip:budget=0.25,chunk=600"
@@ -190,3 +196,33 @@ def test_an_owner_that_ends_with_its_first_token_leaves_no_repetition(engine, lo
 def test_another_policy_may_stand_on_the_repetition(engine, long_ids):
     engine.run(long_ids(400, seed=55), sampling(4, "criticalkv:base=kvzip,budget=0.25,chunk=256"))
     assert len(engine.compactions) == 1
+
+
+def test_steps_with_a_repetition_are_none_of_decoding_alone(engine, long_ids, monkeypatch):
+    """As Runner V1 is told on a GPU, whose full graphs are for these."""
+    runner, state = engine.worker.model_runner, engine.worker.compression
+    monkeypatch.setattr(state.observer, "kernel_writes_rings", True)
+    monkeypatch.setattr(runner, "_is_uniform_decode", runner._is_uniform_decode)  # put back afterwards
+    told = SimpleNamespace(model_runner=runner, compression=state, use_v2_model_runner=False)
+    CompressionGPUWorker._keep_noted_steps_out_of_full_graphs(told)
+    is_uniform, record, answers, noted = runner._is_uniform_decode, RepeatedSpan.record, [], []
+    monkeypatch.setattr(
+        runner,
+        "_is_uniform_decode",
+        lambda *args, **own: answers.append(is_uniform(*args, **own)) or answers[-1],
+    )
+    monkeypatch.setattr(
+        RepeatedSpan, "record", lambda span, *args: noted.append(span.tokens) or record(span, *args)
+    )
+    # Behind the context's blocks come the words that ask, and a part: together one more than a step has.
+    part = 513 - len(engine.scheduler._repetitions._encode(FIRST))
+    engine.add(long_ids(640, seed=33), sampling(6, f"kvzip:budget=0.25,chunk={part}"))
+    found, alone = [], 0
+    while engine.llm.llm_engine.has_unfinished_requests():
+        answers.clear(), noted.clear()
+        engine.step()
+        found.append((*answers, bool(noted)))
+        alone += any(tokens.stop - tokens.start == 1 for tokens in noted)
+    assert all(len(each) == 2 for each in found)
+    assert (True, True) not in found and (True, False) in found and alone
+    engine.outputs.clear()
