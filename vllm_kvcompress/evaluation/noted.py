@@ -88,6 +88,8 @@ class NotedOnce:
         if key in self._noted:
             observed.states = list(self._noted[key])
             return
+        if any(state is None for state in observed.states):  # it could not wait for them
+            return
         self._noted[key] = list(observed.states)
         if len(self._noted) > PROMPTS:
             self._noted.popitem(last=False)
