@@ -30,11 +30,15 @@ def memory_for_rings(
     """
     if current_platform.is_cpu():
         return math.inf
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    left = num_tokens * dtype.itemsize // model.dtype.itemsize
+    left = num_tokens * dtype.itemsize // vllm_config.model_config.dtype.itemsize
     # What is left is seven eighths of the memory, or more.
-    return ring_budget(config, num_requests, left * 8 // 7, group, of_moments(vllm_config))
+    return ring_budget(config, num_requests, left * 8 // 7, _group(vllm_config), of_moments(vllm_config))
+
+
+def _group(vllm_config: VllmConfig) -> int:
+    """Query heads of each KV head."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
 
 
 def of_moments(vllm_config: VllmConfig) -> int:
@@ -45,9 +49,8 @@ def of_moments(vllm_config: VllmConfig) -> int:
 
 def columns_of_query(vllm_config: VllmConfig) -> int:
     """Tokens of which a KV head's float32 numbers take as much memory as a query of its group."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    return group * model.get_head_size() * model.dtype.itemsize // 4
+    model = vllm_config.model_config
+    return _group(vllm_config) * model.get_head_size() * model.dtype.itemsize // 4
 
 
 class Rings:

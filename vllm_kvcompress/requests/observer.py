@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -161,13 +162,6 @@ class QuerySpan:
         if accumulates:
             self.observed.accumulate(layer, first, own, self.num_drafts, self.context)
 
-    @functools.cached_property
-    def num_pages(self) -> int:
-        """Pages of the longest of all layers' columns."""
-        table = self.context.table
-        every = slice(0, self.context.cache.grid.num_layers)
-        return self.context.blocks.shape[-1] + (0 if table is None else table.longest(every))
-
     @property
     def decodes(self) -> bool:
         """Whether it is one token whose policy may observe others' with it, as those of more heads."""
@@ -200,7 +194,7 @@ class DecodingSpan:
     def record(self, layer: int, query: Queries) -> None:
         context, heads = self.context, self.context.cache.grid.num_heads
         block_size = context.cache.grid.block_size
-        widths = [row.context.num_pages(layer) for row in self.rows]
+        widths = [row.context.num_pages(slice(layer, layer + 1)) for row in self.rows]
         width = max(widths) * block_size
         pages = self._pages[layer, :, self._most - max(widths) :]
         held = context.cache.read_keys(pages, slice(layer, layer + 1))
@@ -279,10 +273,9 @@ class RowContext:
     table: RequestTable | None
     blocks: Tensor
 
-    def num_pages(self, layer: int) -> int:
-        """Pages of a layer's columns."""
-        own = slice(layer, layer + 1)
-        return self.blocks.shape[-1] + (0 if self.table is None else self.table.longest(own))
+    def num_pages(self, layers: slice) -> int:
+        """Pages of the longest of some layers' columns."""
+        return self.blocks.shape[-1] + (0 if self.table is None else self.table.longest(layers))
 
     def observe(
         self, layer: int, queries: Tensor, num_tokens: int, read_keys: bool = True
@@ -523,10 +516,12 @@ class Observer:
 
 def _together(rows: list[QuerySpan]) -> Iterator[list[QuerySpan]]:
     """Rows of like length whose keys, padded to the longest one's, take no more memory than they may."""
-    grid = rows[0].context.cache.grid
+    cache = rows[0].context.cache
+    of_page = cache.grid.block_size * cache.grid.num_heads * 4 * cache.head_size
     some: list[QuerySpan] = []
-    for row in sorted(rows, key=lambda row: row.num_pages):  # the next one is the longest so far
-        of_each = row.num_pages * grid.block_size * grid.num_heads * 4 * row.context.cache.head_size
+    lengths = [row.context.num_pages(slice(0, cache.grid.num_layers)) for row in rows]
+    for length, row in sorted(zip(lengths, rows, strict=True), key=itemgetter(0)):  # the longest so far
+        of_each = length * of_page
         if some and (len(some) + 1) * of_each > KEY_BYTES:
             yield some
             some = []
