@@ -255,7 +255,9 @@ def test_the_environment_may_ask_for_what_is_not_supported(monkeypatch):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda")
+    platform = SimpleNamespace(
+        is_cpu=lambda: False, is_cuda_alike=lambda: True, device_name="cuda", device_type="cuda"
+    )
     monkeypatch.setattr("vllm_kvcompress.support.current_platform", platform)
     return platform
 
@@ -361,7 +363,7 @@ def test_a_request_cannot_have_what_is_matched_without_the_servers_memory_and_gr
     for other in ("snapkv", "kvzip", "snapkv+k4v3"):  # whose records have no biases
         with pytest.raises(KVCompressionError, match="no place for the format matched k4v3; start"):
             check_watched(request, KVCompressionConfig.parse(other), in_graphs())
-    on_gpu = SimpleNamespace(is_cpu=lambda: False)
+    on_gpu = SimpleNamespace(is_cpu=lambda: False, device_type="cuda")
     monkeypatch.setattr("vllm_kvcompress.support.current_platform", on_gpu)
     graphs = in_graphs("NONE")
     graphs.model_config = SimpleNamespace(max_model_len=4096, get_head_size=lambda: 64, dtype=torch.bfloat16)

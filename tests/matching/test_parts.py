@@ -1,11 +1,20 @@
 """Heads that are matched part by part answer as if they were matched at once, or nearly."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vllm_kvcompress.matching import Own, Problem, attend, fit, fit_by_parts, select_by_parts, select_omp
+from vllm_kvcompress.matching import parts as parts_module
 
 SIZE, SCALE = 16, 0.25
+
+
+@pytest.fixture(autouse=True, params=[1, 2, 99])
+def at_once(request, monkeypatch):
+    """Parts that are solved for together."""
+    monkeypatch.setattr(parts_module, "parts_at_once", lambda *_, **__: request.param)
 
 
 def draw(tokens=240, queries=150, heads=2, seed=0, **fields) -> Problem:
@@ -112,6 +121,31 @@ def test_heads_of_different_counts_are_matched_as_they_are_alone():
         torch.testing.assert_close(together.values[rows, there], single.values, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("tokens", [240, 237])
+@pytest.mark.parametrize("features", ["plain", "limits", "sinks", "bias"])
+def test_parts_together_are_matched_as_each_is_alone(monkeypatch, tokens, features):
+    generator = torch.Generator().manual_seed(3)
+    problem, own = draw(tokens), draw(queries=40, seed=9).queries
+    columns = torch.stack([torch.randperm(tokens, generator=generator)[:40].sort().values for _ in "ab"])
+    present = (torch.arange(40) < torch.tensor([[40], [25]])).contiguous()
+    limits = sinks = of_own = None
+    if features == "limits":
+        drawn = torch.randint(30, tokens + 1, (2, 190), generator=generator)
+        problem, limits = replace(problem, limits=drawn[:, :150]), drawn[:, 150:]
+    elif features == "sinks":
+        sinks = drawn_sinks(190, heads=2)
+        problem, of_own = replace(problem, sinks=sinks[:, :150]), sinks[:, 150:]
+    elif features == "bias":
+        problem = replace(problem, bias=torch.randn(2, tokens, generator=generator))
+    asked = problem, Own(own, limits, of_own), columns, present, 70
+    got, chosen = fit_by_parts(*asked), select_by_parts(*asked, leading=3)
+    monkeypatch.setattr(parts_module, "parts_at_once", lambda *_, **__: 1)
+    wanted, alone = fit_by_parts(*asked), select_by_parts(*asked, leading=3)
+    torch.testing.assert_close(got.bias, wanted.bias, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(got.values, wanted.values, atol=2e-3, rtol=2e-3)
+    assert all(map(torch.equal, chosen, alone))
+
+
 def test_a_part_without_a_kept_column_is_left_out():
     problem = draw()
     columns = torch.tensor([[1, 2, 3], [1, 2, 200]])
@@ -209,3 +243,10 @@ def test_what_is_pursued_of_heads_of_different_counts_is_what_is_of_each_alone()
         alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
         one, _ = select_by_parts(alone, Own(own[rows, kept]), columns[rows, kept], kept[None, kept], 70)
         assert together[head][there[head]].tolist() == one[0].tolist()
+
+
+def test_what_keeps_all_of_its_tokens_loses_none_beside_a_longer_part():
+    problem, own = draw(237), draw(queries=237, seed=9).queries
+    columns = torch.arange(237).expand(2, -1).contiguous()
+    got, there = select_by_parts(problem, Own(own), columns, columns >= 0, 70)
+    assert there.all() and torch.equal(got, columns)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from test_policies import naive_attention, observe
 
+from vllm_kvcompress.matching import solve_bytes_on
 from vllm_kvcompress.policies import POLICIES, LayerObservation
 from vllm_kvcompress.policies.base import RepeatedPart
 
@@ -287,13 +288,15 @@ def test_what_is_noted_takes_no_more_memory_than_it_says():
 
 
 def test_fitting_long_heads_takes_memory_of_a_part_and_of_their_queries():
-    own = policy()
-    short, long, longer = (own.fit_bytes(tokens, tokens // 4, 128) for tokens in (16384, 65536, 131072))
+    def bytes_of(tokens, columns, size=128, heads=1, device="cpu", keys="attention"):
+        return policy(keys=keys).fit_bytes(heads, tokens, columns, size, device)
+
+    short, long, longer = (bytes_of(tokens, tokens // 4) for tokens in (16384, 65536, 131072))
     assert short < long < longer < 2.2 * long, "it grows with the context, not with its square"
-    assert own.fit_bytes(2048, 256, 64) < 2**28
-    pursuing = policy(keys="omp")
-    assert own.fit_bytes(200, 50, 64) < pursuing.fit_bytes(200, 50, 64)
-    assert pursuing.fit_bytes(65536, 16384, 128) < 1.2 * long, "nor does pursuit, which is among fewer"
+    assert bytes_of(2048, 256, 64) < 2**28
+    assert bytes_of(200, 50, 64) < bytes_of(200, 50, 64, keys="omp")
+    assert bytes_of(65536, 16384, keys="omp") < 1.2 * long, "nor does pursuit, which is among fewer"
+    assert bytes_of(4096, 256, heads=8, device="cuda") <= solve_bytes_on("cuda"), "a layer's heads at once"
 
 
 def test_pursuit_takes_no_more_memory_than_it_says(tmp_path):
@@ -305,5 +308,5 @@ def test_pursuit_takes_no_more_memory_than_it_says(tmp_path):
     def select():
         own.select(seen, slice(0, 2), columns, present, 4)
 
-    said = 2 * own.fit_bytes(1400, 200, seen.keys.shape[2])
+    said = own.fit_bytes(2, 1400, 200, seen.keys.shape[2], "cpu")
     assert measured(tmp_path / "trace.json", select) <= said

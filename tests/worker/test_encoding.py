@@ -14,7 +14,8 @@ from vllm_kvcompress.formats import FORMATS, RECORD, RecordFormat
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
-from vllm_kvcompress.requests.cache import PackedCache, PagedCache
+from vllm_kvcompress.requests.cache import PackedCache
+from vllm_kvcompress.worker import compactor
 from vllm_kvcompress.worker.compactor import Compactor, Work
 
 BLOCK, SIZE = 32, 16
@@ -351,13 +352,15 @@ def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypat
         return fit(self, observation, heads, columns, present)
 
     monkeypatch.setattr(policy, "fit", noted)
-    monkeypatch.setattr(PagedCache, "slice_bytes", 1 << 40)
+    monkeypatch.setattr(compactor, "solve_bytes_on", lambda _: 1 << 40)
     matched([range(3)], 3)  # a layer each
     assert [heads for heads, _ in given] == [slice(0, 2)] * 3
     widest = max(shape[1] for _, shape in given)
     given.clear()
-    monkeypatch.setattr(policy, "fit_bytes", lambda self, tokens, columns, size: 1 + (columns > widest // 2))
-    monkeypatch.setattr(PagedCache, "slice_bytes", 2)
+    monkeypatch.setattr(
+        policy, "fit_bytes", lambda self, heads, tokens, columns, *_: heads * (1 + (columns > widest // 2))
+    )
+    monkeypatch.setattr(compactor, "solve_bytes_on", lambda _: 2)
     matched([range(3)], 3)
     together = [heads for heads, shape in given if shape[1] > widest // 2]
     assert together and all(heads.stop - heads.start == 1 for heads in together)

@@ -1,6 +1,15 @@
 """What the solver takes of memory, so that a caller can choose how many heads it hands over at a time."""
 
-from vllm_kvcompress.matching.reference import CHUNK_BYTES, query_chunk
+from vllm_kvcompress.matching.reference import CHUNK_BYTES, chunk_bytes_on, query_chunk
+
+# What heads and parts of them are solved for with at a time, but with one head's at least: what stays in a
+# core's own cache, and elsewhere what is worth the launches of kernels.
+SOLVE_BYTES, DEVICE_SOLVE_BYTES = 2**23, 2**29
+
+
+def solve_bytes_on(device_type: str) -> int:
+    """What solving for several heads at a time, or for several parts of them, may take."""
+    return SOLVE_BYTES if device_type == "cpu" else DEVICE_SOLVE_BYTES
 
 
 def peak_bytes(
@@ -36,3 +45,53 @@ def peak_bytes(
         chosen = 2 * queries * columns
         most = max(most, queries * tokens + max(inputs + 3 * chunk, chosen + system + 4 * tokens))
     return 4 * heads * (reference + most)
+
+
+def whole_bytes(heads: int, tokens: int, queries: int, columns: int, size: int) -> int:
+    """What is held beside the parts of long heads: all queries and the heads' attention, in float32.
+
+    Args:
+        heads: X.
+        tokens: T, of all parts.
+        queries: n, without those of the kept columns.
+        columns: t, of all parts.
+        size: D.
+    """
+    return 4 * heads * ((queries + columns) * (2 * size + 3) + 2 * tokens * size)
+
+
+def parts_at_once(
+    heads: int,
+    tokens: int,
+    length: int,
+    queries: int,
+    columns: int,
+    width: int,
+    size: int,
+    device_type: str,
+    *,
+    omp: bool = False,
+) -> int:
+    """Parts of long heads that are solved for together, at least one.
+
+    Args:
+        heads: X.
+        tokens: T, of all parts.
+        length: tokens of a part.
+        queries: n, without those of the kept columns.
+        columns: t, of all parts.
+        width: kept columns of a part, at most.
+        size: D.
+        device_type: as of `torch.device.type`.
+        omp: as of `peak_bytes`.
+    """
+    room = solve_bytes_on(device_type) - whole_bytes(heads, tokens, queries, columns, size)
+    chunk, own = chunk_bytes_on(device_type), queries + width
+    parts = 1
+    while parts * length < tokens:
+        rows = heads * (parts + 1)
+        copies = 4 * rows * (2 * length + own) * size
+        if copies + peak_bytes(rows, length, own, width, size, omp=omp, chunk_bytes=chunk) > room:
+            break
+        parts += 1
+    return parts

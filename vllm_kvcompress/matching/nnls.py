@@ -109,7 +109,8 @@ def _interior(problem: _Quadratic, u: Tensor, low: Tensor, high: Tensor | None, 
         away = problem.target.norm(dim=-1, keepdim=True) / math.sqrt(columns)
         u = torch.maximum(u, low + away.clamp_min(tiny))
     else:
-        bounds, sign = torch.stack([low, high]), u.new_tensor([1.0, -1.0])[:, None, None]
+        bounds, one = torch.stack([low, high]), u.new_ones(1, 1, 1)
+        sign = torch.cat([one, -one])
         margin = (high - low) / 100
         u = torch.minimum(torch.maximum(u, low + margin), high - margin)
     slack = sign * (u - bounds)  # [1 or 2, X, t]
@@ -152,7 +153,7 @@ def _direction(
 def _projected_newton(problem: _Quadratic, u: Tensor, low: Tensor, high: Tensor, steps: int) -> Tensor:
     """What is on a bound that the gradient pushes against stays there. All else takes a Newton step,
     projected onto the bounds and shortened to the best of a few lengths, or a step down the gradient."""
-    hessian, fractions = problem.hessian, u.new_tensor(FRACTIONS)
+    hessian = problem.hessian
     safe = hessian.abs().sum(-1).amax(-1)[:, None].reciprocal()
     for _ in range(steps):
         gradient = problem.gradient(u)
@@ -161,7 +162,8 @@ def _projected_newton(problem: _Quadratic, u: Tensor, low: Tensor, high: Tensor,
         system = hessian.masked_fill(stays[:, None] | stays[:, :, None], 0.0)
         system.diagonal(dim1=1, dim2=2).add_(stays + problem.jitter)
         full = torch.cholesky_solve(slope[..., None], torch.linalg.cholesky_ex(system).L)
-        ends = u[..., None] - torch.cat([full * fractions, (safe * slope)[..., None]], -1)
+        tried = [full * fraction for fraction in FRACTIONS]
+        ends = u[..., None] - torch.cat([*tried, (safe * slope)[..., None]], -1)
         moves = torch.minimum(torch.maximum(ends, low[..., None]), high[..., None]) - u[..., None]
         change = (moves * (gradient[..., None] + 0.5 * torch.bmm(hessian, moves))).sum(1)
         least, best = change.nan_to_num(nan=math.inf).min(-1)

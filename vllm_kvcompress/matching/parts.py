@@ -1,12 +1,13 @@
 """Long heads, whose tokens are matched part by part."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.matching.fit import Fit, fit
+from vllm_kvcompress.matching.memory import parts_at_once
 from vllm_kvcompress.matching.problem import Problem, finite
 from vllm_kvcompress.matching.reference import Reference, attend
 from vllm_kvcompress.matching.selection import select_omp
@@ -30,27 +31,32 @@ class Own:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Some of the columns, and what is asked of them.
+class _Parts:
+    """Some parts of the columns, as if each were heads of its own, and what is asked of them.
 
     Attributes:
-        columns: which of the whole.
-        problem: of these, with everything else as a sink.
+        windows: of each part, which columns of the whole; equally many. A first one that is another part's is
+            the problem's padding.
+        problem: of these, with everything else as a sink; the heads of the first part, then the next one's.
         reference: its attention.
-        place: `[X, w]` int64, which of the kept columns are among them.
-        there: `[X, w]` bool, whether each is one.
+        place: of each part, `[X, w]` int64, which of the kept columns are among its own.
+        there: of each part, `[X, w]` bool, whether each is one.
     """
 
-    columns: slice
+    windows: Sequence[slice]
     problem: Problem
     reference: Reference
-    place: Tensor
-    there: Tensor
+    place: Sequence[Tensor]
+    there: Sequence[Tensor]
 
     def own(self, columns: Tensor) -> Tensor:
-        """The kept ones `[X, w]` of columns of the whole, as columns of the part."""
-        width = self.columns.stop - self.columns.start
-        return (columns.gather(1, self.place) - self.columns.start).clamp(0, width - 1)
+        """The kept ones `[P·X, w]` of columns `[X, t]` of the whole, as columns of the parts."""
+        most = self.problem.keys.shape[1] - 1
+        placed = zip(self.windows, self.place, strict=True)
+        return _cat([(columns.gather(1, place) - some.start).clamp(0, most) for some, place in placed])
+
+    def present(self) -> Tensor:
+        return _cat(self.there)
 
 
 def fit_by_parts(
@@ -61,7 +67,7 @@ def fit_by_parts(
     Attention over all tokens is the mass-weighted mean of attention over parts of them, so parts whose masses
     and outputs are matched one by one are matched together. What is beside a part counts in its softmax, as a
     sink does. Time grows with the number of parts, where it would with the cube of the columns, and memory
-    not at all.
+    not at all. As many parts as `parts_at_once` says are solved for together, as if they were other heads.
 
     Args:
         problem: X heads, without padding; its queries are for every part.
@@ -72,11 +78,13 @@ def fit_by_parts(
         options: of `fit`.
     """
     bias, values = torch.zeros_like(columns, dtype=torch.float32), torch.zeros_like(own.queries).float()
-    for part in _parts(problem, own, columns, present, most):
-        solved = fit(part.problem, part.reference, part.own(columns), part.there, **options)  # type: ignore[arg-type]
-        place = part.place[..., None].expand_as(solved.values)
-        bias.scatter_add_(1, part.place, torch.where(part.there, solved.bias, 0.0))
-        values.scatter_add_(1, place, torch.where(part.there[..., None], solved.values, 0.0))
+    for some in _parts(problem, own, columns, present, most):
+        solved = fit(some.problem, some.reference, some.own(columns), some.present(), **options)  # type: ignore[arg-type]
+        biases, matched = (tensor.chunk(len(some.windows)) for tensor in (solved.bias, solved.values))
+        for place, there, added, means in zip(some.place, some.there, biases, matched, strict=True):
+            bias.scatter_add_(1, place, torch.where(there, added, 0.0))
+            at = place[..., None].expand_as(means)
+            values.scatter_add_(1, at, torch.where(there[..., None], means, 0.0))
     return Fit(bias, values)
 
 
@@ -99,24 +107,38 @@ def select_by_parts(
     Returns:
         Columns `[X, t]` int64, ascending, and which are any.
     """
-    kept = torch.zeros(*problem.keys.shape[:2], dtype=torch.bool, device=columns.device)
-    for part in _parts(problem, own, columns, present, most):
-        before, counts = max(leading - part.columns.start, 0), part.there.sum(1)
-        width = part.there.shape[1]
-        chosen, there = select_omp(part.problem, part.reference, counts, leading=before, most=width)
-        kept[:, part.columns].scatter_(1, chosen, there)
-    return padded(kept, columns.shape[1])
+    kept = torch.zeros(*problem.keys.shape[:2], dtype=torch.int8, device=columns.device)
+    for some in _parts(problem, own, columns, present, most, leading, omp=True):
+        there = some.present()
+        before = max(leading - some.windows[0].start, 0)
+        chosen, found = select_omp(
+            some.problem, some.reference, there.sum(1), leading=before, most=there.shape[1]
+        )
+        count = len(some.windows)
+        for window, which, are in zip(some.windows, chosen.chunk(count), found.chunk(count), strict=True):
+            kept[:, window].scatter_add_(1, which, are.to(torch.int8))
+    return padded(kept > 0, columns.shape[1])
 
 
-def _parts(problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int) -> Iterator[_Part]:
-    """All columns, at most so many at a time; those without a kept one are left out."""
+def _parts(
+    problem: Problem,
+    own: Own,
+    columns: Tensor,
+    present: Tensor,
+    most: int,
+    leading: int = 0,
+    *,
+    omp: bool = False,
+) -> Iterator[_Parts]:
+    """All columns, at most so many to a part; parts without a kept one are left out, and those with leading
+    columns are alone."""
     assert problem.padding is None
     assert (problem.sinks is None) == (own.sinks is None)
     (heads, tokens, size), queries = problem.keys.shape, problem.queries.shape[1]
     limits = problem.limits
     # A column that a head has not brings it no query either. Whether there is any is asked where asking does
     # not wait for a device.
-    if limits is not None or present.is_cuda or not bool(present.all()):
+    if limits is not None or not present.is_cpu or not bool(present.all()):
         first = torch.full((heads, queries), tokens, device=columns.device) if limits is None else limits
         second = torch.full_like(columns, tokens) if own.limits is None else own.limits
         limits = torch.cat([first, second.masked_fill(~present, 0)], 1)
@@ -126,35 +148,81 @@ def _parts(problem: Problem, own: Own, columns: Tensor, present: Tensor, most: i
     queries_of_all = torch.cat([problem.queries, own.queries], 1)
     whole = replace(problem, queries=queries_of_all, limits=limits, sinks=sinks)
     reference = attend(whole)
-    number = torch.arange(columns.shape[1], device=columns.device)
     if tokens <= most:
-        yield _Part(slice(0, tokens), whole, reference, number.expand_as(columns), present)
+        place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
+        yield _Parts([slice(0, tokens)], whole, reference, [place], [present])
         return
     parts = -(-tokens // most)
-    ranges = [slice(tokens * part // parts, tokens * (part + 1) // parts) for part in range(parts)]
-    inside = [present & (columns >= some.start) & (columns < some.stop) for some in ranges]
+    edges = [-(-tokens * edge // parts) for edge in range(parts + 1)]  # the first part has as many as any
+    inside = [
+        present & (columns >= begin) & (columns < end) for begin, end in zip(edges, edges[1:], strict=False)
+    ]
     widths = torch.stack(inside).sum(2).amax(1).tolist()
-    for some, mask, width in zip(ranges, inside, widths, strict=True):
-        if not width:
-            continue
-        place, there = padded(mask, width)
-        rows = torch.cat([torch.arange(queries, device=columns.device).expand(heads, -1), queries + place], 1)
-        of_part = Problem(
-            keys=problem.keys[:, some],
-            values=problem.values[:, some],
-            queries=whole.queries.gather(1, rows[..., None].expand(-1, -1, size)),
-            scale=problem.scale,
-            logits_soft_cap=problem.logits_soft_cap,
-            bias=None if problem.bias is None else problem.bias[:, some],
-            limits=None if limits is None else (limits.gather(1, rows) - some.start).clamp(min=0),
+    at_once = parts_at_once(
+        heads, tokens, edges[1], queries, columns.shape[1], max(widths), size, columns.device.type, omp=omp
+    )
+    group: list[int] = []
+    for part in range(parts):
+        if widths[part]:
+            group.append(part)
+        full = len(group) == at_once or edges[part] < leading or part == parts - 1
+        if group and full:
+            width = max(widths[some] for some in group)
+            ranges, masks = [edges[some : some + 2] for some in group], [inside[some] for some in group]
+            yield _together(whole, reference, queries, ranges, masks, width)
+            group = []
+
+
+def _together(
+    whole: Problem,
+    reference: Reference,
+    queries: int,
+    ranges: Sequence[Sequence[int]],
+    inside: Sequence[Tensor],
+    width: int,
+) -> _Parts:
+    """Parts of some ranges of the columns, each with those of the kept columns `[X, t]` that are inside."""
+    heads, _, size = whole.keys.shape
+    length = max(end - begin for begin, end in ranges)  # of the first of all, too: no window begins below 0
+    windows = [slice(end - length, end) for _, end in ranges]
+    place, there = zip(*(padded(mask, width) for mask in inside), strict=True)
+    number = torch.arange(queries, device=whole.keys.device).expand(heads, -1)
+    rows = [torch.cat([number, queries + some], 1) for some in place]
+    limits = padding = None
+    if whole.limits is not None:
+        limits = torch.cat(
+            [
+                (whole.limits.gather(1, row) - window.start).clamp(min=0)
+                for row, window in zip(rows, windows, strict=True)
+            ]
         )
-        if of_part.limits is not None:
-            of_part.limits[:, queries:].masked_fill_(~there, 0)
-        alone, total = attend(of_part), reference.log_total.gather(1, rows)
-        share = torch.exp(alone.log_mass - finite(total)).clamp(max=MOST_SHARE)
-        of_part = replace(of_part, sinks=total + torch.log1p(-share))
-        beside = Reference(alone.log_mass, total, alone.outputs * share[..., None], alone.scores)
-        yield _Part(some, of_part, beside, place, there)
+    elif heads * len(windows) > 1:
+        limits = torch.full((heads * len(windows), queries + width), length, device=number.device)
+    if limits is not None:
+        limits[:, queries:].masked_fill_(~_cat(there), 0)  # what a head or a part has fewer of
+    absent = [length - (end - begin) for begin, end in ranges]
+    if any(absent):
+        padding = torch.cat([torch.full_like(number[:, 0], some) for some in absent])
+    problem = Problem(
+        keys=_cat([whole.keys[:, window] for window in windows]),
+        values=_cat([whole.values[:, window] for window in windows]),
+        queries=_cat([whole.queries.gather(1, row[..., None].expand(-1, -1, size)) for row in rows]),
+        scale=whole.scale,
+        logits_soft_cap=whole.logits_soft_cap,
+        padding=padding,
+        bias=None if whole.bias is None else _cat([whole.bias[:, window] for window in windows]),
+        limits=limits,
+    )
+    alone, total = attend(problem), _cat([reference.log_total.gather(1, row) for row in rows])
+    share = torch.exp(alone.log_mass - finite(total)).clamp(max=MOST_SHARE)
+    problem = replace(problem, sinks=total + torch.log1p(-share))
+    beside = Reference(alone.log_mass, total, alone.outputs * share[..., None], alone.scores)
+    return _Parts(windows, problem, beside, place, there)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """Of several, one after the other; of one, itself."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))
 
 
 def padded(kept: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from vllm_kvcompress.matching.problem import Problem, exp_, finite, logits
 
-CHUNK_BYTES = 2**24
+# Of logits held at a time: on a CPU what stays near its core, elsewhere what is worth a kernel's launch.
+CHUNK_BYTES, DEVICE_CHUNK_BYTES = 2**24, 2**26
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,23 @@ class Reference:
         return torch.exp(self.log_mass - finite(self.log_total))
 
 
-def query_chunk(heads: int, queries: int, tokens: int, chunk_bytes: int = CHUNK_BYTES) -> int:
+def chunk_bytes_on(device_type: str) -> int:
+    """What the logits of queries that are attended to at a time may take."""
+    return CHUNK_BYTES if device_type == "cpu" else DEVICE_CHUNK_BYTES
+
+
+def query_chunk(heads: int, queries: int, tokens: int, chunk_bytes: int) -> int:
     """How many queries of each head are attended to at a time."""
     return min(queries, max(1, chunk_bytes // (4 * heads * tokens)))
 
 
-def attend(problem: Problem, chunk_bytes: int = CHUNK_BYTES) -> Reference:
+def attend(problem: Problem, chunk_bytes: int | None = None) -> Reference:
     """The attention of the problem's queries, a few of them at a time.
 
     Args:
         problem: X heads.
-        chunk_bytes: what the logits may take, but at least one query's: 4 · X · T bytes.
+        chunk_bytes: what the logits may take, but at least one query's: 4 · X · T bytes; as of
+            `chunk_bytes_on` where it is not given.
     """
     heads, tokens, size = problem.keys.shape
     count = problem.queries.shape[1]
@@ -50,7 +57,7 @@ def attend(problem: Problem, chunk_bytes: int = CHUNK_BYTES) -> Reference:
     bias, column = column_bias(problem), torch.arange(tokens, device=keys.device)
     log_mass, log_total = queries.new_empty(2, heads, count)
     outputs, squares = torch.empty_like(queries), queries.new_zeros(heads, 1, tokens)
-    chunk = query_chunk(heads, count, tokens, chunk_bytes)
+    chunk = query_chunk(heads, count, tokens, chunk_bytes or chunk_bytes_on(keys.device.type))
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
         seen = None if problem.limits is None else column < problem.limits[:, rows, None]
@@ -69,14 +76,14 @@ def attend(problem: Problem, chunk_bytes: int = CHUNK_BYTES) -> Reference:
     return Reference(log_mass, log_total, outputs, squares[:, 0].div_(count).sqrt_())
 
 
-def attention_weights(problem: Problem, reference: Reference, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
+def attention_weights(problem: Problem, reference: Reference, chunk_bytes: int | None = None) -> Tensor:
     """The softmax of all queries over all columns, `[X, n, T]` float32, whole in memory."""
     heads, tokens, _ = problem.keys.shape
     count = problem.queries.shape[1]
     queries, keys = problem.queries.float(), problem.keys.float()
     bias, column = column_bias(problem), torch.arange(tokens, device=keys.device)
     weights = queries.new_empty(heads, count, tokens)
-    chunk = query_chunk(heads, count, tokens, chunk_bytes)
+    chunk = query_chunk(heads, count, tokens, chunk_bytes or chunk_bytes_on(keys.device.type))
     for first in range(0, count, chunk):
         rows = slice(first, first + chunk)
         seen = None if problem.limits is None else column < problem.limits[:, rows, None]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from vllm_kvcompress.matching.nnls import nnls
 from vllm_kvcompress.matching.problem import Problem
-from vllm_kvcompress.matching.reference import CHUNK_BYTES, Reference, attention_weights
+from vllm_kvcompress.matching.reference import Reference, attention_weights
 
 
 def select_highest(problem: Problem, reference: Reference, counts: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,7 +34,7 @@ def select_omp(
     counts: Tensor,
     step: int = 4,
     refit_every: int = 2,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     leading: int = 0,
     most: int | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, Own, Problem, fit_by_parts, peak_bytes, select_by_parts
+from vllm_kvcompress.matching import (
+    Fit,
+    Own,
+    Problem,
+    chunk_bytes_on,
+    fit_by_parts,
+    peak_bytes,
+    select_by_parts,
+    whole_bytes,
+)
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.recalling import Recalling
 from vllm_kvcompress.policies.watching import attention_parts
@@ -208,16 +217,19 @@ class AttentionMatching(Policy):
         )
         return problem, Own(own, own_limits, of_own)
 
-    def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
-        queries = self.references + columns
-        whole = 4 * (queries * (2 * size + 3) + 2 * tokens * size)  # what is before the parts
+    def fit_bytes(self, heads: int, tokens: int, columns: int, size: int, device_type: str) -> int:
+        chunk = chunk_bytes_on(device_type)
+        whole = whole_bytes(heads, tokens, self.references, columns, size)
         parts = [(PART, False), *([(PURSUED, True)] if self.keys == "omp" else [])]
-        most = max(self._peak(tokens, columns, size, part, omp) for part, omp in parts)
+        most = max(self._peak(heads, tokens, columns, size, part, omp, chunk) for part, omp in parts)
         return whole + most
 
-    def _peak(self, tokens: int, columns: int, size: int, part: int, omp: bool) -> int:
+    def _peak(
+        self, heads: int, tokens: int, columns: int, size: int, part: int, omp: bool, chunk: int
+    ) -> int:
         tokens, columns = min(tokens, part), min(columns, part)
-        return peak_bytes(1, tokens, self.references + columns, columns, size, omp=omp)
+        queries = self.references + columns
+        return peak_bytes(heads, tokens, queries, columns, size, omp=omp, chunk_bytes=chunk)
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
         return tokens * (size * itemsize + 17) + self.references * size * itemsize

@@ -266,8 +266,16 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
-    def fit_bytes(self, tokens: int, columns: int, size: int) -> int:
-        """Memory that `fit` takes of a head of so many tokens and channels that keeps so many, at most."""
+    def fit_bytes(self, heads: int, tokens: int, columns: int, size: int, device_type: str) -> int:
+        """Memory that `select` and `fit` take at most.
+
+        Args:
+            heads: h.
+            tokens: T.
+            columns: t.
+            size: D.
+            device_type: as of `torch.device.type`: some hold more at a time.
+        """
         raise NotImplementedError
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:

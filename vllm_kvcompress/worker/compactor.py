@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Allocation, Global, Profile, Uniform
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, Mixed, MixedDim, RecordFormat
 from vllm_kvcompress.formats.mixed_dim import half
-from vllm_kvcompress.matching import padded
+from vllm_kvcompress.matching import padded, solve_bytes_on
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
@@ -210,11 +210,13 @@ class Compactor:
         part = self._candidates(task, slice(layer, layer + 1))
         while begin < heads.stop:
             num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
-            bytes_of = [
-                policy.fit_bytes(part.num_scored, max(num_kept[: n + 1]), self.cache.head_size)
-                for n in range(len(num_kept))
+            own = self.cache.head_size, self.cache.device.type
+            room = solve_bytes_on(self.cache.device.type)
+            fitting = [
+                n
+                for n in range(1, len(num_kept) + 1)
+                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), *own) <= room
             ]
-            fitting = [n for n, size in enumerate(bytes_of, 1) if n * size <= self.cache.slice_bytes]
             end = begin + max([1, *fitting])
             own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
             seen = self._observe(policy, task, replace(part, pages=part.pages[own]), reads=True)

@@ -23,6 +23,7 @@ from vllm_kvcompress.kernels.flash3 import chunk_bytes
 from vllm_kvcompress.kernels.moments import merged_bytes
 from vllm_kvcompress.kernels.records import prepare
 from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.matching import solve_bytes_on
 from vllm_kvcompress.paging.job import Job
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.plan import STAGED_BYTES, Plan, moment_tokens, ring_budget
@@ -156,7 +157,8 @@ class CompressionGPUWorker(CompressionWorker):
             available -= merged_bytes(self.scheduler_config.max_num_batched_tokens, query_heads, size)
         elif policy.matches:  # of one context at a time; its values in float32, and those of one more
             of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
-            available -= layers * heads * of_head + policy.fit_bytes(longest, longest, size)
+            a_head = policy.fit_bytes(1, longest, longest, size, self.device.type)
+            available -= layers * heads * of_head + max(a_head, solve_bytes_on(self.device.type))
         elif policy.gives_losses:
             available -= 2 * 4 * query_heads * self._config.observed_window * longest  # attention weights
         blocks = longest // self.cache_config.block_size * self._most_groups(layers)
