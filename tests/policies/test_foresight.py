@@ -154,3 +154,11 @@ def test_mistakes_are_one_line(text, message):
     with pytest.raises(KVCompressionError) as error:
         KVCompressionConfig.parse(text)
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_the_most_recent_tokens_have_an_eighth_of_what_is_kept_beyond_what_scores_well():
+    own = Foresight()
+    assert [own.num_recent(kept) for kept in (0, 128, 135, 136, 1024, 10**6)] == [0, 0, 0, 1, 112, 512]
+    assert Foresight(recent=0.0).num_recent(4096) == 0
+    with pytest.raises(ValueError, match="recent must be between 0 and 1, got -0.1"):
+        Foresight(recent=-0.1)

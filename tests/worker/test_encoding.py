@@ -239,6 +239,29 @@ def test_scores_that_are_no_numbers_leave_whole_records():
         request.compute(BLOCK * 2)
 
 
+@pytest.mark.parametrize("name", ["kivi4", "auto"])
+def test_the_most_recent_tokens_have_a_share_of_what_a_head_keeps_in_records(name, monkeypatch):
+    shares = []
+
+    def half(self, kept):
+        shares.append(kept // 2)
+        return shares[-1]
+
+    monkeypatch.setattr(ByKey, "num_recent", half)
+    request = Encoded("k4v3" if name == "auto" else name)
+    config = configure(name, budget=0.5, allocation="uniform")
+    request.compute(BLOCK * 8 * request.per_page + 3)
+    job = request.job(config, 3, 3)
+    request.compactor.run([Work(job, None)])
+    records, positions = request.kept[-1]
+    kept = 3 * request.per_page * RECORD  # a page of each head is a block's
+    assert shares == [kept // 2]
+    for own in positions.split(records.flatten().tolist()):
+        assert set(range(job.boundary - kept // 2, job.boundary)) <= set(own.flatten().tolist())
+        if name != "auto":  # which may keep more tokens in fewer bits
+            assert len(own.flatten()) == kept
+
+
 def test_what_is_forgotten_leaves_no_bytes_that_are_no_numbers():
     from vllm_kvcompress.requests.state import CompressionState
 

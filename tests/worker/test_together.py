@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from compaction import MovingCache, Request, counts_of, kept_of, run_together
+from compaction import ByKey, MovingCache, Request, counts_of, kept_of, run_together
 from test_compactor import (  # noqa: F401 (fixtures)
     ALLOCATIONS,
     configure,
@@ -74,6 +74,28 @@ def test_requests_of_any_length_compacted_before_or_not(three, allocation, profi
     compact_together(three, [config] * 3, [4, 7, 9], raw_tails=[3, 9, 0])
     pages = three[0].grid.pages_per_block
     assert three[0].cache.written == [4 * pages, 8 * pages, 20 * pages], "each time all at once"
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_the_most_recent_tokens_have_a_share_of_what_a_head_keeps_on_average(three, allocation, monkeypatch):
+    monkeypatch.setattr(ByKey, "num_recent", lambda self, kept: kept // 3)
+    config, pages = configure("by_key", allocation), three[0].grid.pages_per_block
+    blocks = {}
+
+    def scores(request, candidates):
+        grid = request.grid
+        held = sum(len(own) for layer in candidates for own in layer)
+        kept = min(blocks[id(request)] * pages * grid.block_size, held) // (grid.num_layers * grid.num_heads)
+        assert (recent := kept // 3) >= 2
+        plain = key_scores(request, candidates)
+        ones = [dict.fromkeys(own[-recent:], 1e30) for layer in candidates for own in layer]
+        return [[of | ones.pop(0) for of in layer] for layer in plain]
+
+    for tokens, own in (((41, 30, 57), (3, 4, 5)), ((23, 17, 12), (4, 3, 7))):
+        for request, num_tokens in zip(three, tokens, strict=True):
+            request.compute(num_tokens)
+        blocks |= {id(request): number for request, number in zip(three, own, strict=True)}
+        compact_together(three, [config] * 3, own, scores, raw_tails=(5, 6, 9))
 
 
 @pytest.mark.parametrize("method", ["snapkv", "kv_compress"])

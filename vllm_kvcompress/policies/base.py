@@ -181,6 +181,15 @@ class Policy(ABC):
             `[H, T]` float32, higher = keep; scores of padding are ignored.
         """
 
+    def num_recent(self, kept: int) -> int:
+        """How many of the most recent tokens below the boundary count for more than all others, in every
+        head; by default none.
+
+        Args:
+            kept: tokens that a head keeps on average.
+        """
+        return 0
+
     def expected_loss(self, kept: float) -> float:
         """What it should cost to keep so large a share of a request's bytes, beside other requests.
 

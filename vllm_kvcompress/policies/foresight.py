@@ -13,6 +13,8 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.policies.window import MOST_POOLED
 
 AT_ONCE = 2**20  # numbers of keys from which scores are worked out within a CPU's caches
+# Tokens of a head that are kept by their scores before the most recent ones have a share; most of these.
+BY_SCORE, MOST_RECENT = 128, 512
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class Foresight(Policy):
         scorer: a file of `vllm-kvcompress calibrate MODEL --scorer`, or the name of a packaged one. An engine
             finds that of its model.
         pooling: odd number of tokens over which scores are max-pooled.
+        recent: share of what heads keep on average, beyond 128 tokens, that goes to the most recent ones, of
+            each head as many and 512 at most. What comes next looks at what came last; a repetition of the
+            context does not, and so neither do the scores.
     """
 
     name: ClassVar[str] = "foresight"
@@ -46,12 +51,15 @@ class Foresight(Policy):
     needs_known_shape: ClassVar[bool] = True
     scorer: str = ""
     pooling: int = 1
+    recent: float = 0.125
 
     def __post_init__(self) -> None:
         if not 1 <= self.pooling <= MOST_POOLED or self.pooling % 2 == 0:
             raise ValueError(
                 f"pooling must be an odd number of tokens, 1 to {MOST_POOLED}, got {self.pooling}"
             )
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
         if self.scorer:
             _ = self.network  # a file that cannot be read is refused here
 
@@ -59,6 +67,9 @@ class Foresight(Policy):
     def network(self) -> scorers.Scorer:
         """The scorer's content."""
         return _load(self.scorer)
+
+    def num_recent(self, kept: int) -> int:
+        return min(int(self.recent * max(0, kept - BY_SCORE)), MOST_RECENT)
 
     def score(self, observation: LayerObservation) -> Tensor:
         assert observation.rotary is not None

@@ -774,11 +774,24 @@ class Compactor:
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
                 for part in self._slices(task, policy):
                     self._of(own, part)[:] = self._scores_of(policy, task, part)
+                if recent := policy.num_recent(self._tokens_of_head(task)):
+                    own[:, -recent:] = torch.inf  # the largest number once they are ranked
         if self._agree is not None:
             scores = self._agree(scores, policy.of_ranks)
         # One broken score must not rank a token below what does not exist, nor above what is protected.
         self.cache.rank(scores, together.padding, sinks)
         return scores
+
+    def _tokens_of_head(self, task: _Task) -> int:
+        """What a head keeps of a request, on average."""
+        job, pages, in_page = task.work.job, self._num_pages(task.work), self.grid.block_size
+        if (format := job.config.record_format) is not None:
+            pages = len(job.destination) * self.grid.pages_per_block
+            part = format.parts[format.typical if isinstance(format, Mixed) else 0]
+            in_page = self.cache.records_per_page(part) * RECORD
+        kept = pages * in_page // (self.grid.num_layers * self.grid.num_heads)
+        # How much a threshold leaves is not known yet: say a quarter, if there is room.
+        return kept if job.config.threshold is None else min(kept, job.boundary // 4)
 
     def _scores_of(self, policy: Policy, task: _Task, part: _Candidates) -> Tensor:
         """A policy's scores of some layers of a request, `[X, T]`."""
