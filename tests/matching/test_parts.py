@@ -89,6 +89,17 @@ def test_parts_answer_nearly_as_well_as_the_whole(most):
         assert other < 2 * one and other < without / 2
 
 
+def test_a_part_has_so_many_kept_columns_on_average():
+    problem = draw()
+    columns, present, own = chosen(problem, [60, 45])
+    got = fit_by_parts(problem, Own(own), columns, present, 240, 20)
+    wanted = fit_by_parts(problem, Own(own), columns, present, 80)
+    assert torch.equal(got.bias, wanted.bias) and torch.equal(got.values, wanted.values)
+    whole = fit_by_parts(problem, Own(own), columns, present, 240, 60)
+    assert torch.equal(whole.values, fit_by_parts(problem, Own(own), columns, present, 240).values)
+    assert not torch.equal(whole.values, wanted.values)
+
+
 def test_where_each_part_can_be_matched_exactly_the_whole_is():
     # Each part has ten different keys, eight times each, whose values differ.
     generator = torch.Generator().manual_seed(1)

@@ -11,6 +11,7 @@ from worker.compaction import Absolute, ByKey, ByTable, Request
 
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, RECORD, RecordFormat
+from vllm_kvcompress.matching import Fit
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
@@ -313,7 +314,9 @@ def test_as_many_blocks_as_the_scheduler_plans_are_never_too_many(allocation, bu
 # ---------------------------------------------------------------------- what is solved for
 
 
-def matched(steps: list[range], num_shares: int, keys: str = "attention") -> tuple[Tensor, Tensor]:
+def matched(
+    steps: list[range], num_shares: int, keys: str = "attention", num_blocks: int = 2
+) -> tuple[Tensor, Tensor]:
     """The pages and the kept tokens of a request whose shares are solved in these steps."""
     request = Encoded("k8v4", 17)
     config = KVCompressionConfig.parse(
@@ -322,10 +325,11 @@ def matched(steps: list[range], num_shares: int, keys: str = "attention") -> tup
     request.observer.watch("r", config.build_policy())
     for tokens in (100, 300, 1):
         request.compute(tokens)
-    job, observed = replace(request.job(config, 2, 1), solved=True), request.observer.of("r")
+    job, observed = replace(request.job(config, num_blocks, 1), solved=True), request.observer.of("r")
     for shares in steps:
         before = request.cache.pages.clone()
-        request.compactor.solve(Solve(replace(job, destination=()), 2, shares, num_shares), observed)
+        solve = Solve(replace(job, destination=()), num_blocks, shares, num_shares)
+        request.compactor.solve(solve, observed)
         assert torch.equal(request.cache.pages, before), "nothing is written yet"
     request.compactor.run([Work(job, None, observed)])
     return request.cache.pages.view(torch.uint8), request.kept[-1][1]  # bytes, which are no numbers
@@ -344,6 +348,22 @@ def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares, ke
     ):
         again, also = matched(steps, num_shares, keys)
         assert torch.equal(pages, again) and torch.equal(kept, also)
+
+
+def test_nothing_is_solved_for_a_head_that_keeps_all_of_its_tokens(monkeypatch):
+    def solve(*_):
+        raise AssertionError("it is")
+
+    given = []
+    monkeypatch.setattr(POLICIES["attention_matching"], "fit", solve)
+    monkeypatch.setattr(POLICIES["attention_matching"], "select", solve)
+    monkeypatch.setattr(compactor, "Fit", lambda *of_head: given.append(Fit(*of_head)) or given[-1])
+    _, kept = matched([range(6)], 6, num_blocks=6)
+    assert len(kept) == 6 * 384 // RECORD
+    request = Encoded("k8v4", 17)
+    request.compute(401)
+    for fit, values in zip(given, request.values.flatten(0, 1), strict=True):
+        assert torch.equal(fit.values[0], values[:384]) and not fit.bias.any()
 
 
 def test_a_share_reads_the_keys_and_values_of_its_heads_alone(monkeypatch):

@@ -1,7 +1,7 @@
 """Attention Matching: a few keys, biases and values that answer queries as all of a head's tokens do."""
 
 from vllm_kvcompress.matching.fit import Fit, fit
-from vllm_kvcompress.matching.memory import peak_bytes, solve_bytes_on, whole_bytes
+from vllm_kvcompress.matching.memory import parts_of, peak_bytes, solve_bytes_on, whole_bytes
 from vllm_kvcompress.matching.nnls import nnls
 from vllm_kvcompress.matching.parts import Own, fit_by_parts, padded, select_by_parts
 from vllm_kvcompress.matching.problem import Problem
@@ -19,6 +19,7 @@ __all__ = [
     "fit_by_parts",
     "nnls",
     "padded",
+    "parts_of",
     "peak_bytes",
     "select_by_parts",
     "select_highest",

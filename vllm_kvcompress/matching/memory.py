@@ -47,6 +47,18 @@ def peak_bytes(
     return 4 * heads * (reference + most)
 
 
+def parts_of(tokens: int, columns: int, most: int, most_columns: int | None = None) -> int:
+    """Into how many parts of equal length a head is cut.
+
+    Args:
+        tokens: T.
+        columns: t, those that are kept.
+        most: tokens of a part, at most.
+        most_columns: kept columns of a part, on average and at most; None for any number.
+    """
+    return max(-(-tokens // most), 1 if most_columns is None else min(tokens, -(-columns // most_columns)))
+
+
 def whole_bytes(heads: int, tokens: int, queries: int, columns: int, size: int) -> int:
     """What is held beside the parts of long heads: all queries and the heads' attention, in float32.
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.matching.fit import Fit, fit
-from vllm_kvcompress.matching.memory import parts_at_once
+from vllm_kvcompress.matching.memory import parts_at_once, parts_of
 from vllm_kvcompress.matching.problem import Problem, finite
 from vllm_kvcompress.matching.reference import Reference, attend
 from vllm_kvcompress.matching.selection import select_omp
@@ -60,7 +60,13 @@ class _Parts:
 
 
 def fit_by_parts(
-    problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int, **options: float
+    problem: Problem,
+    own: Own,
+    columns: Tensor,
+    present: Tensor,
+    most: int,
+    most_kept: int | None = None,
+    **options: float,
 ) -> Fit:
     """Biases and values as of `fit`, solved for at most so many columns at a time.
 
@@ -75,10 +81,12 @@ def fit_by_parts(
         columns: `[X, t]` int64, ascending.
         present: `[X, t]` bool.
         most: columns of a part, of the problem's.
+        most_kept: kept columns of a part, on average; None for any number.
         options: of `fit`.
     """
+    tokens = problem.keys.shape[1]
     bias, values = torch.zeros_like(columns, dtype=torch.float32), torch.zeros_like(own.queries).float()
-    for some in _parts(problem, own, columns, present, most):
+    for some in _parts(problem, own, columns, present, parts_of(tokens, columns.shape[1], most, most_kept)):
         solved = fit(some.problem, some.reference, some.own(columns), some.present(), **options)  # type: ignore[arg-type]
         biases, matched = (tensor.chunk(len(some.windows)) for tensor in (solved.bias, solved.values))
         for place, there, added, means in zip(some.place, some.there, biases, matched, strict=True):
@@ -108,7 +116,8 @@ def select_by_parts(
         Columns `[X, t]` int64, ascending, and which are any.
     """
     kept = torch.zeros(*problem.keys.shape[:2], dtype=torch.int8, device=columns.device)
-    for some in _parts(problem, own, columns, present, most, leading, omp=True):
+    parts = parts_of(kept.shape[1], columns.shape[1], most)
+    for some in _parts(problem, own, columns, present, parts, leading, omp=True):
         there = some.present()
         before = max(leading - some.windows[0].start, 0)
         chosen, found = select_omp(
@@ -125,13 +134,12 @@ def _parts(
     own: Own,
     columns: Tensor,
     present: Tensor,
-    most: int,
+    parts: int,
     leading: int = 0,
     *,
     omp: bool = False,
 ) -> Iterator[_Parts]:
-    """All columns, at most so many to a part; parts without a kept one are left out, and those with leading
-    columns are alone."""
+    """All columns, in so many parts; those without a kept one are left out, those with leading ones alone."""
     assert problem.padding is None
     assert (problem.sinks is None) == (own.sinks is None)
     (heads, tokens, size), queries = problem.keys.shape, problem.queries.shape[1]
@@ -148,11 +156,10 @@ def _parts(
     queries_of_all = torch.cat([problem.queries, own.queries], 1)
     whole = replace(problem, queries=queries_of_all, limits=limits, sinks=sinks)
     reference = attend(whole)
-    if tokens <= most:
+    if parts == 1:
         place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
         yield _Parts([slice(0, tokens)], whole, reference, [place], [present])
         return
-    parts = -(-tokens // most)
     edges = [-(-tokens * edge // parts) for edge in range(parts + 1)]  # the first part has as many as any
     inside = [
         present & (columns >= begin) & (columns < end) for begin, end in zip(edges, edges[1:], strict=False)

@@ -12,6 +12,7 @@ from vllm_kvcompress.matching import (
     Problem,
     chunk_bytes_on,
     fit_by_parts,
+    parts_of,
     peak_bytes,
     select_by_parts,
     whole_bytes,
@@ -20,7 +21,8 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.recalling import Recalling
 from vllm_kvcompress.policies.watching import attention_parts
 
-PART = 4096  # columns that are solved for at once
+PART = 4096  # columns of which some are solved for at once
+KEPT = 512  # of them, on average: it takes their cube, and is done in one step
 PURSUED = 512  # columns among which tokens are pursued at once: it takes their square, and should end soon
 OF_COLUMNS = "squares", "most", "by", "at", "member"  # of `Attended`
 
@@ -189,7 +191,7 @@ class AttentionMatching(Policy):
     def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
         wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
         problem, own = self._problem(observation, heads, columns)
-        return fit_by_parts(problem, own, columns, present, PART, **wanted)
+        return fit_by_parts(problem, own, columns, present, PART, KEPT, **wanted)
 
     def _problem(self, observation: LayerObservation, heads: slice, columns: Tensor) -> tuple[Problem, Own]:
         """What some heads' columns are to answer: the sample, and of each column the query that paid most."""
@@ -220,16 +222,16 @@ class AttentionMatching(Policy):
     def fit_bytes(self, heads: int, tokens: int, columns: int, size: int, device_type: str) -> int:
         chunk = chunk_bytes_on(device_type)
         whole = whole_bytes(heads, tokens, self.references, columns, size)
-        parts = [(PART, False), *([(PURSUED, True)] if self.keys == "omp" else [])]
-        most = max(self._peak(heads, tokens, columns, size, part, omp, chunk) for part, omp in parts)
+        lengths = [(-(-tokens // parts_of(tokens, columns, PART, KEPT)), False)]
+        if self.keys == "omp":
+            lengths.append((min(tokens, PURSUED), True))
+        most = max(self._peak(heads, length, columns, size, omp, chunk) for length, omp in lengths)
         return whole + most
 
-    def _peak(
-        self, heads: int, tokens: int, columns: int, size: int, part: int, omp: bool, chunk: int
-    ) -> int:
-        tokens, columns = min(tokens, part), min(columns, part)
+    def _peak(self, heads: int, length: int, columns: int, size: int, omp: bool, chunk: int) -> int:
+        columns = min(columns, length)
         queries = self.references + columns
-        return peak_bytes(heads, tokens, queries, columns, size, omp=omp, chunk_bytes=chunk)
+        return peak_bytes(heads, length, queries, columns, size, omp=omp, chunk_bytes=chunk)
 
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
         return tokens * (size * itemsize + 17) + self.references * size * itemsize

@@ -10,7 +10,7 @@ from torch import Tensor
 from vllm_kvcompress.allocation import Allocation, Global, Profile, Uniform
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, Mixed, MixedDim, RecordFormat
 from vllm_kvcompress.formats.mixed_dim import half
-from vllm_kvcompress.matching import padded, solve_bytes_on
+from vllm_kvcompress.matching import Fit, padded, solve_bytes_on
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache, protect
@@ -210,21 +210,26 @@ class Compactor:
         part = self._candidates(task, slice(layer, layer + 1))
         while begin < heads.stop:
             num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
-            own = self.cache.head_size, self.cache.device.type
-            room = solve_bytes_on(self.cache.device.type)
+            kind = self.cache.device.type
             fitting = [
                 n
                 for n in range(1, len(num_kept) + 1)
-                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), *own) <= room
+                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), self.cache.head_size, kind)
+                <= solve_bytes_on(kind)
             ]
             end = begin + max([1, *fitting])
             own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
             seen = self._observe(policy, task, replace(part, pages=part.pages[own]), reads=True)
             num_kept, raw = solution.num_kept[rows], solution.choice.raw[rows]
-            columns, present = padded(raw >= 0, max(num_kept))
-            columns, present = policy.select(seen, own, columns, present, task.work.job.config.sink_tokens)
-            raw.fill_(-1).scatter_(1, columns, present.long() - 1)
-            fit = policy.fit(seen, own, columns, present)
+            if min(num_kept) == part.num_scored:  # all tokens answer as they do
+                values = seen.values[:, : part.num_scored].float()
+                fit = Fit(torch.zeros_like(values[..., 0]), values)
+            else:
+                columns, present = padded(raw >= 0, max(num_kept))
+                sinks = task.work.job.config.sink_tokens
+                columns, present = policy.select(seen, own, columns, present, sinks)
+                raw.fill_(-1).scatter_(1, columns, present.long() - 1)
+                fit = policy.fit(seen, own, columns, present)
             solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
             solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
             begin = end
