@@ -216,9 +216,9 @@ def _has_memory(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_
         return False
     model = vllm_config.model_config
     longest, size = model.max_model_len, model.get_head_size()
-    solved = 1, longest, longest, size, current_platform.device_type
+    kind = current_platform.device_type
     wanted, aside = (
-        (policy.state_bytes(longest, size, model.dtype.itemsize), policy.fit_bytes(*solved))
+        (policy.state_bytes(longest, size, model.dtype.itemsize), policy.most_fit_bytes(longest, size, kind))
         for policy in (request.build_policy(), engine.build_policy())
     )
     return all(own <= most for own, most in zip(wanted, aside, strict=True))

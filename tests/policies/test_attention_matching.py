@@ -296,6 +296,10 @@ def test_fitting_long_heads_takes_memory_of_a_part_and_of_their_queries():
     assert bytes_of(2048, 256, 64) < 2**28
     assert bytes_of(200, 50, 64) < bytes_of(200, 50, 64, keys="omp")
     assert bytes_of(65536, 16384, keys="omp") < 1.2 * long, "nor does pursuit, which is among fewer"
+    for tokens in (500, 4096, 5000, 40000):
+        most = policy().most_fit_bytes(tokens, 128, "cuda")
+        every = [bytes_of(tokens, columns, device="cuda") for columns in range(1, tokens + 1, 97)]
+        assert 0.9 * most <= max(every) <= most, "one that keeps all is not the one that takes most"
     assert bytes_of(4096, 256, heads=8, device="cuda") <= solve_bytes_on("cuda"), "a layer's heads at once"
 
 

@@ -54,7 +54,7 @@ def parts_of(tokens: int, columns: int, most: int, most_columns: int | None = No
         tokens: T.
         columns: t, those that are kept.
         most: tokens of a part, at most.
-        most_columns: kept columns of a part, on average and at most; None for any number.
+        most_columns: kept columns of a part, on average; None for any number.
     """
     return max(-(-tokens // most), 1 if most_columns is None else min(tokens, -(-columns // most_columns)))
 

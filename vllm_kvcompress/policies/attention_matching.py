@@ -228,6 +228,11 @@ class AttentionMatching(Policy):
         most = max(self._peak(heads, length, columns, size, omp, chunk) for length, omp in lengths)
         return whole + most
 
+    def most_fit_bytes(self, tokens: int, size: int, device_type: str) -> int:
+        # More kept columns take more, until they are one part more.
+        kept = range(KEPT, tokens + KEPT, KEPT)
+        return max(self.fit_bytes(1, tokens, min(columns, tokens), size, device_type) for columns in kept)
+
     def _peak(self, heads: int, length: int, columns: int, size: int, omp: bool, chunk: int) -> int:
         columns = min(columns, length)
         queries = self.references + columns

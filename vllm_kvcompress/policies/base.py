@@ -287,6 +287,10 @@ class Policy(ABC):
         """
         raise NotImplementedError
 
+    def most_fit_bytes(self, tokens: int, size: int, device_type: str) -> int:
+        """The most that `fit_bytes` says of one head of so many tokens, whatever it keeps."""
+        raise NotImplementedError
+
     def state_bytes(self, tokens: int, size: int, itemsize: int) -> int:
         """Memory of what a policy that matches notes of a head of so many tokens and channels, at most.
 

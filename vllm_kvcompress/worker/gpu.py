@@ -157,7 +157,7 @@ class CompressionGPUWorker(CompressionWorker):
             available -= merged_bytes(self.scheduler_config.max_num_batched_tokens, query_heads, size)
         elif policy.matches:  # of one context at a time; its values in float32, and those of one more
             of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
-            a_head = policy.fit_bytes(1, longest, longest, size, self.device.type)
+            a_head = policy.most_fit_bytes(longest, size, self.device.type)
             available -= layers * heads * of_head + max(a_head, solve_bytes_on(self.device.type))
         elif policy.gives_losses:
             available -= 2 * 4 * query_heads * self._config.observed_window * longest  # attention weights
