@@ -27,11 +27,13 @@ class Format(ABC):
         name: what users write.
         paper: title and arXiv id.
         keeps_all: whether every token may stay, in fewer bytes.
+        typical: the part whose tokens per page stand for all while heads compete for pages.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     keeps_all: ClassVar[bool] = True
+    typical: ClassVar[int] = 0
 
     @property
     @abstractmethod

@@ -27,12 +27,10 @@ class Mixed(Format):
     nothing by themselves.
 
     Attributes:
-        typical: the part whose tokens per page stand for all while heads compete for pages.
         errors: e of each part, the best first.
         decay: how fast importance falls with the rank.
     """
 
-    typical: ClassVar[int]
     errors: ClassVar[tuple[float, ...]]
     decay: ClassVar[float]
 

@@ -1,6 +1,6 @@
 """What the solver takes of memory, so that a caller can choose how many heads it hands over at a time."""
 
-from vllm_kvcompress.matching.reference import CHUNK_BYTES, chunk_bytes_on, query_chunk
+from vllm_kvcompress.matching.reference import chunk_bytes_on, query_chunk
 
 # What heads and parts of them are solved for with at a time, but with one head's at least: what stays in a
 # core's own cache, and elsewhere what is worth the launches of kernels.
@@ -20,7 +20,7 @@ def peak_bytes(
     size: int,
     *,
     omp: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int,
 ) -> int:
     """The most memory that `attend`, a selection and `fit` take in turn, beside the problem itself.
 

@@ -528,7 +528,7 @@ class Compactor:
         pages, tokens = [], []
         for layers, allocation in self._shares(job.config.build_allocation()):
             most = self._pages_of(num_blocks, layers)
-            per_page = self.cache.records_per_page(parts[format.typical if isinstance(format, Mixed) else 0])
+            per_page = self.cache.records_per_page(parts[format.typical])
             capacity = (present[layers] + per_page - 1) // per_page
             if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
                 per_page = self.cache.records_per_page(parts[0])
@@ -789,12 +789,13 @@ class Compactor:
 
     def _tokens_of_head(self, task: _Task) -> int:
         """What a head keeps of a request, on average."""
-        job, pages, in_page = task.work.job, self._num_pages(task.work), self.grid.block_size
-        if (format := job.config.record_format) is not None:
-            pages = len(job.destination) * self.grid.pages_per_block
-            part = format.parts[format.typical if isinstance(format, Mixed) else 0]
-            in_page = self.cache.records_per_page(part) * RECORD
-        kept = pages * in_page // (self.grid.num_layers * self.grid.num_heads)
+        job = task.work.job
+        if (format := job.config.record_format) is None:
+            tokens = self._num_pages(task.work) * self.grid.block_size
+        else:
+            per_page = self.cache.records_per_page(format.parts[format.typical])
+            tokens = len(job.destination) * self.grid.pages_per_block * per_page * RECORD
+        kept = tokens // (self.grid.num_layers * self.grid.num_heads)
         # How much a threshold leaves is not known yet: say a quarter, if there is room.
         return kept if job.config.threshold is None else min(kept, job.boundary // 4)
 
