@@ -175,7 +175,7 @@ TABLE: dict[str, Touched] = {
         },
     ),
     "vllm.platforms.interface:Platform": Touched(
-        reads="device_name",
+        reads="device_name device_type",
         calls={
             "fp8_dtype": "(cls)",
             "is_cpu": "(self)",
