@@ -51,14 +51,15 @@ def watch(wrapper) -> None:
     worker = wrapper.worker
     worker.compactions, worker.alone = [], []
     compactor = worker.compactor
-    agree = compactor._agree
+    scoring = compactor._scoring
+    agree = scoring._agree
 
     def watched(scores, how):
         agreed = agree(scores, how)
         worker.alone.append(torch.equal(scores.argsort(), agreed.argsort()))
         return agreed
 
-    compactor._agree = watched
+    scoring._agree = watched
     compactor.listeners.append(
         lambda job, *kept: worker.compactions.append(Compaction(job, *kept, job.num_tokens))
     )

@@ -18,12 +18,12 @@ RAW, WAITS = OPTIONS + "false", OPTIONS + "true"
 def nothing_solved_is_left(engine):
     yield
     engine.check_nothing_left()
-    assert not engine.worker.compactor._solutions
+    assert not engine.worker.compactor._solver._solutions
     assert not engine.scheduler._solving._solves
 
 
 def solutions(engine):
-    return engine.worker.compactor._solutions
+    return engine.worker.compactor._solver._solutions
 
 
 def step_until_solving(engine) -> None:

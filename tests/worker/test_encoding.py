@@ -16,8 +16,9 @@ from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.requests.cache import PackedCache
-from vllm_kvcompress.worker import compactor
-from vllm_kvcompress.worker.compactor import Compactor, Work
+from vllm_kvcompress.worker import solving
+from vllm_kvcompress.worker.candidates import Work
+from vllm_kvcompress.worker.compactor import Compactor
 
 BLOCK, SIZE = 32, 16
 SINGLE = [name for name, format in FORMATS.items() if format.parts == (format,)]
@@ -357,7 +358,7 @@ def test_nothing_is_solved_for_a_head_that_keeps_all_of_its_tokens(monkeypatch):
     given = []
     monkeypatch.setattr(POLICIES["attention_matching"], "fit", solve)
     monkeypatch.setattr(POLICIES["attention_matching"], "select", solve)
-    monkeypatch.setattr(compactor, "Fit", lambda *of_head: given.append(Fit(*of_head)) or given[-1])
+    monkeypatch.setattr(solving, "Fit", lambda *of_head: given.append(Fit(*of_head)) or given[-1])
     _, kept = matched([range(6)], 6, num_blocks=6)
     assert len(kept) == 6 * 384 // RECORD
     request = Encoded("k8v4", 17)
@@ -395,7 +396,7 @@ def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypat
         return fit(self, observation, heads, columns, present)
 
     monkeypatch.setattr(policy, "fit", noted)
-    monkeypatch.setattr(compactor, "solve_bytes_on", lambda _: 1 << 40)
+    monkeypatch.setattr(solving, "solve_bytes_on", lambda _: 1 << 40)
     matched([range(3)], 3)  # a layer each
     assert [heads for heads, _ in given] == [slice(0, 2)] * 3
     widest = max(shape[1] for _, shape in given)
@@ -403,7 +404,7 @@ def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypat
     monkeypatch.setattr(
         policy, "fit_bytes", lambda self, heads, tokens, columns, *_: heads * (1 + (columns > widest // 2))
     )
-    monkeypatch.setattr(compactor, "solve_bytes_on", lambda _: 2)
+    monkeypatch.setattr(solving, "solve_bytes_on", lambda _: 2)
     matched([range(3)], 3)
     together = [heads for heads, shape in given if shape[1] > widest // 2]
     assert together and all(heads.stop - heads.start == 1 for heads in together)

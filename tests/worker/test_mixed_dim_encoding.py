@@ -13,7 +13,7 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats.mixed_dim import Basis, Latent, MixedDim
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.policies.mixed_dim import MixedDimKV
-from vllm_kvcompress.worker.compactor import Work
+from vllm_kvcompress.worker.candidates import Work
 
 BLOCK, SIZE, WINDOW = 32, 16, 8
 FORMAT = MixedDim()
@@ -162,9 +162,10 @@ def test_losses_are_those_of_the_window_token_by_token(chunks):
         request.compute(chunk)
     job = request.job(config, 3, WINDOW)
     compactor, policy = request.compactor, config.build_policy()
-    (task,) = compactor._tasks([Work(job, None, request.observer.of("r"))])
-    held = compactor._basis(compactor._candidates(task, slice(0, 3)), FORMAT, len(job.source) * BLOCK).held
-    found = compactor._losses(task, held, FORMAT)
+    reader, choosing = compactor._reader, compactor._encoder._choosing
+    (task,) = reader.tasks([Work(job, None, request.observer.of("r"))])
+    held = choosing.basis(reader.candidates(task, slice(0, 3)), FORMAT, len(job.source) * BLOCK).held
+    found = choosing.losses(task, held, FORMAT)
     assert isinstance(policy, MixedDimKV) and found.shape == (4, 6, job.boundary)
     for at in ((0, 1), (2, 0)):
         keys, values = request.keys[at].double(), request.values[at].double()

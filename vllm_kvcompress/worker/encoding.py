@@ -1,0 +1,157 @@
+"""Writes what stays of a request into the records of a format."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, MixedDim, RecordFormat
+from vllm_kvcompress.requests.tables import Records
+from vllm_kvcompress.worker.candidates import Candidates, Reader, Task
+from vllm_kvcompress.worker.choosing import Choosing
+from vllm_kvcompress.worker.solving import Solution
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a request was compacted to, in run order.
+
+    Attributes:
+        held: what it held before.
+        records: what its pages hold.
+        pages: `[X]` int64, of each head.
+        row: `[records]` int64, whose each record is.
+        columns: `[records, 32]` int64, its tokens' columns of what was held.
+    """
+
+    held: Candidates
+    records: Records
+    pages: Tensor
+    row: Tensor
+    columns: Tensor
+
+
+class Encoder:
+    """Compacts requests to records."""
+
+    def __init__(self, reader: Reader, choosing: Choosing) -> None:
+        self.cache, self.grid = reader.cache, reader.grid
+        self._reader, self._choosing = reader, choosing
+
+    def encode(self, task: Task, format: Format, solution: Solution | None) -> Encoded:
+        """Compact a request to records, to what was solved for it if anything was.
+
+        What is encoded already stays so, record by record. Raw tokens are encoded 32 by 32.
+        """
+        job, device = task.work.job, self.cache.device
+        held = self._reader.candidates(task, slice(0, self.grid.num_layers))
+        old = held.pages[:, :0] if held.records is None else held.records
+        old_parts = old if held.parts is None else held.parts
+        num_raw = len(job.source) * self.grid.block_size
+        if isinstance(format, MixedDim):
+            basis = self._choosing.basis(held, format, num_raw)
+            held, choice = basis.held, self._choosing.choose_ranks(task, basis, format, num_raw)
+        elif solution is None:
+            choice = self._choosing.choose(task, held, format, num_raw, len(job.destination))
+        else:
+            choice = solution.choice
+        part = torch.arange(len(format.parts), device=device)[:, None, None]
+        keep_old = choice.old & (old_parts == part)  # `[P, X, E]`
+        num_old = keep_old.sum(2)
+        if choice.raw is None:
+            num_new = torch.full_like(num_old, num_raw // RECORD)
+        else:
+            num_new = (choice.raw == part).sum(2) // RECORD
+        counts = num_old + num_new
+        sizes = [own.record_bytes(self.cache.head_size) for own in format.parts]
+        first, pages = format.arrange(counts, self.cache.head_size, self.cache.content.shape[1])
+        pages = pages if choice.pages is None else choice.pages
+        per_page = tuple(self.cache.records_per_page(own) for own in format.parts)
+        records = Records(
+            format, *(each.unflatten(1, (self.grid.num_layers, -1)) for each in (counts, first)), per_page
+        )
+
+        first_page, units = pages.cumsum(0) - pages, counts.sum(0)
+        begin = units.cumsum(0) - units + counts.cumsum(0) - counts  # `[P, X]`, in run order
+        overlaps = not job.freed.isdisjoint(job.destination)
+        staged: list[tuple[Tensor, Tensor, RecordFormat]] = []
+        rows = torch.arange(len(old), device=device)
+        if format.basis is not None and held.bases is not None:
+            owner = format.needs_basis(counts).nonzero()[:, 0]
+            page = self.grid.pages_at(task.destination, first_page[owner])
+            per_run = self.cache.records_per_page(format.basis)
+            staged.append((page * per_run, held.bases[owner], format.basis))
+        row = rows.repeat_interleave(units)
+        from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
+        old_columns = torch.arange(old.shape[1] * RECORD, device=device).view(-1, RECORD)
+        for number, own in enumerate(format.parts):
+            head = rows.repeat_interleave(counts[number])
+            of_head = (
+                torch.arange(len(head), device=device) - (counts[number].cumsum(0) - counts[number])[head]
+            )
+            place = of_head + first[number][head]
+            target = self.grid.pages_at(task.destination, first_page[head] + place // per_page[number])
+            target = target * per_page[number] + place % per_page[number]
+            is_old = of_head < num_old[number][head]
+            unit = begin[number][head] + of_head
+            moved = old[keep_old[number]]
+            at_once = max(1, self.cache.slice_bytes // sizes[number])
+            for to, source in zip(target[is_old].split(at_once), moved.split(at_once), strict=True):
+                staged.append((to, self.cache.read_records(source, own), own))
+                if not overlaps:
+                    self._write(staged)
+            from_start[unit[is_old]] = old_columns.expand(len(old), -1, -1)[keep_old[number]]
+            of_raw, columns = None if choice.raw is None else choice.raw == number, []
+            new_target = target[~is_old].split(num_new[number].tolist())
+            # Without raw tokens, which there may be none of under pressure, records just go.
+            for first_head, end in self._reader.head_slices(len(old), num_raw) if num_raw else ():
+                content, kept = self._encoded(held, first_head, end, num_raw, of_raw, own, solution)
+                columns.append(kept)
+                staged.append((torch.cat(new_target[first_head:end]), content, own))
+                if not overlaps:
+                    self._write(staged)
+            if columns:
+                from_start[unit[~is_old]] = torch.cat(columns) + old.shape[1] * RECORD
+        self._write(staged)
+        shared = task.work.table is not None and task.work.table.is_shared
+        if not shared and (freed := sorted({*job.previous} - {*job.destination})):
+            self.cache.clear(self.cache.on_device(freed))
+        return Encoded(held, records, pages, row, from_start)
+
+    def _encoded(
+        self,
+        held: Candidates,
+        begin: int,
+        end: int,
+        num_raw: int,
+        keep_raw: Tensor | None,
+        format: RecordFormat,
+        solution: Solution | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
+        pages = held.pages[begin:end, : num_raw // self.grid.block_size]
+        keys, values = (
+            read(pages).reshape(-1, self.cache.head_size)
+            for read in (self.cache.read_keys, self.cache.read_values)
+        )
+        columns = torch.arange(num_raw, device=keys.device).repeat(end - begin)
+        if keep_raw is not None:
+            kept = keep_raw[begin:end].flatten().nonzero()[:, 0]
+            keys, values, columns = keys[kept], values[kept], columns[kept]
+        tokens = (-1, RECORD, self.cache.head_size)
+        if solution is not None:
+            assert isinstance(format, Matched)
+            values = torch.cat(solution.values[begin:end])
+            biases = torch.cat(solution.biases[begin:end]).view(-1, RECORD)
+            return format.encode(keys.view(tokens), values.view(tokens), biases), columns.view(-1, RECORD)
+        keys, values, columns = keys.view(tokens), values.view(tokens), columns.view(-1, RECORD)
+        if isinstance(format, Latent):
+            assert held.bases is not None and keep_raw is not None
+            of_head = keep_raw[begin:end].sum(1) // RECORD
+            return format.encode(keys, values, held.bases[begin:end].repeat_interleave(of_head, 0)), columns
+        return format.encode(keys, values), columns
+
+    def _write(self, staged: list[tuple[Tensor, Tensor, RecordFormat]]) -> None:
+        for target, content, format in staged:
+            self.cache.write_records(target, content, format)
+        staged.clear()
