@@ -1,4 +1,4 @@
-"""Every touch on vLLM: the `vllm.general_plugins` entry point.
+"""The `vllm.general_plugins` entry point: what of vLLM is wrapped wherever the plugin is installed.
 
 vLLM calls `register` in every process before any configuration exists. It adds the command-line flag and
 looks at each engine configuration; one that does not ask for compression is handed back untouched.

@@ -345,8 +345,8 @@ def test_in_several_groups_tokens_are_those_without_drafts_and_the_model_keeps_i
     def share(num_blocks: int) -> int:
         return num_blocks * 6 * 3 // 4
 
-    monkeypatch.setattr(compactor._reader, "num_pages", lambda work: share(len(work.job.destination)))
-    monkeypatch.setattr(compactor._shares, "pages_of", lambda num_blocks, layers: share(num_blocks))
+    monkeypatch.setattr(compactor._room, "num_pages", lambda work: share(len(work.job.destination)))
+    monkeypatch.setattr(compactor._room, "pages_of", lambda num_blocks, layers: share(num_blocks))
     expected, its, _ = serve(plain, METHODS[method], long_ids)
     for answer, other in zip(answers, expected, strict=True):
         assert first_difference(answer, other) is None

@@ -21,8 +21,8 @@ from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.observer import LayerAttention, Observer
 from vllm_kvcompress.requests.tables import RequestTable
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.work import Work
 
 SCALE = 0.4
 FIRST_LAYER = 5  # as on a later pipeline rank

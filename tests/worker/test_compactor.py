@@ -26,8 +26,8 @@ from vllm_kvcompress.policies import POLICIES, register_policy
 from vllm_kvcompress.policies.base import LayerObservation
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.observer import LayerAttention
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.work import Work
 
 ALLOCATIONS = ["uniform", "adaptive", "pyramid", "global", "profile"]
 BLOCK_SIZE = 4

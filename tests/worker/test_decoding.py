@@ -9,7 +9,7 @@ from test_compactor import configure
 
 from vllm_kvcompress.requests import observer
 from vllm_kvcompress.requests.observer import DecodingSpan
-from vllm_kvcompress.worker.candidates import Work
+from vllm_kvcompress.worker.work import Work
 
 NAMES = "abc"
 

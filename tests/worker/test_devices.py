@@ -11,8 +11,8 @@ from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.requests.cpu_pages import Packing
 from vllm_kvcompress.requests.observer import LayerAttention, Observer
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.work import Work
 
 LAYERS, HEADS, GROUP, SIZE, BLOCK_SIZE = 2, 2, 2, 8, 16
 FACTORIES = {

@@ -17,8 +17,8 @@ from vllm_kvcompress.plan import Plan
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.requests.cache import PackedCache
 from vllm_kvcompress.worker import solving
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.work import Work
 
 BLOCK, SIZE = 32, 16
 SINGLE = [name for name, format in FORMATS.items() if format.parts == (format,)]

@@ -13,7 +13,8 @@ from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats.mixed_dim import Basis, Latent, MixedDim
 from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.policies.mixed_dim import MixedDimKV
-from vllm_kvcompress.worker.candidates import Work
+from vllm_kvcompress.worker.bases import with_bases
+from vllm_kvcompress.worker.work import Work
 
 BLOCK, SIZE, WINDOW = 32, 16, 8
 FORMAT = MixedDim()
@@ -162,10 +163,10 @@ def test_losses_are_those_of_the_window_token_by_token(chunks):
         request.compute(chunk)
     job = request.job(config, 3, WINDOW)
     compactor, policy = request.compactor, config.build_policy()
-    reader, choosing = compactor._reader, compactor._encoder._choosing
+    reader = compactor._reader
     (task,) = reader.tasks([Work(job, None, request.observer.of("r"))])
-    held = choosing.basis(reader.candidates(task, slice(0, 3)), FORMAT, len(job.source) * BLOCK).held
-    found = choosing.losses(task, held, FORMAT)
+    held, _ = with_bases(reader, reader.candidates(task, slice(0, 3)), FORMAT, len(job.source) * BLOCK)
+    found = compactor._choosing._losses(task, held, FORMAT)
     assert isinstance(policy, MixedDimKV) and found.shape == (4, 6, job.boundary)
     for at in ((0, 1), (2, 0)):
         keys, values = request.keys[at].double(), request.values[at].double()

@@ -10,7 +10,7 @@ from worker.compaction import ByKey, Request
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.formats import FORMATS, RECORD, Mixed
 from vllm_kvcompress.policies import POLICIES
-from vllm_kvcompress.worker.candidates import Work
+from vllm_kvcompress.worker.work import Work
 
 BLOCK, SIZE = 128, 16
 MIXED = [name for name, format in FORMATS.items() if isinstance(format, Mixed)]

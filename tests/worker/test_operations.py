@@ -12,8 +12,8 @@ from vllm_kvcompress import scorers
 from vllm_kvcompress.config import KVCompressionConfig
 from vllm_kvcompress.policies.rotary import Rotary
 from vllm_kvcompress.requests.cache import PackedCache
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
+from vllm_kvcompress.worker.work import Work
 
 METHODS = {
     "snapkv": {"window": 5},

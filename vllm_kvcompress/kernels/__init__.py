@@ -1,1 +1,1 @@
-"""Triton kernels over per-head pages; every module here needs torch and triton, and nothing else."""
+"""Triton kernels over per-head pages; none of the modules needs vLLM."""

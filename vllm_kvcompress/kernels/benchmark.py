@@ -1,4 +1,4 @@
-"""How near the attention kernel comes to the device's memory bandwidth; needs nothing but torch and triton.
+"""How near the attention kernel comes to the device's memory bandwidth; needs no vLLM.
 
     python vllm_kvcompress/kernels/benchmark.py [--json FILE] [--quick]
 

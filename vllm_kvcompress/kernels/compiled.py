@@ -1,4 +1,4 @@
-"""What Triton makes of the attention kernels for a GPU, be it there or not; needs torch and triton only.
+"""What Triton makes of the attention kernels for a GPU, be it there or not; needs no vLLM.
 
     python -m vllm_kvcompress.kernels.compiled [--capability 90]
 

@@ -84,6 +84,10 @@ class PageGrid:
         head = torch.arange(self.num_heads, device=device)[:, None]
         return self._index(slot[:, None, None], block_ids, head).flatten(0, 1)
 
+    def rows(self, layers: slice) -> slice:
+        """The heads of some layers among those of all, one after the other, `L·H`."""
+        return slice(layers.start * self.num_heads, layers.stop * self.num_heads)
+
     @functools.cached_property
     def layers_of_groups(self) -> tuple[tuple[int, ...], ...]:
         """The layers of each group."""

@@ -1,4 +1,4 @@
-"""What requests hold that are to be compacted: which of it may stay, and how it is read."""
+"""What requests hold that are to be compacted, of which some may stay."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -7,56 +7,9 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched
-from vllm_kvcompress.paging.job import Job
-from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.requests.cache import PagedCache
-from vllm_kvcompress.requests.observer import Observed
 from vllm_kvcompress.requests.tables import RequestTable
-
-
-@dataclass(frozen=True)
-class Work:
-    """A Job and what is known of its request.
-
-    Attributes:
-        job: what to do.
-        table: the result of the request's last compaction, if there was one.
-        observed: what was kept of its queries, if its policy needs any; its states are carried over.
-    """
-
-    job: Job
-    table: RequestTable | None = None
-    observed: Observed | None = None
-
-    @property
-    def method(self) -> tuple[object, ...]:
-        """What works must have in common to run together."""
-        config = self.job.config
-        # How much a threshold keeps is not known before, and tokens are encoded request by request.
-        alone = self.job if config.threshold is not None or config.record_format is not None else None
-        return config.build_policy(), config.build_allocation(), config.sink_tokens, alone
-
-
-@dataclass(frozen=True)
-class Task:
-    """A Work and where it is done.
-
-    Attributes:
-        work: what to do.
-        policy: which scores.
-        raw: `[G, n]` int64, block ids of the Job's raw tokens in each group, on the cache's device.
-        destination: `[m]` int64, likewise, of its destination.
-    """
-
-    work: Work
-    policy: Policy
-    raw: Tensor
-    destination: Tensor
-
-    @property
-    def is_encoded(self) -> bool:
-        """Whether some of what it holds is in records."""
-        return self.work.table is not None and self.work.table.format is not None
+from vllm_kvcompress.worker.work import Task, Work
 
 
 @dataclass(frozen=True)
@@ -84,6 +37,11 @@ class Candidates:
     bases: Tensor | None = None
     positions: Callable[[], Tensor] | None = None
 
+    @property
+    def old(self) -> Tensor:
+        """`[X, E]` int64, the records; E = 0 where there are none."""
+        return self.pages[:, :0] if self.records is None else self.records
+
 
 class Reader:
     """Reads what requests hold in a paged cache."""
@@ -93,8 +51,7 @@ class Reader:
 
     def tasks(self, group: list[Work]) -> list[Task]:
         """Works of one method, with their blocks sent to the cache's device at once."""
-        policy, jobs = group[0].job.config.build_policy(), [work.job for work in group]
-        policy = policy.later if policy.matches and not jobs[0].solved else policy
+        policy, jobs = group[0].policy, [work.job for work in group]
         lists = [blocks for job in jobs for blocks in (sum(job.raw, ()), job.destination)]
         sent = self.cache.on_device([block for blocks in lists for block in blocks])
         blocks = iter(sent.split([len(blocks) for blocks in lists]))
@@ -163,36 +120,11 @@ class Reader:
         return torch.nn.functional.pad(own.flatten(1), (0, num_raw))
 
     def head_slices(self, num_heads: int, num_tokens: int) -> Iterator[tuple[int, int]]:
-        """Heads of which so many tokens are encoded at a time."""
-        per_token = 64 * self.cache.head_size  # keys and values, in float32 several times
+        """Heads of which so many tokens are read at a time, to be encoded or to make bases of."""
+        per_token = 64 * self.cache.head_size  # keys and values, in float32 several times, meanwhile
         at_once = max(1, self.cache.slice_bytes // max(1, num_tokens * per_token))
         for begin in range(0, num_heads, at_once):
             yield begin, min(begin + at_once, num_heads)
-
-    def num_pages(self, work: Work) -> int:
-        """Pages of a Job's destination that can be filled."""
-        num_pages = len(work.job.destination) * self.grid.pages_per_block
-        if self.fills:
-            return num_pages
-        held = len(work.job.source) * self.grid.num_layers * self.grid.num_heads
-        return min(num_pages, held + (0 if work.table is None else work.table.num_pages))
-
-    @property
-    def fills(self) -> bool:
-        """Whether raw pages fill all blocks: groups of layers may have slots that no layer of theirs has."""
-        return self.grid.num_layers == self.grid.num_groups * self.grid.num_slots
-
-    def tokens_of_head(self, task: Task) -> int:
-        """What a head keeps of a request, on average."""
-        job = task.work.job
-        if (format := job.config.record_format) is None:
-            tokens = self.num_pages(task.work) * self.grid.block_size
-        else:
-            per_page = self.cache.records_per_page(format.parts[format.typical])
-            tokens = len(job.destination) * self.grid.pages_per_block * per_page * RECORD
-        kept = tokens // (self.grid.num_layers * self.grid.num_heads)
-        # How much a threshold leaves is not known yet: say a quarter, if there is room.
-        return kept if job.config.threshold is None else min(kept, job.boundary // 4)
 
 
 def longest(table: RequestTable | None, layers: slice) -> int:

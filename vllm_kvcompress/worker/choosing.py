@@ -1,17 +1,18 @@
 """What stays of a request that is compacted to records, and in which part of its format."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vllm_kvcompress.allocation import Global, Profile
 from vllm_kvcompress.formats import RECORD, Format, Latent, Mixed, MixedDim
-from vllm_kvcompress.formats.mixed_dim import half
 from vllm_kvcompress.policies.base import Policy
-from vllm_kvcompress.worker.candidates import Candidates, Reader, Task
+from vllm_kvcompress.requests.cache import PagedCache
+from vllm_kvcompress.worker.candidates import Candidates
+from vllm_kvcompress.worker.room import Room
 from vllm_kvcompress.worker.scoring import Scoring
-from vllm_kvcompress.worker.shares import Shares
+from vllm_kvcompress.worker.work import Task
 
 
 @dataclass(frozen=True)
@@ -22,33 +23,19 @@ class Choice:
         old: `[X, E]` bool, records.
         raw: `[X, n]` int64, the part of the format that each raw token is written in, -1 for none; None for
             all of them in the only one.
-        pages: `[X]` int64, of each head; None for what that needs.
+        num_pages: `[X]` int64, of each head; None for what that needs.
     """
 
     old: Tensor
     raw: Tensor | None = None
-    pages: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Basis:
-    """What one request holds, with the bases of all heads.
-
-    Attributes:
-        held: it.
-        errors: `[P, X]` float64, what each part of the format leaves out of raw tokens.
-    """
-
-    held: Candidates
-    errors: Tensor
+    num_pages: Tensor | None = None
 
 
 class Choosing:
-    """Chooses by a policy's scores, or by what it says that tokens lose."""
+    """Chooses what stays, by a policy's scores or by what it says that tokens lose."""
 
-    def __init__(self, reader: Reader, scoring: Scoring, shares: Shares) -> None:
-        self.cache, self.grid = reader.cache, reader.grid
-        self._reader, self._scoring, self._shares = reader, scoring, shares
+    def __init__(self, cache: PagedCache, room: Room, scoring: Scoring) -> None:
+        self._cache, self._grid, self._room, self._scoring = cache, cache.grid, room, scoring
 
     def choose(self, task: Task, held: Candidates, format: Format, num_raw: int, num_blocks: int) -> Choice:
         """What stays in so many blocks, and the pages of each head.
@@ -57,22 +44,21 @@ class Choosing:
         thirty-twos, the best first.
         """
         job = task.work.job
-        old = held.pages[:, :0] if held.records is None else held.records
-        parts = format.parts
+        old, parts = held.old, format.parts
         if job.config.keeps_all and len(parts) == 1:
             return Choice(old >= 0)
         scores, width = self._scoring.scores([task], held), old.shape[1]
         pages = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
         if not isinstance(format, Mixed):
             present = (old >= 0).sum(1) + num_raw // RECORD
-            num_units = torch.minimum(pages * self.cache.records_per_page(parts[0]), present)
+            num_units = torch.minimum(pages * self._cache.records_per_page(parts[0]), present)
             keep_old, keep_raw = _best_units(scores, width, num_units)
             return Choice(keep_old, keep_raw.long() - 1, pages)
         units, order = _units(scores, width)
         written = old if held.parts is None else held.parts
         known = torch.cat([written.masked_fill(old < 0, -2), torch.full_like(units[:, width:], -1).long()], 1)
-        sizes = [part.record_bytes(self.cache.head_size) for part in parts]
-        chosen = format.choose(units, known, pages, sizes, self.cache.content.shape[1])
+        sizes = [part.record_bytes(self._cache.head_size) for part in parts]
+        chosen = format.choose(units, known, pages, sizes, self._cache.content.shape[1])
         of_raw = chosen[:, width:].repeat_interleave(RECORD, 1)
         return Choice(chosen[:, :width] >= 0, torch.empty_like(order).scatter_(1, order, of_raw), pages)
 
@@ -87,19 +73,18 @@ class Choosing:
     ) -> Tensor:
         """The pages `[X]` of each head as the allocation splits them; a policy may refine the scores then."""
         job, parts = task.work.job, format.parts
-        old = held.pages[:, :0] if held.records is None else held.records
-        width = old.shape[1]
-        shape = self.grid.num_layers, self.grid.num_heads
+        old, width = held.old, held.old.shape[1]
+        shape = self._grid.num_layers, self._grid.num_heads
         present = ((old >= 0).sum(1) + num_raw // RECORD).view(shape)
         alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1).view(*shape, -1)
         pages, tokens = [], []
-        for layers, allocation in self._shares.split(job.config.build_allocation()):
-            most = self._shares.pages_of(num_blocks, layers)
-            per_page = self.cache.records_per_page(parts[format.typical])
+        for layers, allocation in self._room.split(job.config.build_allocation()):
+            most = self._room.pages_of(num_blocks, layers)
+            per_page = self._cache.records_per_page(parts[format.typical])
             capacity = (present[layers] + per_page - 1) // per_page
             if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
-                per_page = self.cache.records_per_page(parts[0])
+                per_page = self._cache.records_per_page(parts[0])
                 capacity = (present[layers] + per_page - 1) // per_page
                 total = int(capacity.sum())
             in_page = per_page * RECORD
@@ -112,105 +97,68 @@ class Choosing:
             self._scoring.refine([task], held, scores, torch.cat(tokens)[None])
         return torch.cat(pages).flatten()
 
-    def choose_ranks(self, task: Task, basis: Basis, format: MixedDim, num_raw: int) -> Choice:
+    def choose_ranks(
+        self, task: Task, held: Candidates, errors: Tensor, format: MixedDim, num_raw: int
+    ) -> Choice:
         """What stays and in how many coordinates, by what each token would lose, and the pages of each head.
+
+        Of `bases.with_bases` are what is held, and the errors.
 
         With a policy that says losses of its own the heads share the bytes by them, if the allocation is
         `global`; if it is `profile`, by losses times a head's share. Any other allocation splits pages by
         the scores, as for every format.
         """
-        job, held, size = task.work.job, basis.held, self.cache.head_size
-        old = held.pages[:, :0] if held.records is None else held.records
+        job, old, size = task.work.job, held.old, self._cache.head_size
         known = old if held.parts is None else held.parts.masked_fill(old < 0, -1)
-        scores, width, allocation = (
-            self._scoring.scores([task], held),
-            old.shape[1],
-            job.config.build_allocation(),
-        )
+        scores, width = self._scoring.scores([task], held), old.shape[1]
+        allocation = job.config.build_allocation()
         protected = scores.isposinf()
         together = task.policy.gives_losses and isinstance(allocation, Global | Profile)
         num_blocks, split = len(job.destination), None
         if not together:
             split = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
         if task.policy.gives_losses:
-            losses = self.losses(task, held, format)
-            for layers, own in self._shares.split(allocation):
+            losses = self._losses(task, held, format)
+            for layers, own in self._room.split(allocation):
                 if isinstance(own, Profile):
-                    own.check_model(layers.stop - layers.start, self.grid.num_heads)
+                    own.check_model(layers.stop - layers.start, self._grid.num_heads)
                     weight = own.importance(job.config.budget or 1.0, losses.device).flatten()
                     losses[:, : len(weight)] *= weight[:, None]
         else:
             alike = _of_records(scores, width).repeat_interleave(RECORD, 1)
-            losses = format.losses_by_rank(torch.cat([alike, scores[:, width * RECORD :]], 1), basis.errors)
+            losses = format.losses_by_rank(torch.cat([alike, scores[:, width * RECORD :]], 1), errors)
         limit = torch.finfo(torch.float32).max
         losses = losses.nan_to_num(0.0, limit, 0.0).clamp(min=0)
         of_records = losses[-1][:, : width * RECORD].unflatten(1, (width, RECORD)).sum(2)
         if not task.policy.gives_losses:  # what a record still has of its tokens
-            of_records = of_records * (1 - basis.errors.T.gather(1, known.clamp(min=0)))
+            of_records = of_records * (1 - errors.T.gather(1, known.clamp(min=0)))
         kept = protected[:, : width * RECORD].unflatten(1, (width, RECORD)).any(2)
         of_records = of_records.masked_fill(kept, torch.inf)
         of_raw = losses[:, :, width * RECORD :]
         of_raw[1:].masked_fill_(protected[:, width * RECORD :], torch.inf)
-        page_bytes, heads, chosen = self.cache.content.shape[1], self.grid.num_heads, []
-        for layers, _ in self._shares.split(allocation):
-            rows = slice(layers.start * heads, layers.stop * heads)
-            pages = self._shares.pages_of(num_blocks, layers) if split is None else split[rows]
+        page_bytes, chosen = self._cache.content.shape[1], []
+        for layers, _ in self._room.split(allocation):
+            rows = self._grid.rows(layers)
+            pages = self._room.pages_of(num_blocks, layers) if split is None else split[rows]
             own = of_raw[:, rows], of_records[rows], known[rows]
             chosen.append(format.choose(*own, pages, size, page_bytes))
         return Choice(*(torch.cat(each) for each in zip(*chosen, strict=True)))
 
-    def losses(self, task: Task, held: Candidates, format: MixedDim) -> Tensor:
+    def _losses(self, task: Task, held: Candidates, format: MixedDim) -> Tensor:
         """What the policy says of all heads' columns, `[P + 1, X, T]` float64."""
         assert held.bases is not None
         shape = len(format.parts) + 1, len(held.pages), held.num_scored
-        losses = torch.zeros(shape, dtype=torch.float64, device=self.cache.device)
+        losses = torch.zeros(shape, dtype=torch.float64, device=self._cache.device)
         for part in self._scoring.slices(task, task.policy):
-            rows = slice(part.layers.start * self.grid.num_heads, part.layers.stop * self.grid.num_heads)
+            rows = self._grid.rows(part.layers)
             bases = [
-                own.bases(held.bases[rows], self.cache.head_size)
+                own.bases(held.bases[rows], self._cache.head_size)
                 for own in format.parts
                 if isinstance(own, Latent)
             ]
             seen = self._scoring.observe(task.policy, task, part)
             losses[1:, rows, held.num_scored - part.num_scored :] = task.policy.losses(seen, bases).double()
         return losses
-
-    def basis(self, held: Candidates, format: MixedDim, num_raw: int) -> Basis:
-        """The heads' bases, those that they have or new ones, and what ranks in them leave out.
-
-        They are of the cache's own tokens, all of which are there still, whatever chunks they came in.
-        """
-        size, heads = self.cache.head_size, len(held.pages)
-        shape = 2, heads, size, size
-        raw = torch.zeros(shape, dtype=torch.float64, device=self.cache.device)  # Σ x·xᵀ of keys and values
-        mean = torch.zeros(shape[1:3], dtype=torch.float64, device=self.cache.device)
-        before = torch.zeros_like(raw)
-        columns = held.num_scored
-        for begin, end in self._reader.head_slices(heads, columns):
-            if num_raw:
-                pages = held.pages[begin:end, : num_raw // self.grid.block_size]
-                read = self.cache.read_keys, self.cache.read_values
-                tokens = [half(of_pages(pages)).double() for of_pages in read]
-                mean[begin:end] = tokens[0].mean(1)
-                for own, part in zip(raw, tokens, strict=True):
-                    own[begin:end] = part.mT @ part
-            if held.records is not None and held.parts is not None:
-                present = held.records[begin:end] >= 0
-                some = replace(
-                    held,
-                    records=held.records[begin:end],
-                    parts=held.parts[begin:end].masked_fill(~present, -1),
-                    bases=None if held.bases is None else held.bases[begin:end],
-                )
-                for own, decoded in zip(before, self._reader.decoded(some, format), strict=True):
-                    part = decoded.flatten(1, 2).double()
-                    own[begin:end] = part.mT @ part
-        bases = format.basis.of_moments(*(raw + before))
-        if held.parts is not None and held.records is not None and held.bases is not None:
-            has = ((held.parts > 0) & (held.records >= 0)).any(1)
-            bases = torch.where(has[:, None], held.bases, bases)
-        errors = format.errors(raw[0], raw[1], mean, num_raw, bases)
-        return Basis(replace(held, bases=bases), errors)
 
 
 def _of_records(scores: Tensor, width: int) -> Tensor:

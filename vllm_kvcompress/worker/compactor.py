@@ -12,12 +12,13 @@ from vllm_kvcompress.policies.base import Policy
 from vllm_kvcompress.requests.cache import Kept, PagedCache
 from vllm_kvcompress.requests.observer import LayerAttention, Observed
 from vllm_kvcompress.requests.tables import Records, RequestTable
-from vllm_kvcompress.worker.candidates import Candidates, Reader, Task, Work, aligned
+from vllm_kvcompress.worker.candidates import Candidates, Reader, aligned
 from vllm_kvcompress.worker.choosing import Choosing
 from vllm_kvcompress.worker.encoding import Encoder
+from vllm_kvcompress.worker.room import Room
 from vllm_kvcompress.worker.scoring import Scoring
-from vllm_kvcompress.worker.shares import Shares
 from vllm_kvcompress.worker.solving import Solver
+from vllm_kvcompress.worker.work import Task, Work
 
 Listener = Callable[[Job, Tensor, Tensor], None]
 
@@ -29,6 +30,9 @@ class Compactor:
     layers at a time as fit `PagedCache.slice_bytes`. So do requests that are compacted in the same step.
 
     Attributes:
+        cache: every page of every layer.
+        grid: how it is laid out.
+        layers: one per layer of the grid.
         listeners: called after each Job with the Job, the page counts `[L, H]` and the kept token positions
             `[pages, N]` in run order, all int64; with a format, the counts of records and `[records, 32]`.
     """
@@ -57,12 +61,11 @@ class Compactor:
         self.grid = cache.grid
         self.layers = layers
         self.listeners: list[Listener] = []
-        self._shares = Shares(self.grid, num_drafting)
-        self._reader = Reader(cache)
-        self._scoring = Scoring(self._reader, layers, agree)
-        choosing = Choosing(self._reader, self._scoring, self._shares)
-        self._solver = Solver(self._reader, self._scoring, choosing)
-        self._encoder = Encoder(self._reader, choosing)
+        self._reader, self._room = Reader(cache), Room(cache, num_drafting)
+        self._scoring = Scoring(self._reader, self._room, layers, agree)
+        self._choosing = Choosing(cache, self._room, self._scoring)
+        self._solver = Solver(self._reader, self._scoring, self._choosing)
+        self._encoder = Encoder(self._reader, self._choosing)
 
     def forget(self, request_id: str) -> None:
         """Drop what was solved of a request."""
@@ -109,19 +112,19 @@ class Compactor:
         jobs, tasks = [work.job for work in group], self._reader.tasks(group)
         if (format := jobs[0].config.record_format) is not None:
             (task,) = tasks
-            new = self._encoder.encode(task, format, self._solver.taken(task.work.job))
-            yield self._finish(task, new.held, new.pages, new.columns, new.row, new.records)
+            new = self._encoder.encode(task, format, self._solver.take(task.work.job))
+            yield self._finish(task, new.held, new.num_pages, new.columns, new.row, new.records)
             return
         own = [self._reader.candidates(task, slice(0, self.grid.num_layers)) for task in tasks]
         together = aligned(own, self.grid.block_size)
         shape = len(jobs), self.grid.num_layers, self.grid.num_heads
         scores = self._scoring.scores(tasks, together)
-        most_pages = [self._reader.num_pages(task.work) for task in tasks]
+        most_pages = [self._room.num_pages(task.work) for task in tasks]
         num_pages: list[int] | Tensor = most_pages
         if (threshold := jobs[0].config.threshold) is not None:
             blocks = self.cache.num_blocks_above(scores, threshold, len(jobs[0].destination))
             enough = self._largest(blocks) * self.grid.pages_per_block
-            num_pages = self.cache.numbers(enough if self._reader.fills else enough.clamp(max=most_pages[0]))
+            num_pages = self.cache.numbers(enough if self._room.fills else enough.clamp(max=most_pages[0]))
         known = num_pages if isinstance(num_pages, list) else None
         room = known or most_pages  # pages of each
         capacity = None
@@ -161,13 +164,13 @@ class Compactor:
         capacity: Tensor | None,
     ) -> Tensor:
         """As `PagedCache.allocate`, for each share apart."""
-        shares, counts = self._shares.split(allocation), []
+        shares, counts = self._room.split(allocation), []
         if len(shares) == 1:
             return self.cache.allocate(allocation, scores, num_pages, widths, sinks, capacity)
         assert isinstance(num_pages, list)
         for layers, own in shares:
             seen = scores[:, layers]
-            share = [self._shares.share_of(pages, layers) for pages in num_pages]
+            share = [self._room.share_of(pages, layers) for pages in num_pages]
             most = None if capacity is None else capacity[:, layers]
             counts.append(self.cache.allocate(own, seen, share, widths, sinks, most))
         return torch.cat(counts, 1)
@@ -181,13 +184,13 @@ class Compactor:
         row: Tensor,
         records: Records | None = None,
     ) -> RequestTable:
-        """Tell what a request keeps: units of the `columns` `[M, N]` of the rows `[M]` of what it held."""
+        """Tell what a request keeps, in `counts` pages of each head: units, each of which is some `columns`
+        `[M, unit_tokens]` of a row `[M]` of what it held."""
         job, observed, destination = task.work.job, task.work.observed, task.destination
         positions = columns if held.positions is None else held.positions()[row[:, None], columns]
         remembered = positions.to(torch.int32) if job.config.remembers else None
-        if (
-            records is None
-        ):  # a unit is a page: how many blocks hold any is known without a look at the device
+        # A unit is a page: how many blocks hold any is known without a look at the device.
+        if records is None:
             destination = destination[: -(-len(columns) // self.grid.pages_per_block)]
         shape = self.grid.num_layers, self.grid.num_heads
         new = RequestTable(self.grid, destination, counts.view(shape), job.boundary, remembered, records)

@@ -7,26 +7,28 @@ from torch import Tensor
 
 from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, MixedDim, RecordFormat
 from vllm_kvcompress.requests.tables import Records
-from vllm_kvcompress.worker.candidates import Candidates, Reader, Task
+from vllm_kvcompress.worker.bases import with_bases
+from vllm_kvcompress.worker.candidates import Candidates, Reader
 from vllm_kvcompress.worker.choosing import Choosing
 from vllm_kvcompress.worker.solving import Solution
+from vllm_kvcompress.worker.work import Task
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a request was compacted to, in run order.
+    """What a request held, and what it was compacted to, in run order.
 
     Attributes:
-        held: what it held before.
+        held: what it held.
         records: what its pages hold.
-        pages: `[X]` int64, of each head.
+        num_pages: `[X]` int64, of each head.
         row: `[records]` int64, whose each record is.
         columns: `[records, 32]` int64, its tokens' columns of what was held.
     """
 
     held: Candidates
     records: Records
-    pages: Tensor
+    num_pages: Tensor
     row: Tensor
     columns: Tensor
 
@@ -35,7 +37,7 @@ class Encoder:
     """Compacts requests to records."""
 
     def __init__(self, reader: Reader, choosing: Choosing) -> None:
-        self.cache, self.grid = reader.cache, reader.grid
+        self._cache, self._grid = reader.cache, reader.grid
         self._reader, self._choosing = reader, choosing
 
     def encode(self, task: Task, format: Format, solution: Solution | None) -> Encoded:
@@ -43,14 +45,14 @@ class Encoder:
 
         What is encoded already stays so, record by record. Raw tokens are encoded 32 by 32.
         """
-        job, device = task.work.job, self.cache.device
-        held = self._reader.candidates(task, slice(0, self.grid.num_layers))
-        old = held.pages[:, :0] if held.records is None else held.records
+        job, device = task.work.job, self._cache.device
+        held = self._reader.candidates(task, slice(0, self._grid.num_layers))
+        old = held.old
         old_parts = old if held.parts is None else held.parts
-        num_raw = len(job.source) * self.grid.block_size
+        num_raw = len(job.source) * self._grid.block_size
         if isinstance(format, MixedDim):
-            basis = self._choosing.basis(held, format, num_raw)
-            held, choice = basis.held, self._choosing.choose_ranks(task, basis, format, num_raw)
+            held, errors = with_bases(self._reader, held, format, num_raw)
+            choice = self._choosing.choose_ranks(task, held, errors, format, num_raw)
         elif solution is None:
             choice = self._choosing.choose(task, held, format, num_raw, len(job.destination))
         else:
@@ -63,23 +65,23 @@ class Encoder:
         else:
             num_new = (choice.raw == part).sum(2) // RECORD
         counts = num_old + num_new
-        sizes = [own.record_bytes(self.cache.head_size) for own in format.parts]
-        first, pages = format.arrange(counts, self.cache.head_size, self.cache.content.shape[1])
-        pages = pages if choice.pages is None else choice.pages
-        per_page = tuple(self.cache.records_per_page(own) for own in format.parts)
+        sizes = [own.record_bytes(self._cache.head_size) for own in format.parts]
+        first, num_pages = format.arrange(counts, self._cache.head_size, self._cache.content.shape[1])
+        num_pages = num_pages if choice.num_pages is None else choice.num_pages
+        per_page = tuple(self._cache.records_per_page(own) for own in format.parts)
         records = Records(
-            format, *(each.unflatten(1, (self.grid.num_layers, -1)) for each in (counts, first)), per_page
+            format, *(each.unflatten(1, (self._grid.num_layers, -1)) for each in (counts, first)), per_page
         )
 
-        first_page, units = pages.cumsum(0) - pages, counts.sum(0)
+        first_page, units = num_pages.cumsum(0) - num_pages, counts.sum(0)
         begin = units.cumsum(0) - units + counts.cumsum(0) - counts  # `[P, X]`, in run order
         overlaps = not job.freed.isdisjoint(job.destination)
         staged: list[tuple[Tensor, Tensor, RecordFormat]] = []
         rows = torch.arange(len(old), device=device)
         if format.basis is not None and held.bases is not None:
             owner = format.needs_basis(counts).nonzero()[:, 0]
-            page = self.grid.pages_at(task.destination, first_page[owner])
-            per_run = self.cache.records_per_page(format.basis)
+            page = self._grid.pages_at(task.destination, first_page[owner])
+            per_run = self._cache.records_per_page(format.basis)
             staged.append((page * per_run, held.bases[owner], format.basis))
         row = rows.repeat_interleave(units)
         from_start = torch.empty(len(row), RECORD, dtype=torch.int64, device=device)
@@ -90,14 +92,14 @@ class Encoder:
                 torch.arange(len(head), device=device) - (counts[number].cumsum(0) - counts[number])[head]
             )
             place = of_head + first[number][head]
-            target = self.grid.pages_at(task.destination, first_page[head] + place // per_page[number])
+            target = self._grid.pages_at(task.destination, first_page[head] + place // per_page[number])
             target = target * per_page[number] + place % per_page[number]
             is_old = of_head < num_old[number][head]
             unit = begin[number][head] + of_head
             moved = old[keep_old[number]]
-            at_once = max(1, self.cache.slice_bytes // sizes[number])
+            at_once = max(1, self._cache.slice_bytes // sizes[number])
             for to, source in zip(target[is_old].split(at_once), moved.split(at_once), strict=True):
-                staged.append((to, self.cache.read_records(source, own), own))
+                staged.append((to, self._cache.read_records(source, own), own))
                 if not overlaps:
                     self._write(staged)
             from_start[unit[is_old]] = old_columns.expand(len(old), -1, -1)[keep_old[number]]
@@ -115,8 +117,8 @@ class Encoder:
         self._write(staged)
         shared = task.work.table is not None and task.work.table.is_shared
         if not shared and (freed := sorted({*job.previous} - {*job.destination})):
-            self.cache.clear(self.cache.on_device(freed))
-        return Encoded(held, records, pages, row, from_start)
+            self._cache.clear(self._cache.on_device(freed))
+        return Encoded(held, records, num_pages, row, from_start)
 
     def _encoded(
         self,
@@ -129,16 +131,16 @@ class Encoder:
         solution: Solution | None,
     ) -> tuple[Tensor, Tensor]:
         """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
-        pages = held.pages[begin:end, : num_raw // self.grid.block_size]
+        pages = held.pages[begin:end, : num_raw // self._grid.block_size]
         keys, values = (
-            read(pages).reshape(-1, self.cache.head_size)
-            for read in (self.cache.read_keys, self.cache.read_values)
+            read(pages).reshape(-1, self._cache.head_size)
+            for read in (self._cache.read_keys, self._cache.read_values)
         )
         columns = torch.arange(num_raw, device=keys.device).repeat(end - begin)
         if keep_raw is not None:
             kept = keep_raw[begin:end].flatten().nonzero()[:, 0]
             keys, values, columns = keys[kept], values[kept], columns[kept]
-        tokens = (-1, RECORD, self.cache.head_size)
+        tokens = (-1, RECORD, self._cache.head_size)
         if solution is not None:
             assert isinstance(format, Matched)
             values = torch.cat(solution.values[begin:end])
@@ -153,5 +155,5 @@ class Encoder:
 
     def _write(self, staged: list[tuple[Tensor, Tensor, RecordFormat]]) -> None:
         for target, content, format in staged:
-            self.cache.write_records(target, content, format)
+            self._cache.write_records(target, content, format)
         staged.clear()

@@ -33,8 +33,8 @@ from vllm_kvcompress.requests.float8 import ON_GPU, Float8
 from vllm_kvcompress.requests.runs import RunArrays
 from vllm_kvcompress.requests.sums import BYTES as SUM_BYTES
 from vllm_kvcompress.requests.sums import PageSums
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.gpu_cache import PlainCache
+from vllm_kvcompress.worker.work import Work
 from vllm_kvcompress.worker.worker import CompressionWorker, every_page
 
 _FLASH = "vllm_kvcompress.attention.flash_attn.CompressedFlashAttentionBackend"

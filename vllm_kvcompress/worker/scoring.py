@@ -11,43 +11,42 @@ from vllm_kvcompress.policies.base import LayerObservation, Policy
 from vllm_kvcompress.requests.cache import protect
 from vllm_kvcompress.requests.observer import LayerAttention, Observed
 from vllm_kvcompress.requests.tables import RequestTable
-from vllm_kvcompress.worker.candidates import Candidates, Reader, Task, longest
+from vllm_kvcompress.worker.candidates import Candidates, Reader, longest
+from vllm_kvcompress.worker.room import Room
+from vllm_kvcompress.worker.work import Task
 
 
 class Scoring:
-    """Shows policies what requests hold, and has them score it.
-
-    All layers go through few operations together: what is as long as a request's context is made for as many
-    layers at a time as fit `PagedCache.slice_bytes`.
-    """
+    """Shows policies what requests hold, and has them score it."""
 
     def __init__(
         self,
         reader: Reader,
+        room: Room,
         layers: list[LayerAttention],
-        agree: Callable[[Tensor, Literal["mean", "max"]], Tensor] | None = None,
+        agree: Callable[[Tensor, Literal["mean", "max"]], Tensor] | None,
     ) -> None:
         """With one of `layers` per layer of the cache's grid; `agree` as of `Compactor`."""
-        self.cache, self.grid = reader.cache, reader.grid
-        self._reader, self._layers, self._agree = reader, layers, agree
+        self._cache, self._grid = reader.cache, reader.grid
+        self._reader, self._room, self._layers, self._agree = reader, room, layers, agree
 
     def scores(self, tasks: list[Task], together: Candidates) -> Tensor:
         """The policy's scores `[X, T]`, ready to be compared: padding lowest, then what is no number."""
         sinks, policy = tasks[0].work.job.config.sink_tokens, tasks[0].policy.scored_by
-        if self.cache.scores_windows(policy) and together.records is None:
+        if self._cache.scores_windows(policy) and together.records is None:
             scores = self._window_scores(policy, tasks, together)
         else:
             shape = len(together.pages), together.num_scored
-            scores = torch.full(shape, -torch.inf, device=self.cache.device)
+            scores = torch.full(shape, -torch.inf, device=self._cache.device)
             for task, own in zip(tasks, scores.chunk(len(tasks)), strict=True):
                 for part in self.slices(task, policy):
                     self._own(own, part)[:] = self._scores_of(policy, task, part)
-                if recent := policy.num_recent(self._reader.tokens_of_head(task)):
+                if recent := policy.num_recent(self._room.tokens_of_head(task)):
                     own[:, -recent:] = torch.inf  # the largest number once they are ranked
         if self._agree is not None:
             scores = self._agree(scores, policy.of_ranks)
         # One broken score must not rank a token below what does not exist, nor above what is protected.
-        self.cache.rank(scores, together.padding, sinks)
+        self._cache.rank(scores, together.padding, sinks)
         return scores
 
     def refine(self, tasks: list[Task], together: Candidates, scores: Tensor, num_kept: Tensor) -> None:
@@ -66,7 +65,7 @@ class Scoring:
     ) -> LayerObservation:
         """What a policy sees of some layers; of keys and values what it reads, or both, or neither."""
         job, observed = task.work.job, task.work.observed
-        rows, device = len(part.pages), self.cache.device
+        rows, device = len(part.pages), self._cache.device
         width = part.num_scored + job.num_tokens - job.boundary
         keys = values = torch.empty(rows, width, 0, device=device)
         raw = width - (0 if part.records is None else part.records.shape[1] * RECORD)
@@ -74,9 +73,9 @@ class Scoring:
         reads_values = policy.reads_values if reads is None else reads
         bias = None
         if reads_keys:
-            keys = self.cache.read_keys(part.pages, part.layers)[:, :raw]
+            keys = self._cache.read_keys(part.pages, part.layers)[:, :raw]
         if reads_values:
-            values = self.cache.read_values(part.pages, part.layers)[:, :raw]
+            values = self._cache.read_values(part.pages, part.layers)[:, :raw]
         if part.records is not None and (reads_keys or reads_values):
             assert task.work.table is not None and task.work.table.format is not None
             encoded = self._reader.decoded(part, task.work.table.format)
@@ -114,17 +113,17 @@ class Scoring:
     def slices(self, task: Task, policy: Policy) -> Iterator[Candidates]:
         """The layers, as many at a time as the policy scores at once and memory is meant for."""
         job, observed = task.work.job, task.work.observed
-        at_once, heads = 1, self.grid.num_heads
+        at_once, heads = 1, self._grid.num_heads
         if policy.stacks_layers:
             columns = longest(task.work.table, slice(None))
-            columns += len(job.source + job.tail) * self.grid.block_size
+            columns += len(job.source + job.tail) * self._grid.block_size
             group = 0 if observed is None or observed.ring is None else observed.ring.shape[2] // heads
             # Keys and attention in float32, or else a number of each token. Who reads values, too, makes
             # several of their kind of both.
             copies = policy.reads_keys and not self._reads_in_place(policy, task)
-            per_token = copies * self.cache.head_size * (4 if policy.reads_values else 1)
+            per_token = copies * self._cache.head_size * (4 if policy.reads_values else 1)
             per_token = per_token + group * policy.window or 1
-            at_once = max(1, self.cache.slice_bytes // (4 * heads * columns * per_token))
+            at_once = max(1, self._cache.slice_bytes // (4 * heads * columns * per_token))
         begin = 0
         while begin < len(self._layers):
             end = begin + 1
@@ -140,13 +139,17 @@ class Scoring:
         policy, states = task.policy.scored_by, observed.states
         if type(policy).carry is Policy.carry or states[0] is None:
             return
-        block_size, heads, num_raw = self.grid.block_size, self.grid.num_heads, job.num_tokens - job.boundary
+        block_size, heads, num_raw = (
+            self._grid.block_size,
+            self._grid.num_heads,
+            job.num_tokens - job.boundary,
+        )
         raw = torch.arange(num_raw, device=from_end.device)
         together = policy.stacks_layers and type(policy).stack is Policy.stack  # so they are `[H, W]`
         at_once = 1
         if together:
             columns = max(state.shape[1] for state in states)
-            at_once = max(1, self.cache.slice_bytes // (8 * heads * columns))
+            at_once = max(1, self._cache.slice_bytes // (8 * heads * columns))
         for begin in range(0, len(states), at_once):
             some = slice(begin, min(begin + at_once, len(states)))
             width = len(job.source) * block_size + longest(table, some)
@@ -179,11 +182,11 @@ class Scoring:
         if not self._reads_in_place(policy, task):
             return policy.score(self.observe(policy, task, part))
         seen = self.observe(policy, task, part, reads=False)
-        return self.cache.token_scores(policy, part.pages, part.layers, seen)
+        return self._cache.token_scores(policy, part.pages, part.layers, seen)
 
     def _reads_in_place(self, policy: Policy, task: Task) -> bool:
         """Whether the cache itself makes a request's scores, without a copy of what it holds."""
-        return self.cache.scores_tokens(policy) and not task.is_encoded
+        return self._cache.scores_tokens(policy) and not task.is_encoded
 
     def _window_scores(self, policy: Policy, tasks: list[Task], together: Candidates) -> Tensor:
         """The scores that the cache itself makes of all layers and requests."""
@@ -192,7 +195,7 @@ class Scoring:
             assert task.work.observed is not None
             queries.append(task.work.observed.window(slice(None), task.work.job.num_tokens).transpose(0, 1))
         ends = [together.num_scored + job.num_tokens - job.boundary for job in jobs]
-        return self.cache.window_scores(
+        return self._cache.window_scores(
             policy,
             together.pages,
             queries[0] if len(queries) == 1 else torch.cat(queries),
@@ -205,9 +208,7 @@ class Scoring:
 
     def _own(self, scores: Tensor, part: Candidates) -> Tensor:
         """What is a part's of a request's scores `[L·H, T]`."""
-        heads = self.grid.num_heads
-        rows = slice(part.layers.start * heads, part.layers.stop * heads)
-        return scores[rows, scores.shape[1] - part.num_scored :]
+        return scores[self._grid.rows(part.layers), scores.shape[1] - part.num_scored :]
 
     def _state(self, policy: Policy, observed: Observed | None, part: Candidates, width: int) -> Any:
         """What was noted of the columns of some layers, by the policy or in its place."""
@@ -216,5 +217,5 @@ class Scoring:
         if observed.sums is not None:
             return observed.sums.read(part.pages)[:, :width]
         if observed.moments is not None:
-            return observed.moments.read(part.layers, self.grid.num_heads)
+            return observed.moments.read(part.layers, self._grid.num_heads)
         return policy.stack(observed.states[part.layers])

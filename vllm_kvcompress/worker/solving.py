@@ -8,9 +8,10 @@ from torch import Tensor
 from vllm_kvcompress.matching import Fit, padded, solve_bytes_on
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.requests.observer import Observed
-from vllm_kvcompress.worker.candidates import Reader, Task, Work
+from vllm_kvcompress.worker.candidates import Reader
 from vllm_kvcompress.worker.choosing import Choice, Choosing
 from vllm_kvcompress.worker.scoring import Scoring
+from vllm_kvcompress.worker.work import Task, Work
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Solver:
     """Solves for biases and values, and holds them until they are taken."""
 
     def __init__(self, reader: Reader, scoring: Scoring, choosing: Choosing) -> None:
-        self.cache, self.grid = reader.cache, reader.grid
+        self._cache, self._grid = reader.cache, reader.grid
         self._reader, self._scoring, self._choosing = reader, scoring, choosing
         self._solutions: dict[str, Solution] = {}
 
@@ -42,16 +43,16 @@ class Solver:
         """As `Compactor.solve`."""
         work = Work(solve.job, observed=observed)
         (task,) = self._reader.tasks([work])
-        num_raw = len(solve.job.source) * self.grid.block_size
+        num_raw = len(solve.job.source) * self._grid.block_size
         name, format = solve.job.request_id, solve.job.config.record_format
         assert format is not None
         if solve.shares.start == 0:
-            held = self._reader.candidates(task, slice(0, self.grid.num_layers))
+            held = self._reader.candidates(task, slice(0, self._grid.num_layers))
             choice = self._choosing.choose(task, held, format, num_raw, solve.num_blocks)
             assert choice.raw is not None
             self._solutions[name] = Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
-        solution, heads = self._solutions[name], self.grid.num_heads
-        total = self.grid.num_layers * heads
+        solution, heads = self._solutions[name], self._grid.num_heads
+        total = self._grid.num_layers * heads
         for share in solve.shares:  # one by one: what is solved must not hang on how many a step has
             begin, end = (total * edge // solve.num_shares for edge in (share, share + 1))
             for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
@@ -61,15 +62,15 @@ class Solver:
     def _fit(self, task: Task, solution: Solution, layer: int, heads: slice) -> None:
         """Solve for some of a layer's heads, as many at a time as memory is meant for."""
         assert solution.choice.raw is not None
-        policy, first_row, begin = task.policy, layer * self.grid.num_heads, heads.start
+        policy, first_row, begin = task.policy, layer * self._grid.num_heads, heads.start
         part = self._reader.candidates(task, slice(layer, layer + 1))
         while begin < heads.stop:
             num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
-            kind = self.cache.device.type
+            kind = self._cache.device.type
             fitting = [
                 n
                 for n in range(1, len(num_kept) + 1)
-                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), self.cache.head_size, kind)
+                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), self._cache.head_size, kind)
                 <= solve_bytes_on(kind)
             ]
             end = begin + max([1, *fitting])
@@ -93,6 +94,6 @@ class Solver:
         """Drop what was solved of a request."""
         self._solutions.pop(request_id, None)
 
-    def taken(self, job: Job) -> Solution | None:
-        """What was solved of a Job's request, which is forgotten; None if it is not of those solved for."""
+    def take(self, job: Job) -> Solution | None:
+        """What was solved for a Job, which is forgotten; None if it was not solved for."""
         return self._solutions.pop(job.request_id) if job.solved else None

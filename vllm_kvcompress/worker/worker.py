@@ -39,10 +39,10 @@ from vllm_kvcompress.requests.layers import ProbedLayers, draft_layers, probe_la
 from vllm_kvcompress.requests.observer import Observer
 from vllm_kvcompress.requests.state import CompressionState, RunnerV1Rows, RunnerV2Rows
 from vllm_kvcompress.requests.tables import RequestTable
-from vllm_kvcompress.worker.candidates import Work
 from vllm_kvcompress.worker.compactor import Compactor
 from vllm_kvcompress.worker.saving import Saver
 from vllm_kvcompress.worker.stopwatch import Stopwatch
+from vllm_kvcompress.worker.work import Work
 
 
 class CompressionWorker(Worker):
