@@ -112,7 +112,9 @@ def _methods(arguments: argparse.Namespace) -> None:
         print(f"    {allocation['usage']:<14}{allocation['summary']}")
         if allocation["options"]:
             print(f"    {'':<14}options {_assignments(allocation['options'])}")
-    print("\nformats (any method takes any of them: METHOD+FORMAT; with a budget fewer tokens stay)")
+    print(
+        "\nformats (METHOD+FORMAT, of attention_matching all but auto and mixed_dim; with a budget fewer tokens stay)"
+    )
     for format in listing["formats"]:
         print(f"    {format['name']:<14}{format['summary']}")
     print(f"\noptions of every method: {_assignments(listing['common_options'])}")
