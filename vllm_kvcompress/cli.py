@@ -113,7 +113,7 @@ def _methods(arguments: argparse.Namespace) -> None:
         if allocation["options"]:
             print(f"    {'':<14}options {_assignments(allocation['options'])}")
     print(
-        "\nformats (METHOD+FORMAT; of attention_matching not auto and mixed_dim; with a budget fewer tokens stay)"
+        "\nformats (METHOD+FORMAT; attention_matching not auto, mixed_dim; with a budget fewer tokens stay)"
     )
     for format in listing["formats"]:
         print(f"    {format['name']:<14}{format['summary']}")
