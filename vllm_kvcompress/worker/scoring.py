@@ -139,11 +139,7 @@ class Scoring:
         policy, states = task.policy.scored_by, observed.states
         if type(policy).carry is Policy.carry or states[0] is None:
             return
-        block_size, heads, num_raw = (
-            self._grid.block_size,
-            self._grid.num_heads,
-            job.num_tokens - job.boundary,
-        )
+        heads, num_raw = self._grid.num_heads, job.num_tokens - job.boundary
         raw = torch.arange(num_raw, device=from_end.device)
         together = policy.stacks_layers and type(policy).stack is Policy.stack  # so they are `[H, W]`
         at_once = 1
@@ -152,7 +148,7 @@ class Scoring:
             at_once = max(1, self._cache.slice_bytes // (8 * heads * columns))
         for begin in range(0, len(states), at_once):
             some = slice(begin, min(begin + at_once, len(states)))
-            width = len(job.source) * block_size + longest(table, some)
+            width = len(job.source) * self._grid.block_size + longest(table, some)
             old = new.align(some, from_end, -width - 1) + width
             kept = torch.cat([old, (raw + width).expand(len(old), -1)], 1)
             if not together:
