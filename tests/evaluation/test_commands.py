@@ -82,6 +82,13 @@ def test_inspect_draws_the_kept_fraction(random_model, tmp_path):
     assert is_picture(tmp_path / "kept.png")
 
 
+def test_inspect_shows_what_a_method_keeps_that_has_the_prompt_repeated(random_model, tmp_path):
+    arguments = ["--compression", "kvzip:budget=0.25", "--tokens", "600", "--output", str(tmp_path)]
+    command("inspect", str(random_model), *arguments)
+    kept = json.loads((tmp_path / "kept.json").read_text())["kept"]
+    assert len({share for layer in kept for share in layer}) > 1
+
+
 def test_bench_compares_with_stock(random_model, tmp_path):
     arguments = ["--contexts", "512", "--batch", "2", "--rounds", "2", "--steps", "3", "--requests", "8"]
     arguments += ["--prompt", "1500", "--output-tokens", "120", "--server-rounds", "1"]

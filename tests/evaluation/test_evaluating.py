@@ -18,6 +18,7 @@ from vllm_kvcompress.evaluation.quality.samples import Sample, first_number, ope
 from vllm_kvcompress.evaluation.quality.texts import KINDS
 from vllm_kvcompress.evaluation.store import Store
 from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, Variant
+from vllm_kvcompress.paging.repetition import LEAST
 
 BOS, EOS = 1, 2
 
@@ -111,11 +112,11 @@ def test_a_tokenizer_whose_special_tokens_are_inside_a_text_is_refused():
 # ---------------------------------------------------------------------- the model's context
 
 
-def work_of(monkeypatch, limit: int, lengths: list[int], tasks=("needle", "kl_prose"), **given):
+def work_of(monkeypatch, limit: int, lengths: list[int], tasks=("needle", "kl_prose"), rows=ROWS, **given):
     monkeypatch.setattr(evaluate, "_tokenizer", lambda model: Letters(ends=True))
     monkeypatch.setattr(evaluate, "context_limit", lambda model: limit)
     arguments = {"text": None, "repetitions": 1, "seed": 0, "kl_tokens": 8, "data": None, "limit": 5} | given
-    return evaluate.Work.of(argparse.Namespace(**arguments), "m", tasks, lengths)
+    return evaluate.Work.of(argparse.Namespace(**arguments), "m", tasks, lengths, rows)
 
 
 def test_documents_beyond_the_context_are_left_out_and_named(monkeypatch):
@@ -179,6 +180,45 @@ def test_a_document_that_just_fits_is_asked(monkeypatch):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    "method, room", [("kvzip", LEAST), ("attention_matching", LEAST), ("foresight", 0), ("stock:fp8", 0)]
+)
+def test_behind_what_is_repeated_room_is_left_in_the_context_for_the_least_repetition(
+    monkeypatch, method, room
+):
+    rows = [*ROWS, Variant(method if method.startswith("stock") else f"{method}:budget=0.25")]
+    (sample,) = work_of(monkeypatch, 9000, [2500], ["needle"]).samples
+    prompt = 1 + len(sample.document) + len(sample.question)
+    needed = prompt + max(sample.max_tokens, room)
+    assert work_of(monkeypatch, needed, [2500], ["needle"], rows).length == needed
+    with pytest.raises(KVCompressionError, match=f"needle/2500/0 \\({needed} tokens"):
+        work_of(monkeypatch, needed - 1, [2500], ["needle"], rows)
+    (text,) = work_of(monkeypatch, 9000, [2500], ["kl_prose"]).texts
+    needed = len(text["prompt"]) + max(len(text["tokens"]), room)
+    assert work_of(monkeypatch, needed, [2500], ["kl_prose"], rows).length == needed
+    long = replace(sample, document="d" * 5000)
+    cut = evaluate._shortened(long, Letters(), 3000, room)
+    assert 2990 < 1 + len(cut.document) + len(cut.question) + max(cut.max_tokens, room) <= 3000
+
+
+@pytest.mark.parametrize("limit", [2800, 3500, 100_000])
+def test_an_engine_has_room_for_repetitions_as_long_as_the_models_context_allows(monkeypatch, store, limit):
+    made = []
+
+    def fake(model, length, block_size, config):
+        made.append((length, FakeEngine(Letters())))
+        return made[-1][1]
+
+    monkeypatch.setattr(engine_module, "Engine", fake)
+    rows = [*ROWS, Variant("kvzip:budget=0.25", "kvzip", 0.25)]
+    work = work_of(monkeypatch, limit, [2500], rows=rows)
+    evaluate._measure(argparse.Namespace(block_size=32, modes=evaluate.MODES), "m", work, rows, store)
+    ((length, engine),) = made
+    longest = max(len(ask.prompt) for ask in engine.asked)
+    assert length == limit or length >= 2 * longest + LEAST
+    assert max(longest, engine.stepped) + LEAST <= length <= limit
+
+
 def test_the_engine_is_made_for_what_is_asked_and_everything_is(monkeypatch, store):
     made = []
 
@@ -209,20 +249,20 @@ def test_benchmark_documents_are_cut_to_fit_even_where_the_cut_text_has_more_tok
 
     sample = Sample("qasper", "qasper/0", "d" * 500, "q" * 30, ("42",), first_number, 16, 500)
     for tokenizer in (Letters(ends=True), Growing()):
-        cut = evaluate._shortened(sample, tokenizer, 200)
+        cut = evaluate._shortened(sample, tokenizer, 200, 0)
         total = len(opening(tokenizer, cut.document)) + 30 + 16
         assert 100 < total <= 200
-    whole = evaluate._shortened(sample, Letters(), 600)
+    whole = evaluate._shortened(sample, Letters(), 600, 0)
     assert whole is sample
     hopeless = replace(sample, question="q" * 300)
-    assert evaluate._tokens_of(evaluate._shortened(hopeless, Letters(), 200), Letters()) > 200
+    assert evaluate._tokens_of(evaluate._shortened(hopeless, Letters(), 200, 0), Letters(), 0) > 200
 
 
 @pytest.mark.parametrize("suite", ["longbench", "ruler"])
 def test_benchmarks_are_found(suite, tmp_path):
     arguments = argparse.Namespace(data=tmp_path, limit=1)
     with pytest.raises(KVCompressionError, match="is not there"):
-        evaluate._benchmark_samples([suite], arguments, Letters(), 4096)
+        evaluate._benchmark_samples([suite], arguments, Letters(), 4096, 0)
 
 
 # ---------------------------------------------------------------------- what is counted

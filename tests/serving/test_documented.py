@@ -118,7 +118,7 @@ def place(smollm2, tokenizer, tmp_path_factory) -> Path:
     save(folder / "models" / "smollm2-135m-instruct", 8192)
     save(folder / "short" / "MODEL", 700)
     save(folder / "short" / "models" / "smollm2-135m-instruct", 700)
-    save(folder / "short" / "qwen2.5-coder-0.5b", 2200)
+    save(folder / "short" / "qwen2.5-coder-0.5b", 2400)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Rows of the table: the full cache, methods at budgets, stock vLLM's own quantized caches."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -11,6 +11,7 @@ FULL = "off"  # the full cache, as a request asks for it
 # What a method does to a prompt is measured however short the prompt is, and however many are compacted in a
 # step: who waited for its turn would answer its first tokens from raw context.
 EVERY_PROMPT = KVCompressionConfig(min_freed_tokens=1, max_compaction_tokens=MOST_VALUE)
+ROOM = 320  # that a repetition needs beside the context and itself, at most
 STOCK = "stock:"  # before a `--kv-cache-dtype` of stock vLLM
 
 
@@ -58,6 +59,27 @@ def served_by(specs: Sequence[str]) -> KVCompressionConfig:
     theirs = {KVCompressionConfig.parse(spec).method for spec in specs}
     method = next(name for name in METHODS if name not in theirs)
     return replace(EVERY_PROMPT, method=method, allocation=f"profile:{named.pop()}")
+
+
+def behind(configs: Iterable[KVCompressionConfig]) -> int:
+    """Tokens that a context must have behind each prompt: some, if one of these has prompts repeated.
+
+    It is what the engine asks for of whoever has its prompt repeated, whatever its output.
+    """
+    from vllm_kvcompress.paging.repetition import LEAST
+
+    return max((LEAST for config in configs if config.repeats), default=0)
+
+
+def max_model_len(longest: int, limit: int, configs: Iterable[KVCompressionConfig]) -> int:
+    """Of an engine, so that prompts are repeated in parts as long as in the whole context of the model.
+
+    Args:
+        longest: tokens of the longest request.
+        limit: tokens of the model's context.
+        configs: what requests are compacted by.
+    """
+    return min(limit, 2 * longest + ROOM) if behind(configs) else longest
 
 
 def split_methods(given: str) -> list[str]:

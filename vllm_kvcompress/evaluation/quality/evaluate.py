@@ -28,6 +28,8 @@ from vllm_kvcompress.evaluation.variants import (
     STOCK,
     Variant,
     baselines,
+    behind,
+    max_model_len,
     served_by,
     split_methods,
     variants,
@@ -41,7 +43,6 @@ KL_CUE = 24  # tokens of the repeated passage that the prompt gives away
 STEP_BATCH, STEPS = 4, 12
 STEP_ROOM = 4 * STEPS + 64  # tokens that requests whose steps are timed may output
 OTHER_SEED = 1000  # beside what a scorer is trained on
-REPETITION_ROOM = 320  # that a repetition needs beside the context and itself, at most
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> None:
     own = [task for task in tasks if not task.startswith("harness:")]
     tables, samples = [], []
     if own:
-        work = Work.of(arguments, model, own, lengths)
+        work = Work.of(arguments, model, own, lengths, rows)
         if work.too_long:
             print(work.left_out(), file=sys.stderr)
         samples = work.samples
@@ -160,6 +161,7 @@ class Work:
         documents: of the retrieval tasks and of the divergences.
         samples: questions, in the order in which they are asked.
         texts: true continuations.
+        configs: what they are compacted by.
         limit: tokens of the model's context.
         length: tokens that the longest of them takes.
         too_long: what was left out, with the tokens that it would take.
@@ -168,12 +170,15 @@ class Work:
     documents: list[retrieval.Document]
     samples: list[Sample]
     texts: list[dict[str, Any]]
+    configs: list[KVCompressionConfig]
     limit: int
     length: int
     too_long: dict[str, int]
 
     @classmethod
-    def of(cls, arguments, model, tasks: Sequence[str], lengths: list[int]) -> "Work":
+    def of(
+        cls, arguments, model, tasks: Sequence[str], lengths: list[int], rows: Sequence[Variant]
+    ) -> "Work":
         """Make and read everything.
 
         Raises:
@@ -182,9 +187,11 @@ class Work:
         tokenizer = _tokenizer(model)
         prose = arguments.text.read_text(encoding="utf-8") if arguments.text else retrieval.default_prose()
         limit = context_limit(model)
+        configs = [KVCompressionConfig.parse(row.spec) for row in rows if not row.spec.startswith(STOCK)]
+        room = behind(configs)
         documents = retrieval.documents(tokenizer, lengths, arguments.repetitions, prose, arguments.seed)
         samples = [s for document in documents for s in document.samples if s.task in tasks]
-        samples += _benchmark_samples(tasks, arguments, tokenizer, limit)
+        samples += _benchmark_samples(tasks, arguments, tokenizer, limit, room)
         texts = [
             _continuation(tokenizer, document, task, arguments.kl_tokens)
             for document in documents
@@ -193,13 +200,14 @@ class Work:
         ]
         if KL_KINDS in tasks:
             texts += _texts_of_kinds(tokenizer, lengths, arguments)
-        needs = {sample.id: _tokens_of(sample, tokenizer) for sample in samples}
-        needs |= {text["id"]: len(text["prompt"]) + len(text["tokens"]) for text in texts}
+        needs = {sample.id: _tokens_of(sample, tokenizer, room) for sample in samples}
+        needs |= {text["id"]: len(text["prompt"]) + max(len(text["tokens"]), room) for text in texts}
         fitting = {name: tokens for name, tokens in needs.items() if tokens <= limit}
         work = cls(
             documents,
             [sample for sample in samples if sample.id in fitting],
             [text for text in texts if text["id"] in fitting],
+            configs,
             limit,
             max(fitting.values(), default=0),
             {name: tokens for name, tokens in needs.items() if tokens > limit},
@@ -219,7 +227,8 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
 
     from vllm_kvcompress.evaluation.engine import Engine
 
-    length = min(work.limit, work.length + STEP_ROOM)
+    room = max(STEP_ROOM, behind(work.configs))
+    length = min(work.limit, work.length + room)
     references: dict[str, Any] = {}  # of the full cache, for engines that cannot serve it
 
     def steps(engine, rows: list[Variant], later: list[Variant]) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -232,7 +241,7 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
             for text in work.texts:
                 if text["text"] == document:
                     yield text["id"], partial(_diverge, engine, text, rows, later, store, references)
-        prompt = opening(engine.tokenizer, work.documents[-1].text)[: max(1, length - STEP_ROOM)]
+        prompt = opening(engine.tokenizer, work.documents[-1].text)[: max(1, length - room)]
         for row in rows:
             yield f"decode time {row.spec}", partial(_time_step, engine, prompt, row, store)
 
@@ -246,8 +255,7 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
     stock = [row for row in rows if row.spec.startswith(STOCK)]
     try:
         ours = [row for row in rows if row not in stock]
-        repeats = any(KVCompressionConfig.parse(row.spec).repeats for row in ours)
-        most = min(work.limit, 2 * work.length + REPETITION_ROOM) if repeats else length
+        most = max_model_len(length, work.limit, work.configs)
         config = served_by([row.spec for row in ours])
         measure(Engine(model, most, arguments.block_size, config=config), ours, stock)
         for row in stock:
@@ -411,7 +419,9 @@ def _texts_of_kinds(tokenizer, lengths: Sequence[int], arguments) -> list[dict[s
     return made
 
 
-def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: int) -> list[Sample]:
+def _benchmark_samples(
+    tasks: Sequence[str], arguments, tokenizer, max_tokens: int, room: int
+) -> list[Sample]:
     """LongBench's and RULER's samples; too long documents lose their middle, as LongBench prescribes."""
     from vllm_kvcompress.evaluation.quality import longbench, ruler
 
@@ -424,29 +434,29 @@ def _benchmark_samples(tasks: Sequence[str], arguments, tokenizer, max_tokens: i
             raise KVCompressionError(f"{suite} needs --data FOLDER with its files")
         load = {"longbench": longbench, "ruler": ruler}[suite].load
         for sample in load(arguments.data, names.split("+") if names else None, arguments.limit):
-            made.append(_shortened(sample, tokenizer, max_tokens))
+            made.append(_shortened(sample, tokenizer, max_tokens, room))
     return made
 
 
-def _shortened(sample: Sample, tokenizer, max_tokens: int) -> Sample:
+def _shortened(sample: Sample, tokenizer, max_tokens: int, room: int) -> Sample:
     """A sample whose document, question and answer take no more than so many tokens, if that can be."""
     from vllm_kvcompress.evaluation.quality.longbench import truncate_middle
 
-    excess = _tokens_of(sample, tokenizer) - max_tokens
+    excess = _tokens_of(sample, tokenizer, room) - max_tokens
     tokens = tokenizer.encode(sample.document, add_special_tokens=False)
     keep, cut = len(tokens), sample
     # Text that was cut may have more tokens than were left of it.
     while excess > 0 and keep > excess:
         keep -= excess
         cut = replace(sample, document=tokenizer.decode(truncate_middle(tokens, keep)))
-        excess = _tokens_of(cut, tokenizer) - max_tokens
+        excess = _tokens_of(cut, tokenizer, room) - max_tokens
     return cut
 
 
-def _tokens_of(sample: Sample, tokenizer) -> int:
-    """Tokens of a sample, its answer included."""
+def _tokens_of(sample: Sample, tokenizer, room: int) -> int:
+    """Tokens of a sample, its answer included, or what must be left behind its prompt where that is more."""
     question = tokenizer.encode(sample.question, add_special_tokens=False)
-    return len(opening(tokenizer, sample.document)) + len(question) + sample.max_tokens
+    return len(opening(tokenizer, sample.document)) + len(question) + max(sample.max_tokens, room)
 
 
 def _harness(tasks: Sequence[str], arguments, model, rows: list[Variant], folder: Path) -> str:

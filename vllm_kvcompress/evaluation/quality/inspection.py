@@ -9,7 +9,7 @@ from vllm_kvcompress.evaluation import options
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit
 from vllm_kvcompress.evaluation.quality import retrieval
 from vllm_kvcompress.evaluation.quality.samples import opening
-from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, served_by
+from vllm_kvcompress.evaluation.variants import EVERY_PROMPT, behind, max_model_len, served_by
 from vllm_kvcompress.plan import Plan
 
 OUTPUT = 2  # tokens: a prompt is compacted before the second is computed
@@ -39,9 +39,10 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     prompt = opening(tokenizer, _text(tokenizer, arguments))[: arguments.tokens]
     limit = context_limit(arguments.model)
-    if len(prompt) + OUTPUT > limit:
+    more = max(OUTPUT, behind([config]))
+    if (longest := len(prompt) + more) > limit:
         raise KVCompressionError(
-            f"a prompt of {len(prompt)} tokens and {OUTPUT} more exceed the model's context of {limit}; "
+            f"a prompt of {len(prompt)} tokens and {more} more exceed the model's context of {limit}; "
             "lower --tokens"
         )
     if config.record_format is None and Plan.of(config, len(prompt), arguments.block_size) is None:
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     engine = Engine(
         arguments.model,
-        len(prompt) + OUTPUT,
+        max_model_len(longest, limit, [config]),
         arguments.block_size,
         config=served_by([arguments.compression]),
     )

@@ -29,6 +29,7 @@ from vllm_kvcompress.evaluation.speed.prefixes import (
 from vllm_kvcompress.evaluation.speed.rates import ASKED, measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
 from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
+from vllm_kvcompress.evaluation.variants import behind
 from vllm_kvcompress.plan import Plan
 
 REGIMES = {"pressure": "under memory pressure", "short": "with short prompts in a roomy pool"}
@@ -115,11 +116,12 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, parts: list[str]) -> None:
     """Refuse lengths that some part could not be measured at, before the first is measured."""
+    room = max(arguments.output_tokens, behind([config]))
     longest = {
-        "steps": max(arguments.contexts) + output_room(arguments),
-        "serve": max(arguments.prompt, arguments.short) + arguments.output_tokens,
-        "rates": arguments.prompt + arguments.output_tokens + ASKED,
-        "document": arguments.prompt + arguments.output_tokens,
+        "steps": max(arguments.contexts) + max(output_room(arguments), behind([config])),
+        "serve": max(arguments.prompt, arguments.short) + room,
+        "rates": arguments.prompt + room + ASKED,
+        "document": arguments.prompt + room,
         "talks": longest_talk(arguments),
         "blocks": longest_request(arguments),
     }

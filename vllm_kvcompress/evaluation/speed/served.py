@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import engine_dtype
+from vllm_kvcompress.evaluation.host import context_limit, engine_dtype
 from vllm_kvcompress.evaluation.speed.stepped import ratios
 
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
 START_SECONDS, STOP_SECONDS = 300, 20
+BEHIND = 512  # tokens of a server's context behind the longest request, where the model has them
 FITTING = 4  # requests that the pool holds without compression
 
 # What is shown of the client's report.
@@ -57,7 +58,8 @@ class Server:
         command += ["--port", str(self.port), "--dtype", engine_dtype(), "--enforce-eager", "--seed", "0"]
         command += ["--block-size", str(arguments.block_size), "--num-gpu-blocks-override", str(blocks)]
         longest = max(arguments.prompt, arguments.short) + arguments.output_tokens
-        command += ["--max-model-len", str(min(longest + 512, (blocks - 1) * arguments.block_size))]
+        longest = min(longest + BEHIND, context_limit(arguments.model), (blocks - 1) * arguments.block_size)
+        command += ["--max-model-len", str(longest)]
         command += ["--max-num-seqs", "64", "--enable-prompt-tokens-details"]
         command += [] if prefix_caching else ["--no-enable-prefix-caching"]
         if config is not None:

@@ -15,7 +15,8 @@ from typing import Any
 
 import vllm_kvcompress
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.evaluation.host import cache_groups, engine_dtype
+from vllm_kvcompress.evaluation.host import cache_groups, context_limit, engine_dtype
+from vllm_kvcompress.evaluation.variants import behind, max_model_len
 
 PACKAGE = str(Path(vllm_kvcompress.__file__).parent)
 BUILT_IN = "~"  # what a profile has for the file of a function that is not Python's
@@ -31,14 +32,14 @@ class SteppedEngine:
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.variant = variant
         self.max_tokens = output_room(arguments)
-        longest = max(arguments.contexts) + self.max_tokens
         config = KVCompressionConfig.parse(arguments.compression)
+        longest = max(arguments.contexts) + max(self.max_tokens, behind([config]))
         blocks = arguments.batch * (longest // arguments.block_size + 1) * cache_groups(arguments.model)
         self.llm = LLM(
             arguments.model,
             dtype=engine_dtype(),
             enforce_eager=True,
-            max_model_len=longest,
+            max_model_len=max_model_len(longest, context_limit(arguments.model), [config]),
             block_size=arguments.block_size,
             num_gpu_blocks_override=2 * blocks,
             max_num_seqs=max(16, arguments.batch),
