@@ -8,7 +8,9 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from vllm.exceptions import VLLMValidationError
 
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.quality import harness
 from vllm_kvcompress.evaluation.quality.harness import (
     Measured,
@@ -121,6 +123,18 @@ def test_every_variant_gets_its_arguments(calls, tmp_path):
     assert first["task_manager"].include_path == str(tmp_path)
     assert first["task_manager"].metadata == {"pretrained": "model"}
     assert [task.task_name for task in first["tasks"]] == ["gsm8k"]
+
+
+def test_a_request_that_the_engine_refuses_is_one_line(calls, monkeypatch):
+    def refused(**arguments):
+        raise VLLMValidationError(
+            "kvzip needs 256 tokens", parameter="kv_compression"
+        )
+
+    monkeypatch.setattr(sys.modules["lm_eval.evaluator"], "simple_evaluate", refused)
+    with pytest.raises(KVCompressionError) as error:
+        run_one("model", ["gsm8k"], {})
+    assert str(error.value) == "kvzip needs 256 tokens"
 
 
 def test_a_group_stays_a_group(calls):

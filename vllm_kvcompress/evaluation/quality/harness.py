@@ -85,9 +85,11 @@ def run_one(
 
     Raises:
         TaskRefused: a task only scores log-likelihoods; found before an engine starts.
-        KVCompressionError: a task is not known.
+        KVCompressionError: a task is not known, or the engine refuses one of its requests.
         ModuleNotFoundError: lm_eval is not installed.
     """
+    from vllm.exceptions import VLLMValidationError
+
     require("lm_eval", EXTRA)
     manager = require("lm_eval.tasks", EXTRA).TaskManager(
         include_path=str(include_path) if include_path else None,
@@ -96,16 +98,19 @@ def run_one(
     chosen = load_tasks(manager, tasks)
     with vllm_known_by_name():
         require(BACK_END, EXTRA)
-    evaluated = require("lm_eval.evaluator", EXTRA).simple_evaluate(
-        model="vllm",
-        model_args={"pretrained": model, **kwargs},
-        tasks=chosen,
-        task_manager=manager,
-        limit=limit,
-        batch_size=batch_size,
-        apply_chat_template=chat,
-        log_samples=False,
-    )
+    try:
+        evaluated = require("lm_eval.evaluator", EXTRA).simple_evaluate(
+            model="vllm",
+            model_args={"pretrained": model, **kwargs},
+            tasks=chosen,
+            task_manager=manager,
+            limit=limit,
+            batch_size=batch_size,
+            apply_chat_template=chat,
+            log_samples=False,
+        )
+    except VLLMValidationError as error:
+        raise KVCompressionError(error.args[0]) from None
     return measured(evaluated["results"])
 
 
