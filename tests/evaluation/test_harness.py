@@ -127,9 +127,7 @@ def test_every_variant_gets_its_arguments(calls, tmp_path):
 
 def test_a_request_that_the_engine_refuses_is_one_line(calls, monkeypatch):
     def refused(**arguments):
-        raise VLLMValidationError(
-            "kvzip needs 256 tokens", parameter="kv_compression"
-        )
+        raise VLLMValidationError("kvzip needs 256 tokens", parameter="kv_compression")
 
     monkeypatch.setattr(sys.modules["lm_eval.evaluator"], "simple_evaluate", refused)
     with pytest.raises(KVCompressionError) as error:
