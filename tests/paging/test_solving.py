@@ -70,6 +70,58 @@ def test_beside_a_decoding_client_solves_have_a_tenth_of_the_time(clock, mode, w
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("beside", ["waits for its turn", "computes its prompt"])
+def test_whoever_is_served_and_not_solved_for_counts_as_a_client(clock, mode, beside):
+    sim = Simulation(
+        "attention_matching", max_num_batched_tokens=256, num_blocks=900, max_model_len=10_000, **mode
+    )
+    sim.worker.share_seconds = 0.05
+    first = sim.add(prompt_of(500, 31), OPTIONS.format(False), 300)
+    if beside == "waits for its turn":
+        sim.add(prompt_of(400, 32), OPTIONS.format(False), 900)
+    times: list[float] = []
+    while not sim.jobs_of(first):
+        if beside == "computes its prompt" and len(times) == 1 and len(sim.scheduler.requests) == 1:
+            sim.add(prompt_of(8000), "off", 1)
+        clock.now += 0.1
+        for name, count in shares(sim.step()):
+            assert (name, count) == (first, 1)
+            times.append(clock.now)
+    assert len(times) == SHARES
+    assert all(later - earlier >= 0.5 - 1e-9 for earlier, later in zip(times[1:], times[2:], strict=False))
+    for request in list(sim.scheduler.requests):
+        sim.abort(request)
+    sim.finish()
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_of_longer_contexts_a_head_has_more_shares_and_a_step_no_more_of_them_than_its_time_bears(
+    clock, mode, waits
+):
+    sim = Simulation("attention_matching", max_num_batched_tokens=4096, num_blocks=1200, **mode)
+    sim.worker.share_seconds = 0.02
+    client = sim.add(prompt_of(60), "off", 3000)
+    sim.step()
+    name = sim.add(prompt_of(3000, 31), OPTIONS.format(waits), 2000)
+    given, begun = [], None
+    while not sim.jobs_of(name):
+        clock.now += 0.3 if len(given) < SHARES else 0.6
+        output = sim.step()
+        assert client in output.num_scheduled_tokens
+        for _, count in shares(output):
+            begun = begun or clock.now
+            assert count * 0.02 <= 0.1 * 0.6 + 1e-9
+            given.append(count)
+    assert sum(given) == 3 * SHARES and max(given) > 1
+    assert clock.now - begun < 1.5 * 3 * SHARES * 0.2, "it has its tenth"
+    sim.abort(client)
+    sim.finish()
+    sim.check_nothing_left()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_a_request_decodes_on_its_raw_cache_until_it_is_solved(clock, mode):
     sim = simulate(**mode)
     sim.worker.share_seconds = 0.1
@@ -417,7 +469,7 @@ def test_one_that_is_solved_and_has_no_room_does_not_keep_others_from_their_turn
     assert not sim.jobs_of(names[0])
     assert sim.scheduler._solving.without_room == names[0]
     refused.add(names[2])
-    step_until(lambda: len(sim.worker.solved.get(names[2], ())) == SHARES)
+    step_until(lambda: sum(len(solve.shares) for solve in sim.worker.solved.get(names[2], ())) == SHARES)
     for _ in range(20):
         clock.now += 0.2
         sim.step()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 from test_policies import naive_attention, observe
 
-from vllm_kvcompress.matching import solve_bytes_on
+from vllm_kvcompress.matching import finish, solve_bytes_on
 from vllm_kvcompress.policies import POLICIES, LayerObservation
 from vllm_kvcompress.policies.base import RepeatedPart
 
@@ -154,6 +154,10 @@ def drawn(head, member, width=60, heads=2, group=3, seed=3):
     return observe(width, width, heads, group, seed=seed).queries[:, head, member]
 
 
+def fitted(own, seen, columns, present, heads=slice(0, 2)):
+    return finish(own.solve(seen, heads, columns, present, 0))[2]
+
+
 def dense(queries, keys, values, bias, scale):
     logits = queries.double() @ keys.double().T * scale + bias
     return logits.softmax(-1) @ values.double(), logits.logsumexp(-1)
@@ -166,7 +170,7 @@ def test_what_is_fitted_answers_the_queries_better_than_what_was_kept():
     columns = state.squares[:, :48].argsort(1, descending=True)[:, :12].sort(1).values
     present = torch.ones_like(columns, dtype=torch.bool)
     present[1, 9:] = False
-    fit = own.fit(seen, slice(0, 2), columns, present)
+    fit = fitted(own, seen, columns, present)
     for head in range(2):
         kept = columns[head][present[head]]
         queries = torch.cat([state.sample[:, head].flatten(0, 1), state.by[head, kept]])
@@ -185,7 +189,7 @@ def test_what_is_fitted_answers_the_queries_better_than_what_was_kept():
         assert solved[0] < plain[0] / 2 and solved[1] < plain[1] / 2
     # Alone a head is fitted to the same queries as beside one that keeps more.
     second = replace(seen, keys=seen.keys[1:], values=seen.values[1:])
-    one = own.fit(second, slice(1, 2), columns[1:, :9], present[1:, :9])
+    one = fitted(own, second, columns[1:, :9], present[1:, :9], slice(1, 2))
     torch.testing.assert_close(one.values[0, :9], fit.values[1, :9], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(one.bias[0, :9], fit.bias[1, :9], atol=1e-4, rtol=1e-3)
 
@@ -195,9 +199,9 @@ def test_pursued_tokens_are_as_many_and_add_up_to_more_of_the_mass():
     columns = seen.state.squares[:, :48].argsort(1, descending=True)[:, :12].sort(1).values
     present = torch.ones_like(columns, dtype=torch.bool)
     present[1, 9:] = False
-    same, there = policy().select(seen, slice(0, 2), columns, present, 2)
+    same, there, _ = finish(policy().solve(seen, slice(0, 2), columns, present, 2))
     assert same is columns and there is present
-    pursued, there = policy(keys="omp").select(seen, slice(0, 2), columns, present, 2)
+    pursued, there, _ = finish(policy(keys="omp").solve(seen, slice(0, 2), columns, present, 2))
     assert there.sum(1).tolist() == [12, 9]
     for head in range(2):
         own, before = pursued[head][there[head]], columns[head][present[head]]
@@ -208,7 +212,7 @@ def test_pursued_tokens_are_as_many_and_add_up_to_more_of_the_mass():
         assert left[0] < 0.95 * left[1]
     # Of some heads alone it is the same; keys and values are theirs.
     second = replace(seen, keys=seen.keys[1:], values=seen.values[1:])
-    one, _ = policy(keys="omp").select(second, slice(1, 2), columns[1:, :9], present[1:, :9], 2)
+    one, *_ = finish(policy(keys="omp").solve(second, slice(1, 2), columns[1:, :9], present[1:, :9], 2))
     assert one[0].tolist() == pursued[1][there[1]].tolist()
 
 
@@ -234,9 +238,9 @@ def test_ablations_leave_biases_or_values_as_they_were():
     columns = torch.arange(0, 48, 4).expand(2, -1)
     present = torch.ones_like(columns, dtype=torch.bool)
     own = seen.values.gather(1, columns[..., None].expand(-1, -1, seen.values.shape[2]))
-    without = policy(bias=False).fit(seen, slice(0, 2), columns, present)
+    without = fitted(policy(bias=False), seen, columns, present)
     assert not without.bias.any() and not torch.allclose(without.values, own)
-    without = policy(values=False).fit(seen, slice(0, 2), columns, present)
+    without = fitted(policy(values=False), seen, columns, present)
     assert without.bias.any() and torch.equal(without.values, own)
 
 
@@ -251,7 +255,7 @@ def test_queries_of_the_prompt_are_matched_over_what_they_saw():
     values = torch.where(torch.arange(60)[:, None] >= 40, 99.0, seen.values)
     fits = {
         queries: [
-            policy(queries=queries).fit(replace(seen, state=state, values=own), slice(0, 2), columns, present)
+            fitted(policy(queries=queries), replace(seen, state=state, values=own), columns, present)
             for own in (seen.values, values)
         ]
         for queries in ("prompt", "repeat")
@@ -309,8 +313,8 @@ def test_pursuit_takes_no_more_memory_than_it_says(tmp_path):
     columns = seen.state.squares.argsort(1, descending=True)[:, :200].sort(1).values
     present = torch.ones_like(columns, dtype=torch.bool)
 
-    def select():
-        own.select(seen, slice(0, 2), columns, present, 4)
+    def solve():
+        finish(own.solve(seen, slice(0, 2), columns, present, 4))
 
     said = own.fit_bytes(2, 1400, 200, seen.keys.shape[2], "cpu")
-    assert measured(tmp_path / "trace.json", select) <= said
+    assert measured(tmp_path / "trace.json", solve) <= said

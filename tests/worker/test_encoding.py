@@ -356,8 +356,7 @@ def test_nothing_is_solved_for_a_head_that_keeps_all_of_its_tokens(monkeypatch):
         raise AssertionError("it is")
 
     given = []
-    monkeypatch.setattr(POLICIES["attention_matching"], "fit", solve)
-    monkeypatch.setattr(POLICIES["attention_matching"], "select", solve)
+    monkeypatch.setattr(POLICIES["attention_matching"], "solve", solve)
     monkeypatch.setattr(solving, "Fit", lambda *of_head: given.append(Fit(*of_head)) or given[-1])
     _, kept = matched([range(6)], 6, num_blocks=6)
     assert len(kept) == 6 * 384 // RECORD
@@ -367,7 +366,7 @@ def test_nothing_is_solved_for_a_head_that_keeps_all_of_its_tokens(monkeypatch):
         assert torch.equal(fit.values[0], values[:384]) and not fit.bias.any()
 
 
-def test_a_share_reads_the_keys_and_values_of_its_heads_alone(monkeypatch):
+def test_heads_are_read_one_by_one_as_they_are_solved_for(monkeypatch):
     read: list[int] = []
     for name in ("read_keys", "read_values"):
         reading = getattr(PackedCache, name)
@@ -376,28 +375,35 @@ def test_a_share_reads_the_keys_and_values_of_its_heads_alone(monkeypatch):
             name,
             lambda self, pages, *own, reading=reading: read.append(len(pages)) or reading(self, pages, *own),
         )
-    solve = Compactor.solve
+    solve, before = Compactor.solve, []
 
-    def solved(self, *args):
-        read.clear()
-        solve(self, *args)
-        assert read == [1, 1], "of one head"
+    def solved(self, solve_, *args):
+        if not before:
+            read.clear()  # by whoever noted the prompt's queries
+        solve(self, solve_, *args)
+        before.append(len(read))
 
     monkeypatch.setattr(Compactor, "solve", solved)
     matched([range(share, share + 1) for share in range(6)], 6)
+    # Keys and values of one head, and of the next one once the share before it is done.
+    assert before == [4, 6, 8, 10, 12, 12] and read[:12] == [1] * 12
 
 
 def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypatch):
     policy, given = POLICIES["attention_matching"], []
-    fit = policy.fit
+    solve = policy.solve
 
-    def noted(self, observation, heads, columns, present):
+    def noted(self, observation, heads, columns, *others):
         given.append((heads, columns.shape))
-        return fit(self, observation, heads, columns, present)
+        return solve(self, observation, heads, columns, *others)
 
-    monkeypatch.setattr(policy, "fit", noted)
+    monkeypatch.setattr(policy, "solve", noted)
     monkeypatch.setattr(solving, "solve_bytes_on", lambda _: 1 << 40)
-    matched([range(3)], 3)  # a layer each
+    matched([range(3)], 3)
+    assert [heads for heads, _ in given] == [slice(0, 1), slice(1, 2)] * 3, "on a CPU one by one"
+    given.clear()
+    monkeypatch.setattr(solving.Solver, "_one_by_one", False)
+    matched([range(3)], 3)
     assert [heads for heads, _ in given] == [slice(0, 2)] * 3
     widest = max(shape[1] for _, shape in given)
     given.clear()

@@ -1,17 +1,20 @@
 """Long heads, whose tokens are matched part by part."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching.fit import Fit, fit
+from vllm_kvcompress.matching.fit import INTERIOR, NEWTON, Fit, fit
 from vllm_kvcompress.matching.memory import parts_at_once, parts_of
 from vllm_kvcompress.matching.problem import Problem, finite
-from vllm_kvcompress.matching.reference import Reference, attend
+from vllm_kvcompress.matching.reference import Reference, attend, attending
 from vllm_kvcompress.matching.selection import select_omp
+from vllm_kvcompress.matching.units import Units, finish, within
 
+FACTORS = INTERIOR + NEWTON + 1  # factorisations of a part's system
 MOST_SHARE = 1 - 1e-6  # of the softmax that a part has, so that what is beside it has some
 
 
@@ -68,12 +71,27 @@ def fit_by_parts(
     most_kept: int | None = None,
     **options: float,
 ) -> Fit:
+    """As `fitting_by_parts`, at once."""
+    return finish(fitting_by_parts(problem, own, columns, present, most, most_kept, **options))
+
+
+def fitting_by_parts(
+    problem: Problem,
+    own: Own,
+    columns: Tensor,
+    present: Tensor,
+    most: int,
+    most_kept: int | None = None,
+    **options: float,
+) -> Units[Fit]:
     """Biases and values as of `fit`, solved for at most so many columns at a time.
 
     Attention over all tokens is the mass-weighted mean of attention over parts of them, so parts whose masses
     and outputs are matched one by one are matched together. What is beside a part counts in its softmax, as a
-    sink does. Time grows with the number of parts, where it would with the cube of the columns, and memory
-    not at all. As many parts as `parts_at_once` says are solved for together, as if they were other heads.
+    sink does. Solving takes time that grows with the number of parts, where it would with the cube of the
+    columns; the attention over all that comes before grows with the product of columns and queries, of which
+    each kept column brings one. As many parts as `parts_at_once` says are solved for together, as if they
+    were other heads. A unit is these, or a few queries' attention.
 
     Args:
         problem: X heads, without padding; its queries are for every part.
@@ -84,9 +102,13 @@ def fit_by_parts(
         most_kept: kept columns of a part, on average; None for any number.
         options: of `fit`.
     """
-    tokens = problem.keys.shape[1]
     bias, values = torch.zeros_like(columns, dtype=torch.float32), torch.zeros_like(own.queries).float()
-    for some in _parts(problem, own, columns, present, parts_of(tokens, columns.shape[1], most, most_kept)):
+    parts = parts_of(problem.keys.shape[1], columns.shape[1], most, most_kept)
+    whole, begin = _with_own(problem, own, present), _attention_share(problem, columns.shape[1], parts)
+    reference = yield from within(attending(whole), 0.0, begin)
+    for done, together in _groups(problem, whole, reference, columns, present, parts):
+        yield begin + (1 - begin) * done
+        some = together()
         solved = fit(some.problem, some.reference, some.own(columns), some.present(), **options)  # type: ignore[arg-type]
         biases, matched = (tensor.chunk(len(some.windows)) for tensor in (solved.bias, solved.values))
         for place, there, added, means in zip(some.place, some.there, biases, matched, strict=True):
@@ -99,13 +121,21 @@ def fit_by_parts(
 def select_by_parts(
     problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int, leading: int = 0
 ) -> tuple[Tensor, Tensor]:
+    """As `selecting_by_parts`, at once."""
+    return finish(selecting_by_parts(problem, own, columns, present, most, leading))
+
+
+def selecting_by_parts(
+    problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int, leading: int = 0
+) -> Units[tuple[Tensor, Tensor]]:
     """Other columns than these, as many of each part, by orthogonal matching pursuit (`select_omp`).
 
-    What is beside a part counts in its softmax, as a sink does. Time grows with the number of parts, where it
-    would with the cube of the columns, and so does memory.
+    What is beside a part counts in its softmax, as a sink does. Time, but that of the attention over all,
+    grows with the number of parts, where it would with the cube of the columns, and so does memory. Units are
+    as of `fitting_by_parts`.
 
     Args:
-        problem: as of `fit_by_parts`.
+        problem: as of `fitting_by_parts`.
         own: likewise.
         columns: likewise.
         present: likewise.
@@ -117,7 +147,11 @@ def select_by_parts(
     """
     kept = torch.zeros(*problem.keys.shape[:2], dtype=torch.int8, device=columns.device)
     parts = parts_of(kept.shape[1], columns.shape[1], most)
-    for some in _parts(problem, own, columns, present, parts, leading, omp=True):
+    whole, begin = _with_own(problem, own, present), _attention_share(problem, columns.shape[1], parts)
+    reference = yield from within(attending(whole), 0.0, begin)
+    for done, together in _groups(problem, whole, reference, columns, present, parts, leading, omp=True):
+        yield begin + (1 - begin) * done
+        some = together()
         there = some.present()
         before = max(leading - some.windows[0].start, 0)
         chosen, found = select_omp(
@@ -129,36 +163,51 @@ def select_by_parts(
     return padded(kept > 0, columns.shape[1])
 
 
-def _parts(
+def _with_own(problem: Problem, own: Own, present: Tensor) -> Problem:
+    """The problem, whose queries are followed by the kept columns' own."""
+    assert problem.padding is None
+    assert (problem.sinks is None) == (own.sinks is None)
+    (heads, tokens, _), queries, limits = problem.keys.shape, problem.queries.shape[1], problem.limits
+    # A column that a head has not brings it no query either. Whether there is any is asked where asking does
+    # not wait for a device.
+    if limits is not None or not present.is_cpu or not bool(present.all()):
+        first = torch.full((heads, queries), tokens, device=present.device) if limits is None else limits
+        second = torch.full_like(present, tokens, dtype=first.dtype) if own.limits is None else own.limits
+        limits = torch.cat([first, second.masked_fill(~present, 0)], 1)
+    sinks = None
+    if problem.sinks is not None and own.sinks is not None:
+        sinks = torch.cat([problem.sinks, own.sinks], 1)
+    return replace(problem, queries=torch.cat([problem.queries, own.queries], 1), limits=limits, sinks=sinks)
+
+
+def _attention_share(problem: Problem, kept: int, parts: int) -> float:
+    """About what part of the work the attention over all columns is, by floating point operations."""
+    (tokens, size), queries, width = problem.keys.shape[1:], problem.queries.shape[1], kept / parts
+    attention = 4 * size * tokens * (queries + kept)
+    again = 0 if parts == 1 else 4 * size * tokens * (queries + width)
+    systems = parts * ((queries + width) * width * (6 * size + 4 * width) + FACTORS * width**3 / 3)
+    return attention / (attention + again + systems)
+
+
+def _groups(
     problem: Problem,
-    own: Own,
+    whole: Problem,
+    reference: Reference,
     columns: Tensor,
     present: Tensor,
     parts: int,
     leading: int = 0,
     *,
     omp: bool = False,
-) -> Iterator[_Parts]:
-    """All columns, in so many parts; those without a kept one are left out, those with leading ones alone."""
-    assert problem.padding is None
-    assert (problem.sinks is None) == (own.sinks is None)
+) -> Iterator[tuple[float, Callable[[], _Parts]]]:
+    """All columns, in so many parts, some of which are made together; and what part of all is done with them.
+
+    Parts without a kept column are left out, those with leading ones are made alone.
+    """
     (heads, tokens, size), queries = problem.keys.shape, problem.queries.shape[1]
-    limits = problem.limits
-    # A column that a head has not brings it no query either. Whether there is any is asked where asking does
-    # not wait for a device.
-    if limits is not None or not present.is_cpu or not bool(present.all()):
-        first = torch.full((heads, queries), tokens, device=columns.device) if limits is None else limits
-        second = torch.full_like(columns, tokens) if own.limits is None else own.limits
-        limits = torch.cat([first, second.masked_fill(~present, 0)], 1)
-    sinks = None
-    if problem.sinks is not None and own.sinks is not None:
-        sinks = torch.cat([problem.sinks, own.sinks], 1)
-    queries_of_all = torch.cat([problem.queries, own.queries], 1)
-    whole = replace(problem, queries=queries_of_all, limits=limits, sinks=sinks)
-    reference = attend(whole)
     if parts == 1:
         place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
-        yield _Parts([slice(0, tokens)], whole, reference, [place], [present])
+        yield 1.0, partial(_Parts, [slice(0, tokens)], whole, reference, [place], [present])
         return
     edges = [-(-tokens * edge // parts) for edge in range(parts + 1)]  # the first part has as many as any
     inside = [
@@ -176,7 +225,10 @@ def _parts(
         if group and full:
             width = max(widths[some] for some in group)
             ranges, masks = [edges[some : some + 2] for some in group], [inside[some] for some in group]
-            yield _together(whole, reference, queries, ranges, masks, width)
+            yield (
+                (part + 1) / parts,
+                partial(_together, whole, reference, queries, ranges, masks, width),
+            )
             group = []
 
 

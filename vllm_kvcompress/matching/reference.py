@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from vllm_kvcompress.matching.problem import Problem, exp_, finite, logits
+from vllm_kvcompress.matching.units import Units, finish
 
 # Of logits held at a time: on a CPU what stays near its core, elsewhere what is worth a kernel's launch.
 CHUNK_BYTES, DEVICE_CHUNK_BYTES = 2**24, 2**26
@@ -44,7 +45,12 @@ def query_chunk(heads: int, queries: int, tokens: int, chunk_bytes: int) -> int:
 
 
 def attend(problem: Problem, chunk_bytes: int | None = None) -> Reference:
-    """The attention of the problem's queries, a few of them at a time.
+    """As `attending`, at once."""
+    return finish(attending(problem, chunk_bytes))
+
+
+def attending(problem: Problem, chunk_bytes: int | None = None) -> Units[Reference]:
+    """The attention of the problem's queries, a few of them at a time, each of these a unit.
 
     Args:
         problem: X heads.
@@ -59,6 +65,7 @@ def attend(problem: Problem, chunk_bytes: int | None = None) -> Reference:
     outputs, squares = torch.empty_like(queries), queries.new_zeros(heads, 1, tokens)
     chunk = query_chunk(heads, count, tokens, chunk_bytes or chunk_bytes_on(keys.device.type))
     for first in range(0, count, chunk):
+        yield min(first + chunk, count) / count
         rows = slice(first, first + chunk)
         seen = None if problem.limits is None else column < problem.limits[:, rows, None]
         weights = logits(problem, queries[:, rows], keys, bias, seen)

@@ -119,12 +119,13 @@ class Due:
         self, request: Request, config: KVCompressionConfig, num_computed: int, solved: int = 0
     ) -> bool:
         """Whether a request will have ended before it is solved for: it has a token in each step, at least,
-        and a share at most."""
+        and a head's shares at most."""
         if not config.matches or config.waits:
             return False
         end = min(request.num_prompt_tokens + request.max_tokens, self._scheduler.max_model_len)
-        shares = self._solving.num_shares - solved
-        return end - 1 - num_computed < shares + self._repetitions.fewest_steps(request, config)
+        num_prompt, solving = request.num_prompt_tokens, self._solving
+        heads = -(-(solving.num_shares(num_prompt) - solved) // solving.shares_of_head(num_prompt))
+        return end - 1 - num_computed < heads + self._repetitions.fewest_steps(request, config)
 
     def waits(self, request: Request) -> bool:
         """Whether a due request waits for its turn rather than go on raw: where that takes many blocks."""
@@ -168,7 +169,7 @@ class Due:
         if tracked.uncounted is not None:  # the answer is on its way
             return None
         solved = self._turns.is_solved_for(request)
-        if solved and tracked.solved < solving.num_shares and not self._turns.has_turn(request):
+        if solved and tracked.solved < solving.num_shares(point) and not self._turns.has_turn(request):
             return None
         if config.repeats and (solved or not config.matches) and not self._repeated(request, config):
             return None
@@ -202,9 +203,11 @@ class Due:
 
     def _solved(self, tracked: Tracked, job: Job, num_blocks: int) -> bool:
         """Whether all is solved for a Job once this step's shares are; goes on with it if not."""
-        num_shares = self._solving.num_shares
+        num_shares = self._solving.num_shares(job.num_tokens)
         if tracked.solved < num_shares:
-            shares = range(tracked.solved, min(tracked.solved + self._solving.take_shares(), num_shares))
+            most = num_shares if tracked.config.waits else self._solving.shares_of_head(job.num_tokens)
+            taken = self._solving.take_shares(min(most, num_shares - tracked.solved))
+            shares = range(tracked.solved, tracked.solved + taken)
             if shares:
                 self._solving.add(Solve(job, num_blocks, shares, num_shares))
                 tracked.solved = shares.stop

@@ -87,7 +87,7 @@ class Solve:
     Attributes:
         job: as the Job will be, without a destination.
         num_blocks: blocks of the destination.
-        shares: which of `num_shares` equal parts of the heads.
+        shares: which of `num_shares` equal parts of the heads' solves.
         num_shares: see `shares`.
     """
 

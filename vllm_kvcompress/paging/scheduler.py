@@ -183,10 +183,8 @@ class _Compression(Telling):
             self.compacting_manager.peak_blocks[request.request_id] = peak
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        solved_for = [
-            self._turns.is_solved_for(request) for request in self.running if self._decodes(request)
-        ]
-        self._solving.begin_step(solved_for.count(False), solved_for.count(True))
+        own = [self._turns.is_turn_of(request) for request in self.running if self._is_served(request)]
+        self._solving.begin_step(others=False in own, decodes=True in own)
         unsolved = self._due.give_up()
         jobs, late = self._due.compact()
         self._end_abandoned()
@@ -264,9 +262,13 @@ class _Compression(Telling):
 
     def _decodes(self, request: Request) -> bool:
         """Whether a running request goes on with its output; a repetition has none that anybody waits for."""
+        return self._is_served(request) and not request.is_prefill_chunk
+
+    def _is_served(self, request: Request) -> bool:
+        """Whether somebody waits for what steps do for a running request, its prompt or its output."""
         tracked = self._tracked.get(request.request_id)
         waits = tracked is not None and not tracked.late and self._tracked.is_due(request)
-        return not (waits or request.is_prefill_chunk or self._repetitions.of(request.request_id) is not None)
+        return not (waits or self._repetitions.of(request.request_id) is not None)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args, **kwargs

@@ -1,6 +1,7 @@
 """When the shares of solves are done, so that nobody who decodes is stalled by them (Attention Matching)."""
 
 import time
+from collections import deque
 from collections.abc import Container
 
 from vllm.config import VllmConfig
@@ -10,21 +11,23 @@ from vllm_kvcompress.paging.job import Solve
 
 # Of the time of others' steps that solves may take beside them, and of their own requests' steps.
 BESIDE_OTHERS, ALONE = 0.1, 1.0
-LONGEST_STEP = 0.25  # seconds of solves in a step in which nobody decodes
+LONGEST_STEP = 0.25  # seconds of solves in a step of nobody's, and of more than one share in any
 SHORTEST = 1e-3  # seconds of a share, at least
 LONGEST_PAUSE = 1.0  # seconds between two steps that count, at most
+SHARE_TOKENS = 1024  # of the context: a head's solve has a share for each so many
+SHARES = 4  # last ones of which the mean says what one takes
 
 
 class Solving:
     """Spreads solves over steps by what their shares have taken so far.
 
-    Beside requests that decode solves have a tenth of the time: a share is sent once that much has passed
-    since the last one, never more than one in a step. If only those decode that are solved for, half of the
-    time. A share is a head's part on a CPU, where it takes as long as a step or longer, and a layer's on
-    others. All ranks of a step do the same shares, as the scheduler says.
+    Beside others' steps solves have a tenth of the time: a share is sent once that much has passed since the
+    last one, and more than one in a step only if the step before was that long. If nobody is served but the
+    request that is solved for, half of the time; if it waits for that, all of it. A head's solve has shares
+    by how long the context is, so that none takes long; on others than a CPU all heads of a layer are solved
+    for together. All ranks of a step do the same shares, as the scheduler says.
 
     Attributes:
-        num_shares: of a request's solves.
         turn: the request whose context is repeated and solved for; None for nobody's.
         without_room: one that is solved for, finds no room to be compacted into, and has passed its turn on.
     """
@@ -36,38 +39,48 @@ class Solving:
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         layers = -(-model.get_total_num_hidden_layers() // parallel.pipeline_parallel_size)
         heads = model.get_num_kv_heads(parallel) if current_platform.is_cpu() else 1
-        self.num_shares = layers * heads
+        self._heads = layers * heads
         self._solves: list[Solve] = []
-        self._seconds: float | None = None  # of a share, as the last one took; None before the first has
+        self._seconds: deque[float] = deque(maxlen=SHARES)  # that the last shares took
         self._awaited = False  # whether that is on its way: nobody knows how long another one would take
         self._credit = 0.0  # seconds
         self._left = 0  # shares of this step
         self._last = time.monotonic()
 
-    def begin_step(self, others: int, solved_for: int) -> None:
+    def shares_of_head(self, num_tokens: int) -> int:
+        """Into how many shares the solve of a head of so many tokens is cut."""
+        return -(-num_tokens // SHARE_TOKENS)
+
+    def num_shares(self, num_tokens: int) -> int:
+        """Into how many shares the solves of a request of so many tokens are."""
+        return self._heads * self.shares_of_head(num_tokens)
+
+    def begin_step(self, others: bool, decodes: bool) -> None:
         """Count the shares that this step may have.
 
         Args:
-            others: requests that decode and are not solved for.
-            solved_for: those that are, and decode on their raw cache.
+            others: whether it is one of somebody's who is not solved for: waits for a turn, or has none.
+            decodes: whether the request that is solved for decodes on its raw cache.
         """
         now = time.monotonic()
         passed, self._last = min(max(now - self._last, 0.0), LONGEST_PAUSE), now
-        if self._seconds is None:
+        if not self._seconds:
             self._left = int(not self._awaited)
             return
-        if not others and not solved_for:
-            self._left = max(1, int(LONGEST_STEP / max(self._seconds, SHORTEST)))
+        seconds = self._share_seconds
+        if not others and not decodes:
+            self._left = max(1, int(LONGEST_STEP / seconds))
             return
-        self._credit = min(self._credit + (BESIDE_OTHERS if others else ALONE) * passed, self._seconds)
-        self._left = int(self._credit >= self._seconds)
+        earned = min((BESIDE_OTHERS if others else ALONE) * passed, LONGEST_STEP)
+        self._credit = min(self._credit + earned, max(earned, seconds))
+        self._left = int(self._credit / seconds)
 
-    def take_shares(self) -> int:
-        """The shares that one request may have in this step; no other one has any."""
-        left, self._left = self._left, 0
-        if left:
-            self._credit = 0.0
-        return left
+    def take_shares(self, most: int) -> int:
+        """The shares that one request has in this step, of so many that it may have; no other one has any."""
+        taken, self._left = min(self._left, most), 0
+        if taken and self._seconds:
+            self._credit = max(self._credit - taken * self._share_seconds, 0.0)
+        return taken
 
     def release(self, request_id: str) -> None:
         """Have it be nobody's turn, if it is this request's."""
@@ -92,11 +105,16 @@ class Solving:
         """What is to be done in this step, but for requests that were preempted in it."""
         solves, self._solves = self._solves, []
         solves = [solve for solve in solves if solve.job.request_id not in released]
-        self._awaited |= bool(solves) and self._seconds is None
+        self._awaited |= bool(solves) and not self._seconds
         return solves
 
     def took(self, seconds: float | None) -> None:
         """Note how long a share has taken on a worker; None if it has not said."""
         if seconds is not None:
-            self._seconds, self._awaited = seconds, False
+            self._seconds.append(seconds)
+            self._awaited = False
             self._last += seconds  # it is no time of a step's own
+
+    @property
+    def _share_seconds(self) -> float:
+        return max(sum(self._seconds) / len(self._seconds), SHORTEST)

@@ -53,7 +53,7 @@ class Turns:
         tracked = self._tracked[request.request_id]
         repeated = self._repetitions.repeating(request.request_id) is None
         own = self._solving.turn == request.request_id
-        return own and repeated and tracked.solved < self._solving.num_shares
+        return own and repeated and tracked.solved < self._solving.num_shares(request.num_prompt_tokens)
 
     def has_turn(self, request: Request) -> bool:
         """Whether it is this request's turn to be repeated and solved for; it is if it is nobody's."""
@@ -61,6 +61,10 @@ class Turns:
         if owner is None or not self.is_solved_for(owner):
             self._solving.turn = request.request_id
         return self._solving.turn == request.request_id
+
+    def is_turn_of(self, request: Request) -> bool:
+        """Whether it is this request's that is repeated and solved for."""
+        return self._solving.turn == request.request_id and self.is_solved_for(request)
 
     def waits_for_turn(self, request: Request) -> bool:
         """Whether a due request waits for another one that is repeated or solved for, and gets on."""

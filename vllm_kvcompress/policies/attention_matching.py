@@ -10,20 +10,23 @@ from vllm_kvcompress.matching import (
     Fit,
     Own,
     Problem,
+    Units,
     chunk_bytes_on,
-    fit_by_parts,
+    fitting_by_parts,
     parts_of,
     peak_bytes,
-    select_by_parts,
+    selecting_by_parts,
     whole_bytes,
+    within,
 )
 from vllm_kvcompress.policies.base import LayerObservation, Policy, RepeatedPart
 from vllm_kvcompress.policies.recalling import Recalling
 from vllm_kvcompress.policies.watching import attention_parts
 
 PART = 4096  # columns of which some are solved for at once
-KEPT = 512  # of them, on average: it takes their cube, and is done in one step
+KEPT = 512  # of them, on average: it takes their cube, and is a unit
 PURSUED = 512  # columns among which tokens are pursued at once: it takes their square, and should end soon
+PURSUIT = 2 / 3  # of the time of a solve, about
 OF_COLUMNS = "squares", "most", "by", "at", "member"  # of `Attended`
 
 
@@ -94,7 +97,7 @@ class AttentionMatching(Policy):
     name: ClassVar[str] = "attention_matching"
     paper: ClassVar[str] = "Fast KV Compaction via Attention Matching (arXiv 2602.16284)"
     cost: ClassVar[str] = "the prompt computed a second time, its attention, and least squares for each head"
-    reads_keys: ClassVar[bool] = False  # but for `observe` and `fit`
+    reads_keys: ClassVar[bool] = False  # but for `observe` and `solve`
     reads_values: ClassVar[bool] = False
     stacks_layers: ClassVar[bool] = True
     matches: ClassVar[bool] = True
@@ -180,18 +183,18 @@ class AttentionMatching(Policy):
     def score(self, observation: LayerObservation) -> Tensor:
         return observation.state.squares[:, : observation.num_scored]
 
-    def select(
+    def solve(
         self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
-    ) -> tuple[Tensor, Tensor]:
-        if self.keys == "attention":
-            return columns, present
-        problem, own = self._problem(observation, heads, columns)
-        return select_by_parts(problem, own, columns, present, PURSUED, leading)
-
-    def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
+    ) -> Units[tuple[Tensor, Tensor, Fit]]:
+        begin = 0.0
+        if self.keys == "omp":
+            begin, asked = PURSUIT, self._problem(observation, heads, columns)
+            pursuing = selecting_by_parts(*asked, columns, present, PURSUED, leading)
+            columns, present = yield from within(pursuing, 0.0, begin)
         wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
         problem, own = self._problem(observation, heads, columns)
-        return fit_by_parts(problem, own, columns, present, PART, KEPT, **wanted)
+        fitting = fitting_by_parts(problem, own, columns, present, PART, KEPT, **wanted)
+        return columns, present, (yield from within(fitting, begin, 1.0))
 
     def _problem(self, observation: LayerObservation, heads: slice, columns: Tensor) -> tuple[Problem, Own]:
         """What some heads' columns are to answer: the sample, and of each column the query that paid most."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit
+from vllm_kvcompress.matching import Fit, Units
 from vllm_kvcompress.policies.rotary import Rotary
 
 QUERY_BLOCK = 128  # queries whose attention is held at once
@@ -125,7 +125,7 @@ class Policy(ABC):
         moments: first tokens whose queries `observe` leaves out, if its state is the `QueryStatistics` of all
             others and no more: a kernel can keep them in its place; else None.
         repeats: True if it must observe the queries with which the model repeats the context, see `repeat`.
-        matches: True if it has biases and values of its own for what is kept, see `fit`.
+        matches: True if it has biases and values of its own for what is kept, see `solve`.
         waits: True if a request whose context is repeated, or that is fitted, waits for its compaction.
         chunk: context tokens that are repeated at a time.
         study_tokens: where the model answers questions about the context instead of repeating it, the longest
@@ -246,37 +246,27 @@ class Policy(ABC):
         torch.maximum(own, most[:, part.seen], out=own)
         return state
 
-    def select(
+    def solve(
         self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor, leading: int
-    ) -> tuple[Tensor, Tensor]:
-        """Which tokens are kept, once the number of them is known, if the policy matches.
-
-        Args:
-            observation: as of `fit`.
-            heads: likewise.
-            columns: `[h, t]` int64, the best by its scores, ascending.
-            present: `[h, t]` bool, which of them are: heads keep different numbers.
-            leading: first tokens that are kept whatever else is.
-
-        Returns:
-            Columns and which of them are, likewise, as many of each head.
-        """
-        return columns, present
-
-    def fit(self, observation: LayerObservation, heads: slice, columns: Tensor, present: Tensor) -> Fit:
-        """Biases and values of the kept tokens, if the policy matches.
+    ) -> Units[tuple[Tensor, Tensor, Fit]]:
+        """Which tokens are kept, once the number of them is known, and their biases and values, if the policy
+        matches. Others' steps come between its units, so none should take long.
 
         Args:
             observation: of a layer; its keys and values are there, of these heads alone, whatever the policy
                 says that it reads.
             heads: of the layer's, h of them.
-            columns: `[h, t]` int64, those that these keep, ascending.
+            columns: `[h, t]` int64, the best by its scores, ascending.
             present: `[h, t]` bool, which of them are: heads keep different numbers.
+            leading: first tokens that are kept whatever else is.
+
+        Returns:
+            Columns and which of them are, likewise, as many of each head, and what is put beside them.
         """
         raise NotImplementedError
 
     def fit_bytes(self, heads: int, tokens: int, columns: int, size: int, device_type: str) -> int:
-        """Memory that `select` and `fit` take at most.
+        """Memory that `solve` takes at most.
 
         Args:
             heads: h.

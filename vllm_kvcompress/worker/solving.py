@@ -1,20 +1,20 @@
 """Solves for what a request keeps, a share at a time, before it is compacted to it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.matching import Fit, padded, solve_bytes_on
+from vllm_kvcompress.matching import Fit, padded, solve_bytes_on, within
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.requests.observer import Observed
-from vllm_kvcompress.worker.candidates import Reader
+from vllm_kvcompress.worker.candidates import Candidates, Reader
 from vllm_kvcompress.worker.choosing import Choice, Choosing
 from vllm_kvcompress.worker.scoring import Scoring
 from vllm_kvcompress.worker.work import Task, Work
 
 
-@dataclass(frozen=True)
 class Solution:
     """What is solved of a request before it is compacted.
 
@@ -25,10 +25,27 @@ class Solution:
         values: `[kept, D]` float32, likewise.
     """
 
-    choice: Choice
-    num_kept: list[int]
-    biases: list[Tensor]
-    values: list[Tensor]
+    def __init__(self, choice: Choice) -> None:
+        assert choice.raw is not None
+        self.choice, self.raw = choice, choice.raw
+        self.num_kept: list[int] = (choice.raw >= 0).sum(1).tolist()
+        self.biases: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self._units: Iterator[float] = iter(())
+        self._done = 0.0
+        self._next: float | None = None  # where the next unit ends
+
+    def begin(self, units: Iterator[float]) -> None:
+        """Have these to do: before each is done, they say where it ends, in heads."""
+        self._units, self._next = units, next(units, None)
+
+    def go_on(self, until: float) -> None:
+        """Do what belongs before a point, in heads: each unit where its middle lies.
+
+        So what is solved hangs on no step, nor on when each share has its turn.
+        """
+        while self._next is not None and (self._done + self._next) / 2 < until:
+            self._done, self._next = self._next, next(self._units, None)
 
 
 class Solver:
@@ -41,54 +58,63 @@ class Solver:
 
     def solve(self, solve: Solve, observed: Observed | None) -> None:
         """As `Compactor.solve`."""
-        work = Work(solve.job, observed=observed)
-        (task,) = self._reader.tasks([work])
-        num_raw = len(solve.job.source) * self._grid.block_size
-        name, format = solve.job.request_id, solve.job.config.record_format
-        assert format is not None
+        name, total = solve.job.request_id, self._grid.num_layers * self._grid.num_heads
         if solve.shares.start == 0:
+            work = Work(solve.job, observed=observed)
+            (task,) = self._reader.tasks([work])
+            num_raw, format = len(solve.job.source) * self._grid.block_size, solve.job.config.record_format
+            assert format is not None
             held = self._reader.candidates(task, slice(0, self._grid.num_layers))
-            choice = self._choosing.choose(task, held, format, num_raw, solve.num_blocks)
-            assert choice.raw is not None
-            self._solutions[name] = Solution(choice, (choice.raw >= 0).sum(1).tolist(), [], [])
-        solution, heads = self._solutions[name], self._grid.num_heads
-        total = self._grid.num_layers * heads
-        for share in solve.shares:  # one by one: what is solved must not hang on how many a step has
-            begin, end = (total * edge // solve.num_shares for edge in (share, share + 1))
-            for layer in range(begin // heads, -(-end // heads) if begin < end else 0):
-                some = slice(max(begin - layer * heads, 0), min(end - layer * heads, heads))
-                self._fit(task, solution, layer, some)
+            solution = Solution(self._choosing.choose(task, held, format, num_raw, solve.num_blocks))
+            self._solutions[name] = solution
+            solution.begin(self._solving(task, solution))
+        self._solutions[name].go_on(total * solve.shares.stop / solve.num_shares)
 
-    def _fit(self, task: Task, solution: Solution, layer: int, heads: slice) -> None:
-        """Solve for some of a layer's heads, as many at a time as memory is meant for."""
-        assert solution.choice.raw is not None
-        policy, first_row, begin = task.policy, layer * self._grid.num_heads, heads.start
-        part = self._reader.candidates(task, slice(layer, layer + 1))
-        while begin < heads.stop:
-            num_kept = solution.num_kept[first_row + begin : first_row + heads.stop]
-            kind = self._cache.device.type
-            fitting = [
-                n
-                for n in range(1, len(num_kept) + 1)
-                if policy.fit_bytes(n, part.num_scored, max(num_kept[:n]), self._cache.head_size, kind)
-                <= solve_bytes_on(kind)
-            ]
-            end = begin + max([1, *fitting])
-            own, rows = slice(begin, end), slice(first_row + begin, first_row + end)
-            seen = self._scoring.observe(policy, task, replace(part, pages=part.pages[own]), reads=True)
-            num_kept, raw = solution.num_kept[rows], solution.choice.raw[rows]
-            if min(num_kept) == part.num_scored:  # all tokens answer as they do
-                values = seen.values[:, : part.num_scored].float()
-                fit = Fit(torch.zeros_like(values[..., 0]), values)
-            else:
-                columns, present = padded(raw >= 0, max(num_kept))
-                sinks = task.work.job.config.sink_tokens
-                columns, present = policy.select(seen, own, columns, present, sinks)
-                raw.fill_(-1).scatter_(1, columns, present.long() - 1)
-                fit = policy.fit(seen, own, columns, present)
-            solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
-            solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
-            begin = end
+    def _solving(self, task: Task, solution: Solution) -> Iterator[float]:
+        """Solve for all heads, on a CPU one by one, elsewhere as many of a layer at a time as memory is meant
+        for; before each unit of it, says how many heads are done with it."""
+        heads = self._grid.num_heads
+        for layer in range(self._grid.num_layers):
+            part = self._reader.candidates(task, slice(layer, layer + 1))
+            rows = slice(layer * heads, (layer + 1) * heads)
+            while rows.start < rows.stop:
+                count = 1 if self._one_by_one else self._at_once(task, part, solution.num_kept[rows])
+                some = slice(rows.start, rows.start + count)
+                yield from self._solve_for(task, part, solution, layer, some)
+                rows = slice(some.stop, rows.stop)
+
+    @property
+    def _one_by_one(self) -> bool:
+        return self._cache.device.type == "cpu"
+
+    def _at_once(self, task: Task, part: Candidates, num_kept: list[int]) -> int:
+        """How many of these heads are solved for at a time."""
+        size, kind = self._cache.head_size, self._cache.device.type
+        for count in range(len(num_kept), 1, -1):
+            takes = task.policy.fit_bytes(count, part.num_scored, max(num_kept[:count]), size, kind)
+            if takes <= solve_bytes_on(kind):
+                return count
+        return 1
+
+    def _solve_for(
+        self, task: Task, part: Candidates, solution: Solution, layer: int, rows: slice
+    ) -> Iterator[float]:
+        """Solve for some of a layer's heads, which are rows of all; units as of `_solving`."""
+        policy, first = task.policy, layer * self._grid.num_heads
+        own = slice(rows.start - first, rows.stop - first)
+        seen = self._scoring.observe(policy, task, replace(part, pages=part.pages[own]), reads=True)
+        num_kept, raw = solution.num_kept[rows], solution.raw[rows]
+        if min(num_kept) == part.num_scored:  # all tokens answer as they do
+            yield float(rows.stop)
+            values = seen.values[:, : part.num_scored].float()
+            fit = Fit(torch.zeros_like(values[..., 0]), values)
+        else:
+            columns, present = padded(raw >= 0, max(num_kept))
+            units = policy.solve(seen, own, columns, present, task.work.job.config.sink_tokens)
+            columns, present, fit = yield from within(units, rows.start, rows.stop)
+            raw.fill_(-1).scatter_(1, columns, present.long() - 1)
+        solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
+        solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
 
     def forget(self, request_id: str) -> None:
         """Drop what was solved of a request."""
