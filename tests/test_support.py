@@ -375,6 +375,10 @@ def test_a_request_cannot_have_what_is_matched_without_the_servers_memory_and_gr
         assert "\n" not in str(e.value)
     for own in (request, KVCompressionConfig.parse("attention_matching:references=9000")):
         check_watched(request, own, graphs)
+    wide = KVCompressionConfig.parse("attention_matching+k8v4")  # whose records take more
+    check_watched(request, wide, graphs)
+    with pytest.raises(KVCompressionError, match="attention_matching would take more memory"):
+        check_watched(wide, request, graphs)
 
 
 def test_a_head_profile_of_another_model_is_refused_at_start_up(tmp_path):

@@ -217,11 +217,14 @@ def _has_memory(request: KVCompressionConfig, engine: KVCompressionConfig, vllm_
     model = vllm_config.model_config
     longest, size = model.max_model_len, model.get_head_size()
     kind = current_platform.device_type
-    wanted, aside = (
-        (policy.state_bytes(longest, size, model.dtype.itemsize), policy.most_fit_bytes(longest, size, kind))
-        for policy in (request.build_policy(), engine.build_policy())
-    )
-    return all(own <= most for own, most in zip(wanted, aside, strict=True))
+
+    def takes(config: KVCompressionConfig) -> tuple[int, int, int]:
+        policy, format = config.build_policy(), config.record_format
+        assert format is not None
+        noted = policy.state_bytes(longest, size, model.dtype.itemsize)
+        return noted, format.largest_bytes(size), policy.most_fit_bytes(longest, size, kind)
+
+    return all(own <= most for own, most in zip(takes(request), takes(engine), strict=True))
 
 
 def encoded_tokens(config: KVCompressionConfig, vllm_config: VllmConfig) -> int | None:

@@ -25,12 +25,15 @@ from vllm_kvcompress.attention.gpu import (
     RowNumbers,
     ShareLists,
 )
-from vllm_kvcompress.formats import FORMATS, number_of
+from vllm_kvcompress.config import KVCompressionError
+from vllm_kvcompress.formats import FORMATS, MATCHED, number_of
 from vllm_kvcompress.kernels.batch import Rows
 from vllm_kvcompress.kernels.shares import Shares
+from vllm_kvcompress.matching import solve_bytes_on
 from vllm_kvcompress.paging.layout import PageGrid
 from vllm_kvcompress.paging.spec import CompactableSpec
 from vllm_kvcompress.plan import STAGED_BYTES
+from vllm_kvcompress.policies import POLICIES
 from vllm_kvcompress.policies.watching import DEVICE_BLOCK_BYTES
 from vllm_kvcompress.worker.gpu import CompressionGPUWorker
 from vllm_kvcompress.worker.worker import backend_overrides
@@ -287,9 +290,18 @@ def test_memory_for_lists_and_for_what_is_merged_is_set_aside(monkeypatch):
     for method in ("h2o", "kvzip"):
         assert available(method="knorm") == available(method=method, speculates=True)
     assert 4 * DEVICE_BLOCK_BYTES <= STAGED_BYTES
-    # What is noted of one context, for each of its tokens the query that paid most to it, is on top of that.
-    less = available(method="knorm") - available(method="attention_matching")
-    assert less > 2 * 8 * 4096 * 64 * 2
+    # What is noted of one context, for each of its tokens the query that paid most to it, is on top of that;
+    # and what is solved of it, and of another one that waits for room; and what solving takes.
+    for method, record in (("attention_matching", "k4v3"), ("attention_matching+k8v4", "k8v4")):
+        less = available(method="knorm") - available(method=method)
+        noted, solved = 4096 * (64 * 2 + 17) + 2048 * 64 * 2, 4096 // 32 * MATCHED[record].record_bytes(64)
+        most = max(solve_bytes_on("cpu"), POLICIES["attention_matching"]().most_fit_bytes(4096, 64, "cpu"))
+        assert less == 2 * 8 * (noted + 2 * solved) + most
+    free = (free - available(method="attention_matching")) // 2
+    with pytest.raises(KVCompressionError, match=r"matching sets aside 0\.\d GiB .*--max-model-len") as e:
+        available(method="attention_matching")
+    assert "\n" not in str(e.value)
+    free = 10 * 2**30
     # Where FlashAttention 3 serves chunks, their queries once more and what is found in the runs.
     plain = available(), available(cache_dtype="fp8")
     monkeypatch.setenv(chunks.VARIABLE, "1")

@@ -5,11 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from vllm_kvcompress.formats import MATCHED
 from vllm_kvcompress.matching import Own, Problem, fit_by_parts, select_by_parts
+from vllm_kvcompress.policies.attention_matching import KEPT, PART, PURSUED
 
 # A layer of a Llama of 8 B parameters, and what is asked of it by default.
 HEADS, SIZE, QUERIES = 8, 128, 2048
-PART, PURSUED = 4096, 512  # tokens
+KEEPS = 384  # of 2,048 tokens, in a sixteenth of the bytes: a page of 32 has 96 in k4v3
 
 
 class Operations(TorchDispatchMode):
@@ -42,7 +44,9 @@ def device(monkeypatch):
     return torch.device("meta")
 
 
-def solve(device, *, heads=HEADS, tokens=2048, columns=256, queries=QUERIES, omp=False) -> tuple[int, float]:
+def solve(
+    device, *, heads=HEADS, tokens=2048, columns=KEEPS, queries=QUERIES, omp=False
+) -> tuple[int, float]:
     """Operations, and floating point operations of products and factorisations."""
     keys = torch.empty(heads, tokens, SIZE, dtype=torch.bfloat16, device=device)
     asked = torch.empty(heads, queries, SIZE, dtype=torch.bfloat16, device=device)
@@ -53,16 +57,17 @@ def solve(device, *, heads=HEADS, tokens=2048, columns=256, queries=QUERIES, omp
     with Operations() as operations, FlopCounterMode(display=False) as products:
         if omp:
             select_by_parts(problem, own, chosen, present, PURSUED)
-        fit_by_parts(problem, own, chosen, present, PART)
+        fit_by_parts(problem, own, chosen, present, PART, KEPT)
     return operations.count, products.get_total_flops() + operations.flops
 
 
 def test_nothing_waits_for_the_device(device):
-    """Of heads of more than PART tokens how many each part keeps is read, once."""
+    """What each part keeps is read, once, of heads of more than PART tokens or that keep more than KEPT."""
     solve(device)
     solve(device, tokens=PURSUED, columns=32, omp=True)
-    with pytest.raises(NotImplementedError):
-        solve(device, tokens=PART + 1)
+    for longer in ({"tokens": PART + 1}, {"columns": KEPT + 1}):
+        with pytest.raises(NotImplementedError):
+            solve(device, **longer)
 
 
 def test_operations_grow_neither_with_heads_nor_with_columns(device):
@@ -75,4 +80,5 @@ def test_what_a_layer_takes(device):
     """As docs/gpu.md has it."""
     count, flops = solve(device)
     assert 900 < count < 1000
-    assert flops == pytest.approx(28.6e9, rel=0.01)
+    assert flops == pytest.approx(39.8e9, rel=0.01)
+    assert MATCHED["k4v3"].tokens_per_page(2 * 2 * 32 * SIZE, SIZE) == 3 * 32 and KEEPS == 3 * 2048 // 16

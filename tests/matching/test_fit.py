@@ -18,8 +18,12 @@ def everyone(problem: Problem, count: int) -> torch.Tensor:
     return torch.full((problem.keys.shape[0],), count)
 
 
-def errors(problem: Problem, columns, present, got: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Of the outputs, relative, and of the logarithm of the mass, root mean squares: `[X]` each."""
+def errors(problem: Problem, columns, present, got: Fit, beside=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Of the outputs, relative, and of the logarithm of the mass, root mean squares: `[X]` each.
+
+    Args:
+        beside: mass of further tokens that are attended to, over that of all columns; their values are 0.
+    """
     outputs, masses = [], []
     for head in range(problem.keys.shape[0]):
         kept, there = columns[head][present[head]].tolist(), present[head]
@@ -28,6 +32,8 @@ def errors(problem: Problem, columns, present, got: Fit) -> tuple[np.ndarray, np
             problem, head, kept, (got.bias[head][there] - prior).tolist(), got.values[head][there]
         )
         _, full_mass, full = attention(problem, head)
+        with_others = [own / (own + beside * full_mass) for own in (mass, full_mass)]
+        output, full = (of * part[:, None] for of, part in zip((output, full), with_others, strict=True))
         outputs.append(np.linalg.norm(output - full) / np.linalg.norm(full))
         masses.append(np.sqrt(np.square(np.log(mass / full_mass)).mean()))
     return np.array(outputs), np.array(masses)
@@ -97,6 +103,20 @@ def test_matched_beats_the_same_keys_pruned_on_other_queries(select):
     assert (matched[0] < 0.8 * pruned[0]).all() and (matched[1] < 0.7 * pruned[1]).all()
     assert error[True, False][1] == pytest.approx(matched[1])  # values have no part in the mass
     assert (matched[0] < error[True, False][0]).all()
+    assert error[False, True][1] == pytest.approx(pruned[1])
+
+
+@pytest.mark.parametrize("select", [select_highest, select_omp])
+def test_without_biases_what_is_matched_has_too_little_beside_what_else_is_attended_to(select):
+    """Alone, values that are fitted without them do nearly as well."""
+    problem, others = halves(draw(heads=4, tokens=150, queries=600))
+    reference = attend(problem)
+    kept = select(problem, reference, everyone(problem, 24))
+    matched, unbiased = (
+        errors(others, *kept, fit(problem, reference, *kept, bias=bias), beside=3.0)[0]
+        for bias in (True, False)
+    )
+    assert matched.mean() < 0.85 * unbiased.mean()
 
 
 def test_values_drawn_toward_their_own_serve_other_queries_better():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_kvcompress.formats import RECORD, Format, Latent, Matched, MixedDim, RecordFormat
+from vllm_kvcompress.formats import RECORD, Format, Latent, MixedDim, RecordFormat
 from vllm_kvcompress.requests.tables import Records
 from vllm_kvcompress.worker.bases import with_bases
 from vllm_kvcompress.worker.candidates import Candidates, Reader
@@ -131,22 +131,20 @@ class Encoder:
         solution: Solution | None,
     ) -> tuple[Tensor, Tensor]:
         """Records `[n, record_bytes]` of some heads' raw tokens, and the columns `[n, 32]` of these."""
+        columns = torch.arange(num_raw, device=held.pages.device).repeat(end - begin)
+        kept = None if keep_raw is None else keep_raw[begin:end].flatten().nonzero()[:, 0]
+        columns = (columns if kept is None else columns[kept]).view(-1, RECORD)
+        if solution is not None:
+            return torch.cat(solution.records[begin:end]), columns
         pages = held.pages[begin:end, : num_raw // self._grid.block_size]
         keys, values = (
             read(pages).reshape(-1, self._cache.head_size)
             for read in (self._cache.read_keys, self._cache.read_values)
         )
-        columns = torch.arange(num_raw, device=keys.device).repeat(end - begin)
-        if keep_raw is not None:
-            kept = keep_raw[begin:end].flatten().nonzero()[:, 0]
-            keys, values, columns = keys[kept], values[kept], columns[kept]
+        if kept is not None:
+            keys, values = keys[kept], values[kept]
         tokens = (-1, RECORD, self._cache.head_size)
-        if solution is not None:
-            assert isinstance(format, Matched)
-            values = torch.cat(solution.values[begin:end])
-            biases = torch.cat(solution.biases[begin:end]).view(-1, RECORD)
-            return format.encode(keys.view(tokens), values.view(tokens), biases), columns.view(-1, RECORD)
-        keys, values, columns = keys.view(tokens), values.view(tokens), columns.view(-1, RECORD)
+        keys, values = keys.view(tokens), values.view(tokens)
         if isinstance(format, Latent):
             assert held.bases is not None and keep_raw is not None
             of_head = keep_raw[begin:end].sum(1) // RECORD

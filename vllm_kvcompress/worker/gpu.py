@@ -17,7 +17,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_kvcompress.attention.chunks import ChunkRows, flash3_serves
 from vllm_kvcompress.attention.gpu import CompressedMetadataBuilder, RowArrays, ShareLists
 from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
-from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE
+from vllm_kvcompress.formats.base import NEEDS_HEAD_SIZE, RECORD
 from vllm_kvcompress.kernels.attention import merge_bytes, programs_at_once
 from vllm_kvcompress.kernels.flash3 import chunk_bytes
 from vllm_kvcompress.kernels.moments import merged_bytes
@@ -131,10 +131,25 @@ class CompressionGPUWorker(CompressionWorker):
         return PlainCache(grid, *by_token, pages, float8=float8)
 
     def determine_available_memory(self) -> int:
-        """Bytes for the cache, less what compacting and its records will take."""
+        """Bytes for the cache, less what compacting and its records will take.
+
+        Raises:
+            KVCompressionError: that leaves none.
+        """
         available = super().determine_available_memory()
         if self.cache_config.kv_cache_memory_bytes:
             return available  # the user's own number
+        left = self._less_set_aside(available)
+        if left <= 0 < available:
+            aside, longest = (available - left) / 2**30, self.model_config.max_model_len
+            raise KVCompressionError(
+                f"kv-compression method {self._config.method} sets aside {aside:.1f} GiB for requests of "
+                f"{longest} tokens, of {available / 2**30:.1f} that are free; lower --max-model-len, raise "
+                "--gpu-memory-utilization, or use another method"
+            )
+        return left
+
+    def _less_set_aside(self, available: int) -> int:
         model, parallel = self.model_config, self.parallel_config
         layers, heads = model.get_num_layers(parallel), model.get_num_kv_heads(parallel)
         query_heads, size = model.get_num_attention_heads(parallel), model.get_head_size()
@@ -155,8 +170,11 @@ class CompressionGPUWorker(CompressionWorker):
         elif self._kept_in_graphs == "moments":
             available -= 4 * 4 * layers * query_heads * size**2  # covariances of a request that is scored
             available -= merged_bytes(self.scheduler_config.max_num_batched_tokens, query_heads, size)
-        elif policy.matches:  # of one context at a time; its values in float32, and those of one more
-            of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * 4 * longest * size
+        elif policy.matches:  # of one context at a time; what is solved of it, and of one more
+            format = self._config.record_format
+            assert format is not None
+            solved = -(-longest // RECORD) * format.largest_bytes(size)
+            of_head = policy.state_bytes(longest, size, model.dtype.itemsize) + 2 * solved
             a_head = policy.most_fit_bytes(longest, size, self.device.type)
             available -= layers * heads * of_head + max(a_head, solve_bytes_on(self.device.type))
         elif policy.gives_losses:

@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vllm_kvcompress.formats import RECORD, Matched
 from vllm_kvcompress.matching import Fit, padded, solve_bytes_on, within
 from vllm_kvcompress.paging.job import Job, Solve
 from vllm_kvcompress.requests.observer import Observed
@@ -20,17 +21,17 @@ class Solution:
 
     Attributes:
         choice: what stays of it.
-        num_kept: raw tokens of each head.
-        biases: of head after head, float32 of each kept raw token, in the columns' order.
-        values: `[kept, D]` float32, likewise.
+        raw: `[X, W]`, of all heads, what of the raw tokens does (see `Choice`).
+        num_kept: raw tokens of each head that do.
+        records: of head after head, `[kept / 32, record_bytes]` uint8, in the columns' order: what is solved
+            for is held in no more bytes than it is going to have.
     """
 
     def __init__(self, choice: Choice) -> None:
         assert choice.raw is not None
         self.choice, self.raw = choice, choice.raw
         self.num_kept: list[int] = (choice.raw >= 0).sum(1).tolist()
-        self.biases: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.records: list[Tensor] = []
         self._units: Iterator[float] = iter(())
         self._done = 0.0
         self._next: float | None = None  # where the next unit ends
@@ -100,7 +101,7 @@ class Solver:
         self, task: Task, part: Candidates, solution: Solution, layer: int, rows: slice
     ) -> Iterator[float]:
         """Solve for some of a layer's heads, which are rows of all; units as of `_solving`."""
-        policy, first = task.policy, layer * self._grid.num_heads
+        policy, first, config = task.policy, layer * self._grid.num_heads, task.work.job.config
         own = slice(rows.start - first, rows.stop - first)
         seen = self._scoring.observe(policy, task, replace(part, pages=part.pages[own]), reads=True)
         num_kept, raw = solution.num_kept[rows], solution.raw[rows]
@@ -108,13 +109,20 @@ class Solver:
             yield float(rows.stop)
             values = seen.values[:, : part.num_scored].float()
             fit = Fit(torch.zeros_like(values[..., 0]), values)
+            columns = torch.arange(part.num_scored, device=raw.device).expand(len(raw), -1)
         else:
             columns, present = padded(raw >= 0, max(num_kept))
-            units = policy.solve(seen, own, columns, present, task.work.job.config.sink_tokens)
+            units = policy.solve(seen, own, columns, present, config.sink_tokens)
             columns, present, fit = yield from within(units, rows.start, rows.stop)
             raw.fill_(-1).scatter_(1, columns, present.long() - 1)
-        solution.biases.extend(bias[:num] for bias, num in zip(fit.bias, num_kept, strict=True))
-        solution.values.extend(kept[:num] for kept, num in zip(fit.values, num_kept, strict=True))
+        assert isinstance(config.record_format, Matched)
+        heads = range(len(num_kept))
+        keys = torch.cat([seen.keys[head, columns[head, : num_kept[head]]] for head in heads])
+        values = torch.cat([fit.values[head, : num_kept[head]] for head in heads])
+        biases = torch.cat([fit.bias[head, : num_kept[head]] for head in heads])
+        keys, values = (each.view(-1, RECORD, self._cache.head_size) for each in (keys, values))
+        records = config.record_format.encode(keys, values, biases.view(-1, RECORD))
+        solution.records.extend(records.split([num // RECORD for num in num_kept]))
 
     def forget(self, request_id: str) -> None:
         """Drop what was solved of a request."""

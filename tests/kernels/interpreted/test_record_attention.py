@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from paged import Batch, Row, pairwise
 from torch import Tensor
 
-from vllm_kvcompress.formats import FORMATS, RECORD, Format, Latent
-from vllm_kvcompress.formats.matched import Matched
+from vllm_kvcompress.formats import FORMATS, MATCHED, RECORD, Format, Latent, Matched
 from vllm_kvcompress.kernels.attention import attend
 from vllm_kvcompress.kernels.records import attend_records
 from vllm_kvcompress.kernels.reference import attend_records_paged
@@ -21,7 +20,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 RAW = "raw"
 
 
-NAMED = {**FORMATS, **{f"matched {name}": Matched(FORMATS[name]) for name in ("kivi4", "k4v3")}}
+NAMED = {**FORMATS, **{format.name: format for format in MATCHED.values()}}
+IN_EVERY_CASE = [*FORMATS, "matched kivi4", "matched k4v3"]
 IDS = {RAW: 0, **{name: 1 + place for place, name in enumerate(NAMED)}}
 
 
@@ -230,7 +230,7 @@ def make_batch(kind, name, group, block_size=16, head_size=64, dtype=torch.float
 
 
 GRID = {
-    "name": list(NAMED),
+    "name": IN_EVERY_CASE,
     "dtype": list(TOLERANCE),
     "head_size": [64, 80, 128],
     "group": [1, 3, 8],
@@ -289,6 +289,13 @@ def test_equals_the_reference_whatever_the_geometry(name, sizes, rows, num_split
     cache = torch.randn(layers, 30, heads, 16, 64)
     batch = RecordBatch(rows, [name] * len(rows), 2, cache)
     assert_equals_reference(batch, name, seed % layers, num_splits=num_splits, min_share=32)
+
+
+@pytest.mark.parametrize("name", [format.name for format in MATCHED.values()])
+def test_records_of_every_format_may_have_biases(name):
+    torch.manual_seed(3)
+    batch = make_batch("extend", name, group=3)
+    assert_equals_reference(batch, name, num_splits=2)
 
 
 @pytest.mark.parametrize("name", ["matched kivi4", "kivi8", "turbo4"])
