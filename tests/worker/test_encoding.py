@@ -389,6 +389,30 @@ def test_heads_are_read_one_by_one_as_they_are_solved_for(monkeypatch):
     assert before == [4, 6, 8, 10, 12, 12] and read[:12] == [1] * 12
 
 
+def test_float32_is_multiplied_as_such_while_it_is_solved_for(monkeypatch):
+    policy, seen = POLICIES["attention_matching"], set()
+    solve = policy.solve
+
+    def solved(*args):
+        units = solve(*args)
+        while True:
+            seen.add(torch.get_float32_matmul_precision())
+            try:
+                end = next(units)
+            except StopIteration as done:
+                return done.value
+            yield end
+
+    monkeypatch.setattr(policy, "solve", solved)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        matched([range(0, 3), range(3, 6)], 6)
+        assert torch.get_float32_matmul_precision() == "medium", "the model's own"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {"highest"}
+
+
 def test_so_many_heads_are_solved_for_at_a_time_as_memory_is_meant_for(monkeypatch):
     policy, given = POLICIES["attention_matching"], []
     solve = policy.solve

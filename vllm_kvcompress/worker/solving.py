@@ -1,5 +1,6 @@
 """Solves for what a request keeps, a share at a time, before it is compacted to it."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,20 @@ from vllm_kvcompress.worker.candidates import Candidates, Reader
 from vllm_kvcompress.worker.choosing import Choice, Choosing
 from vllm_kvcompress.worker.scoring import Scoring
 from vllm_kvcompress.worker.work import Task, Work
+
+
+@contextlib.contextmanager
+def _all_of_float32() -> Iterator[None]:
+    """Have float32 multiplied as such, whatever the model is served with (`VLLM_FLOAT32_MATMUL_PRECISION`).
+
+    With mantissas cut to ten bits least squares are of other numbers than attention.
+    """
+    served = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(served)
 
 
 class Solution:
@@ -57,6 +72,7 @@ class Solver:
         self._reader, self._scoring, self._choosing = reader, scoring, choosing
         self._solutions: dict[str, Solution] = {}
 
+    @_all_of_float32()
     def solve(self, solve: Solve, observed: Observed | None) -> None:
         """As `Compactor.solve`."""
         name, total = solve.job.request_id, self._grid.num_layers * self._grid.num_heads
