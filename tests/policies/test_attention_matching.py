@@ -233,6 +233,16 @@ def test_a_querys_sink_is_that_of_its_own_head():
     assert torch.equal(some.sinks, problem.sinks[1:])
 
 
+def test_the_most_recent_tokens_may_have_a_share_of_what_is_kept():
+    assert policy().num_recent(300) == 0 and policy(recent=0.25).num_recent(303) == 75
+    for wrong, problem in (
+        ({"recent": 1.5}, "between 0 and 1"),
+        ({"recent": 0.1, "keys": "omp"}, "keys=att"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            policy(**wrong)
+
+
 def test_ablations_leave_biases_or_values_as_they_were():
     seen = observed(policy(queries="prompt"))
     columns = torch.arange(0, 48, 4).expand(2, -1)

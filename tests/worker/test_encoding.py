@@ -316,12 +316,13 @@ def test_as_many_blocks_as_the_scheduler_plans_are_never_too_many(allocation, bu
 
 
 def matched(
-    steps: list[range], num_shares: int, keys: str = "attention", num_blocks: int = 2
+    steps: list[range], num_shares: int, keys: str = "attention", num_blocks: int = 2, recent: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """The pages and the kept tokens of a request whose shares are solved in these steps."""
     request = Encoded("k8v4", 17)
     config = KVCompressionConfig.parse(
-        f"attention_matching:queries=prompt,keys={keys},format=k8v4,references=32,window=1,sink_tokens=2"
+        f"attention_matching:queries=prompt,keys={keys},format=k8v4,references=32,window=1,sink_tokens=2,"
+        f"recent={recent}"
     )
     request.observer.watch("r", config.build_policy())
     for tokens in (100, 300, 1):
@@ -349,6 +350,14 @@ def test_whatever_shares_are_solved_in_a_step_the_same_is_written(num_shares, ke
     ):
         again, also = matched(steps, num_shares, keys)
         assert torch.equal(pages, again) and torch.equal(kept, also)
+
+
+def test_of_what_is_solved_for_every_head_may_have_the_most_recent_tokens():
+    without, kept = (matched([range(6)], 6, recent=recent)[1] for recent in (0.0, 0.25))
+    assert len(kept) == len(without) == 6 * 256 // RECORD  # of 384 tokens, in the mean of six heads
+    recent = torch.arange(384 - 64, 384)
+    assert (kept.flatten() == recent[:, None]).sum(1).eq(6).all()
+    assert not (without.flatten() == recent[:, None]).sum(1).eq(6).all()
 
 
 def test_nothing_is_solved_for_a_head_that_keeps_all_of_its_tokens(monkeypatch):

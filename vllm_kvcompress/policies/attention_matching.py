@@ -90,6 +90,7 @@ class AttentionMatching(Policy):
         chunk: context tokens that are repeated at a time.
         sinks: first tokens of the context that every part's attention includes.
         answer_tokens: of each of the four answers of a self-study, at most.
+        recent: share of what heads keep on average that goes to the most recent tokens, of every head.
         recalled: sampled positions whose queries are kept for when a request is compacted again, at most.
         window: last queries by which it is, too; 0 if it never is.
     """
@@ -111,6 +112,7 @@ class AttentionMatching(Policy):
     chunk: int = 2048  # type: ignore[misc]
     sinks: int = 4  # type: ignore[misc]
     answer_tokens: int = 128
+    recent: float = 0.0
     recalled: int = 64  # type: ignore[misc]
     window: int = 0
 
@@ -121,6 +123,10 @@ class AttentionMatching(Policy):
         for name in ("ridge", "sinks", "recalled"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.recent <= 1:
+            raise ValueError(f"recent must be between 0 and 1, got {self.recent}")
+        if self.recent and self.keys == "omp":
+            raise ValueError("recent is a share of what keys=attention chooses")
 
     @property
     def repeats(self) -> bool:  # type: ignore[override]
@@ -140,6 +146,9 @@ class AttentionMatching(Policy):
         queries of the output and some of the sample pay to it, and so does the output, which nothing is
         solved for."""
         return Recalling(window=self.window)
+
+    def num_recent(self, kept: int) -> int:
+        return int(self.recent * kept)
 
     def recall(self, state: Attended | None) -> Tensor | None:
         if state is None or not self.window or not self.recalled:

@@ -37,7 +37,7 @@ class Choosing:
     def __init__(self, cache: PagedCache, room: Room, scoring: Scoring) -> None:
         self._cache, self._grid, self._room, self._scoring = cache, cache.grid, room, scoring
 
-    def choose(self, task: Task, held: Candidates, format: Format, num_raw: int, num_blocks: int) -> Choice:
+    def choose(self, task: Task, held: Candidates, format: Format, num_raw: int) -> Choice:
         """What stays in so many blocks, and the pages of each head.
 
         A record stays or goes as a whole: each of its tokens counts as their mean. Raw tokens come in
@@ -48,7 +48,7 @@ class Choosing:
         if job.config.keeps_all and len(parts) == 1:
             return Choice(old >= 0)
         scores, width = self._scoring.scores([task], held), old.shape[1]
-        pages = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
+        pages = self._pages_by_scores(task, held, scores, format, num_raw)
         if not isinstance(format, Mixed):
             present = (old >= 0).sum(1) + num_raw // RECORD
             num_units = torch.minimum(pages * self._cache.records_per_page(parts[0]), present)
@@ -69,7 +69,6 @@ class Choosing:
         scores: Tensor,
         format: Format,
         num_raw: int,
-        num_blocks: int,
     ) -> Tensor:
         """The pages `[X]` of each head as the allocation splits them; a policy may refine the scores then."""
         job, parts = task.work.job, format.parts
@@ -80,7 +79,7 @@ class Choosing:
         whole = torch.cat([alike, scores[:, width * RECORD :]], 1).view(*shape, -1)
         pages, tokens = [], []
         for layers, allocation in self._room.split(job.config.build_allocation()):
-            most = self._room.pages_of(num_blocks, layers)
+            most = self._room.pages_of(task.work.num_blocks, layers)
             per_page = self._cache.records_per_page(parts[format.typical])
             capacity = (present[layers] + per_page - 1) // per_page
             if (total := int(capacity.sum())) < most and len(parts) > 1:  # there is room for the best part
@@ -114,9 +113,9 @@ class Choosing:
         allocation = job.config.build_allocation()
         protected = scores.isposinf()
         together = task.policy.gives_losses and isinstance(allocation, Global | Profile)
-        num_blocks, split = len(job.destination), None
+        num_blocks, split = task.work.num_blocks, None
         if not together:
-            split = self._pages_by_scores(task, held, scores, format, num_raw, num_blocks)
+            split = self._pages_by_scores(task, held, scores, format, num_raw)
         if task.policy.gives_losses:
             losses = self._losses(task, held, format)
             for layers, own in self._room.split(allocation):

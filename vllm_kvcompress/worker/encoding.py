@@ -54,7 +54,7 @@ class Encoder:
             held, errors = with_bases(self._reader, held, format, num_raw)
             choice = self._choosing.choose_ranks(task, held, errors, format, num_raw)
         elif solution is None:
-            choice = self._choosing.choose(task, held, format, num_raw, len(job.destination))
+            choice = self._choosing.choose(task, held, format, num_raw)
         else:
             choice = solution.choice
         part = torch.arange(len(format.parts), device=device)[:, None, None]

@@ -34,7 +34,7 @@ class Room:
             tokens = self.num_pages(task.work) * self._grid.block_size
         else:
             per_page = self._cache.records_per_page(format.parts[format.typical])
-            tokens = len(job.destination) * self._grid.pages_per_block * per_page * RECORD
+            tokens = task.work.num_blocks * self._grid.pages_per_block * per_page * RECORD
         kept = tokens // (self._grid.num_layers * self._grid.num_heads)
         # How much a threshold leaves is not known yet: say a quarter, if there is room.
         return kept if job.config.threshold is None else min(kept, job.boundary // 4)

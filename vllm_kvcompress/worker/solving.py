@@ -77,12 +77,12 @@ class Solver:
         """As `Compactor.solve`."""
         name, total = solve.job.request_id, self._grid.num_layers * self._grid.num_heads
         if solve.shares.start == 0:
-            work = Work(solve.job, observed=observed)
+            work = Work(solve.job, observed=observed, to_come=solve.num_blocks)
             (task,) = self._reader.tasks([work])
             num_raw, format = len(solve.job.source) * self._grid.block_size, solve.job.config.record_format
             assert format is not None
             held = self._reader.candidates(task, slice(0, self._grid.num_layers))
-            solution = Solution(self._choosing.choose(task, held, format, num_raw, solve.num_blocks))
+            solution = Solution(self._choosing.choose(task, held, format, num_raw))
             self._solutions[name] = solution
             solution.begin(self._solving(task, solution))
         self._solutions[name].go_on(total * solve.shares.stop / solve.num_shares)

@@ -18,11 +18,18 @@ class Work:
         job: what to do.
         table: the result of the request's last compaction, if there was one.
         observed: what was kept of its queries, if its policy needs any; its states are carried over.
+        to_come: blocks of its destination, where the Job has none yet.
     """
 
     job: Job
     table: RequestTable | None = None
     observed: Observed | None = None
+    to_come: int = 0
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of its destination."""
+        return len(self.job.destination) + self.to_come
 
     @property
     def policy(self) -> Policy:
