@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from vllm_kvcompress.formats import MATCHED
-from vllm_kvcompress.matching import Own, Problem, fit_by_parts, select_by_parts
+from vllm_kvcompress.matching import Own, Problem, finish, fit_by_parts, select_by_parts
 from vllm_kvcompress.policies.attention_matching import KEPT, PART, PURSUED
 
 # A layer of a Llama of 8 B parameters, and what is asked of it by default.
@@ -56,8 +56,8 @@ def solve(
     own = Own(torch.empty(heads, columns, SIZE, dtype=torch.bfloat16, device=device))
     with Operations() as operations, FlopCounterMode(display=False) as products:
         if omp:
-            select_by_parts(problem, own, chosen, present, PURSUED)
-        fit_by_parts(problem, own, chosen, present, PART, KEPT)
+            finish(select_by_parts(problem, own, chosen, present, PURSUED))
+        finish(fit_by_parts(problem, own, chosen, present, PART, KEPT))
     return operations.count, products.get_total_flops() + operations.flops
 
 

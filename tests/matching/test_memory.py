@@ -10,6 +10,7 @@ from plain_attention import draw
 from vllm_kvcompress.matching import (
     Own,
     attend,
+    finish,
     fit,
     fit_by_parts,
     memory,
@@ -62,8 +63,8 @@ def test_as_many_parts_as_memory_is_meant_for_are_solved_for_together(tmp_path, 
 
     def solve():
         if omp:
-            return select_by_parts(problem, own, kept, present, 100)
-        return fit_by_parts(problem, own, kept, present, 100)
+            return finish(select_by_parts(problem, own, kept, present, 100))
+        return finish(fit_by_parts(problem, own, kept, present, 100))
 
     monkeypatch.setattr(parts_module, "parts_at_once", at_once)
     taken = measured(tmp_path / "trace.json", solve)

@@ -5,7 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_kvcompress.matching import Own, Problem, attend, fit, fit_by_parts, select_by_parts, select_omp
+from vllm_kvcompress.matching import (
+    Own,
+    Problem,
+    attend,
+    finish,
+    fit,
+    fit_by_parts,
+    select_by_parts,
+    select_omp,
+)
 from vllm_kvcompress.matching import parts as parts_module
 
 SIZE, SCALE = 16, 0.25
@@ -69,7 +78,7 @@ def test_a_head_of_one_part_is_matched_at_once(sunk):
             of_head, of_own = torch.cat([sinks[rows, :150], sinks[rows, 150:][:, there]], 1), sinks[:, 150:]
         alone = Problem(problem.keys[rows], problem.values[rows], queries, SCALE, sinks=of_head)
         wanted = fit(alone, attend(alone), columns[rows, there], present[rows, there])
-        got = fit_by_parts(problem, Own(own, sinks=of_own), columns, present, 240)
+        got = finish(fit_by_parts(problem, Own(own, sinks=of_own), columns, present, 240))
         torch.testing.assert_close(got.bias[rows, there], wanted.bias, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(got.values[rows, there], wanted.values, atol=2e-3, rtol=2e-3)
 
@@ -79,8 +88,8 @@ def test_parts_answer_nearly_as_well_as_the_whole(most):
     problem = draw(queries=600)
     columns, present, own = chosen(problem, [60, 45])
     held_out = draw(seed=5).queries
-    at_once = fit_by_parts(problem, Own(own), columns, present, 240)
-    by_parts = fit_by_parts(problem, Own(own), columns, present, most)
+    at_once = finish(fit_by_parts(problem, Own(own), columns, present, 240))
+    by_parts = finish(fit_by_parts(problem, Own(own), columns, present, most))
     plain = problem.values.gather(1, columns[..., None].expand(-1, -1, SIZE))
     whole = errors(problem, held_out, columns, present, at_once.bias, at_once.values)
     parts = errors(problem, held_out, columns, present, by_parts.bias, by_parts.values)
@@ -92,11 +101,11 @@ def test_parts_answer_nearly_as_well_as_the_whole(most):
 def test_a_part_has_so_many_kept_columns_on_average():
     problem = draw()
     columns, present, own = chosen(problem, [60, 45])
-    got = fit_by_parts(problem, Own(own), columns, present, 240, 20)
-    wanted = fit_by_parts(problem, Own(own), columns, present, 80)
+    got = finish(fit_by_parts(problem, Own(own), columns, present, 240, 20))
+    wanted = finish(fit_by_parts(problem, Own(own), columns, present, 80))
     assert torch.equal(got.bias, wanted.bias) and torch.equal(got.values, wanted.values)
-    whole = fit_by_parts(problem, Own(own), columns, present, 240, 60)
-    assert torch.equal(whole.values, fit_by_parts(problem, Own(own), columns, present, 240).values)
+    whole = finish(fit_by_parts(problem, Own(own), columns, present, 240, 60))
+    assert torch.equal(whole.values, finish(fit_by_parts(problem, Own(own), columns, present, 240)).values)
     assert not torch.equal(whole.values, wanted.values)
 
 
@@ -110,7 +119,7 @@ def test_where_each_part_can_be_matched_exactly_the_whole_is():
     columns = torch.arange(0, 160, 8).expand(2, -1).contiguous()
     present = torch.ones_like(columns, dtype=torch.bool)
     own = torch.randn(2, 20, SIZE, generator=generator)
-    solved = fit_by_parts(problem, Own(own), columns, present, 80, bias_ridge=1e-9, value_ridge=1e-7)
+    solved = finish(fit_by_parts(problem, Own(own), columns, present, 80, bias_ridge=1e-9, value_ridge=1e-7))
     torch.testing.assert_close(solved.bias, torch.full_like(solved.bias, 8.0).log(), atol=2e-2, rtol=0)
     means = values.unflatten(1, (20, 8)).mean(2)
     torch.testing.assert_close(solved.values, means, atol=2e-2, rtol=0)
@@ -120,14 +129,16 @@ def test_heads_of_different_counts_are_matched_as_they_are_alone():
     problem = draw(heads=3)
     counts = [50, 7, 33]
     columns, present, own = chosen(problem, counts)
-    together = fit_by_parts(problem, Own(own), columns, present, 70)
+    together = finish(fit_by_parts(problem, Own(own), columns, present, 70))
     assert not together.values[~present].any() and not together.bias[~present].any()
     for head, count in enumerate(counts):
         rows = slice(head, head + 1)
         alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
         there = present[head]
         assert int(there.sum()) == count
-        single = fit_by_parts(alone, Own(own[rows, there]), columns[rows, there], there[None, there], 70)
+        single = finish(
+            fit_by_parts(alone, Own(own[rows, there]), columns[rows, there], there[None, there], 70)
+        )
         torch.testing.assert_close(together.bias[rows, there], single.bias, atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(together.values[rows, there], single.values, atol=2e-3, rtol=2e-3)
 
@@ -149,9 +160,9 @@ def test_parts_together_are_matched_as_each_is_alone(monkeypatch, tokens, featur
     elif features == "bias":
         problem = replace(problem, bias=torch.randn(2, tokens, generator=generator))
     asked = problem, Own(own, limits, of_own), columns, present, 70
-    got, chosen = fit_by_parts(*asked), select_by_parts(*asked, leading=3)
+    got, chosen = finish(fit_by_parts(*asked)), finish(select_by_parts(*asked, leading=3))
     monkeypatch.setattr(parts_module, "parts_at_once", lambda *_, **__: 1)
-    wanted, alone = fit_by_parts(*asked), select_by_parts(*asked, leading=3)
+    wanted, alone = finish(fit_by_parts(*asked)), finish(select_by_parts(*asked, leading=3))
     torch.testing.assert_close(got.bias, wanted.bias, atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(got.values, wanted.values, atol=2e-3, rtol=2e-3)
     assert all(map(torch.equal, chosen, alone))
@@ -162,7 +173,7 @@ def test_a_part_without_a_kept_column_is_left_out():
     columns = torch.tensor([[1, 2, 3], [1, 2, 200]])
     present = torch.ones_like(columns, dtype=torch.bool)
     own = draw(seed=3).queries[:, :3]
-    solved = fit_by_parts(problem, Own(own), columns, present, 80)
+    solved = finish(fit_by_parts(problem, Own(own), columns, present, 80))
     assert bool(torch.isfinite(solved.bias).all() and torch.isfinite(solved.values).all())
 
 
@@ -171,14 +182,14 @@ def test_queries_see_the_columns_of_a_part_below_their_limits():
     problem = draw(limits=limits)
     columns, present, own = chosen(problem, [40, 25])
     own_limits = columns + 1
-    one = fit_by_parts(problem, Own(own, own_limits), columns, present, 120)
+    one = finish(fit_by_parts(problem, Own(own, own_limits), columns, present, 120))
     # Whatever lies beyond every limit counts for nothing: here all of the second part.
     below = limits.clamp(max=120)
     values = problem.values.clone()
     cut = Problem(problem.keys, values, problem.queries, SCALE, limits=below)
-    first = fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120)
+    first = finish(fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120))
     values[:, 120:] = 99.0
-    again = fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120)
+    again = finish(fit_by_parts(cut, Own(own, own_limits.clamp(max=120)), columns, present, 120))
     in_first = present & (columns < 120)
     assert torch.equal(first.values[in_first], again.values[in_first])
     assert not torch.allclose(one.values[in_first], first.values[in_first])
@@ -194,7 +205,7 @@ def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited, sun
     problem = Problem(drawn.keys, drawn.values, drawn.queries, SCALE, limits=limits, sinks=of_queries)
     columns, present, own = chosen(drawn, [40])
     own_limits = torch.randint(30, 241, (1, 40), generator=generator) if limited else None
-    got = fit_by_parts(problem, Own(own, own_limits, of_own), columns, present, 120)
+    got = finish(fit_by_parts(problem, Own(own, own_limits, of_own), columns, present, 120))
     for begin, end in ((0, 120), (120, 240)):
         inside = (columns[0] >= begin) & (columns[0] < end)
         assert 0 < int(inside.sum()) < 40
@@ -226,7 +237,7 @@ def test_a_part_is_matched_to_its_columns_with_all_others_as_a_sink(limited, sun
 def test_tokens_are_pursued_in_each_part_with_all_others_as_a_sink():
     drawn = draw(heads=1)
     columns, present, own = chosen(drawn, [40])
-    got, there = select_by_parts(drawn, Own(own), columns, present, 120, leading=3)
+    got, there = finish(select_by_parts(drawn, Own(own), columns, present, 120, leading=3))
     assert there.all() and bool((got.diff(dim=1) > 0).all()), "ascending, each once"
     assert got[0, :3].tolist() == [0, 1, 2]
     assert 10 < len(set(got[0].tolist()) & set(columns[0].tolist())) < 40, "other tokens than those"
@@ -247,17 +258,19 @@ def test_tokens_are_pursued_in_each_part_with_all_others_as_a_sink():
 def test_what_is_pursued_of_heads_of_different_counts_is_what_is_of_each_alone():
     problem, counts = draw(heads=3), [50, 7, 33]
     columns, present, own = chosen(problem, counts)
-    together, there = select_by_parts(problem, Own(own), columns, present, 70)
+    together, there = finish(select_by_parts(problem, Own(own), columns, present, 70))
     assert torch.equal(there.sum(1), torch.tensor(counts))
     for head in range(3):
         rows, kept = slice(head, head + 1), present[head]
         alone = Problem(problem.keys[rows], problem.values[rows], problem.queries[rows], SCALE)
-        one, _ = select_by_parts(alone, Own(own[rows, kept]), columns[rows, kept], kept[None, kept], 70)
+        one, _ = finish(
+            select_by_parts(alone, Own(own[rows, kept]), columns[rows, kept], kept[None, kept], 70)
+        )
         assert together[head][there[head]].tolist() == one[0].tolist()
 
 
 def test_what_keeps_all_of_its_tokens_loses_none_beside_a_longer_part():
     problem, own = draw(237), draw(queries=237, seed=9).queries
     columns = torch.arange(237).expand(2, -1).contiguous()
-    got, there = select_by_parts(problem, Own(own), columns, columns >= 0, 70)
+    got, there = finish(select_by_parts(problem, Own(own), columns, columns >= 0, 70))
     assert there.all() and torch.equal(got, columns)

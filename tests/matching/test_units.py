@@ -10,9 +10,7 @@ from vllm_kvcompress.matching import (
     attend,
     finish,
     fit_by_parts,
-    fitting_by_parts,
     select_by_parts,
-    selecting_by_parts,
     within,
 )
 from vllm_kvcompress.matching import parts as parts_module
@@ -46,7 +44,7 @@ def test_attention_has_a_unit_for_each_of_its_chunks():
     assert_close(finish(attending(problem, 4 * 2 * 300 * 20)).outputs, attend(problem).outputs)
 
 
-@pytest.mark.parametrize("made", [fitting_by_parts, selecting_by_parts])
+@pytest.mark.parametrize("made", [fit_by_parts, select_by_parts])
 @pytest.mark.parametrize("parts", [1, 5])
 def test_units_of_a_solve_go_up_to_its_end_and_none_is_all_of_it(made, parts, monkeypatch):
     monkeypatch.setattr(parts_module, "parts_at_once", lambda *args, **kwargs: 1)
@@ -59,17 +57,23 @@ def test_units_of_a_solve_go_up_to_its_end_and_none_is_all_of_it(made, parts, mo
 @pytest.mark.parametrize("most", [500, 100])
 def test_between_units_anything_may_happen(most):
     asked = problem_of(500, 60)
-    units, others, solved = fitting_by_parts(*asked, most), fitting_by_parts(*problem_of(400, 50), most), None
+    units, others, solved = fit_by_parts(*asked, most), fit_by_parts(*problem_of(400, 50), most), None
     while solved is None:
         try:
             next(units)
         except StopIteration as done:
             solved = done.value
         next(others, None)
-    wanted = fit_by_parts(*asked, most)
+    wanted = finish(fit_by_parts(*asked, most))
     assert torch.equal(solved.bias, wanted.bias) and torch.equal(solved.values, wanted.values)
-    chosen, _ = finish(selecting_by_parts(*asked, most))
-    assert torch.equal(chosen, select_by_parts(*asked, most)[0])
+    units, chosen = select_by_parts(*asked, most), None
+    while chosen is None:
+        try:
+            next(units)
+        except StopIteration as done:
+            chosen, _ = done.value
+        next(others, None)
+    assert torch.equal(chosen, finish(select_by_parts(*asked, most))[0])
 
 
 def test_the_more_a_head_keeps_the_less_of_its_work_is_attention_over_all():

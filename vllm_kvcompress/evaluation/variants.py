@@ -11,7 +11,7 @@ FULL = "off"  # the full cache, as a request asks for it
 # What a method does to a prompt is measured however short the prompt is, and however many are compacted in a
 # step: who waited for its turn would answer its first tokens from raw context.
 EVERY_PROMPT = KVCompressionConfig(min_freed_tokens=1, max_compaction_tokens=MOST_VALUE)
-ROOM = 320  # that a repetition needs beside the context and itself, at most
+ROOM = 320  # tokens that a repetition needs beside the context and itself, and at least
 STOCK = "stock:"  # before a `--kv-cache-dtype` of stock vLLM
 
 
@@ -61,25 +61,25 @@ def served_by(specs: Sequence[str]) -> KVCompressionConfig:
     return replace(EVERY_PROMPT, method=method, allocation=f"profile:{named.pop()}")
 
 
-def behind(configs: Iterable[KVCompressionConfig]) -> int:
+def behind(specs: Iterable[str]) -> int:
     """Tokens that a context must have behind each prompt: some, if one of these has prompts repeated.
 
     It is what the engine asks for of whoever has its prompt repeated, whatever its output.
     """
     from vllm_kvcompress.paging.repetition import LEAST
 
-    return max((LEAST for config in configs if config.repeats), default=0)
+    return LEAST if any(KVCompressionConfig.parse(spec).repeats for spec in specs) else 0
 
 
-def max_model_len(longest: int, limit: int, configs: Iterable[KVCompressionConfig]) -> int:
+def max_model_len(longest: int, limit: int, specs: Iterable[str]) -> int:
     """Of an engine, so that prompts are repeated in parts as long as in the whole context of the model.
 
     Args:
         longest: tokens of the longest request.
         limit: tokens of the model's context.
-        configs: what requests are compacted by.
+        specs: what requests are compacted by.
     """
-    return min(limit, 2 * longest + ROOM) if behind(configs) else longest
+    return min(limit, 2 * longest + ROOM) if behind(specs) else longest
 
 
 def split_methods(given: str) -> list[str]:

@@ -3,14 +3,7 @@
 from vllm_kvcompress.matching.fit import Fit, fit
 from vllm_kvcompress.matching.memory import parts_of, peak_bytes, solve_bytes_on, whole_bytes
 from vllm_kvcompress.matching.nnls import nnls
-from vllm_kvcompress.matching.parts import (
-    Own,
-    fit_by_parts,
-    fitting_by_parts,
-    padded,
-    select_by_parts,
-    selecting_by_parts,
-)
+from vllm_kvcompress.matching.parts import Own, fit_by_parts, padded, select_by_parts
 from vllm_kvcompress.matching.problem import Problem
 from vllm_kvcompress.matching.reference import Reference, attend, chunk_bytes_on
 from vllm_kvcompress.matching.selection import select_highest, select_omp
@@ -27,7 +20,6 @@ __all__ = [
     "finish",
     "fit",
     "fit_by_parts",
-    "fitting_by_parts",
     "nnls",
     "padded",
     "parts_of",
@@ -35,7 +27,6 @@ __all__ = [
     "select_by_parts",
     "select_highest",
     "select_omp",
-    "selecting_by_parts",
     "solve_bytes_on",
     "whole_bytes",
     "within",

@@ -1,8 +1,7 @@
 """Long heads, whose tokens are matched part by part."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from vllm_kvcompress.matching.memory import parts_at_once, parts_of
 from vllm_kvcompress.matching.problem import Problem, finite
 from vllm_kvcompress.matching.reference import Reference, attend, attending
 from vllm_kvcompress.matching.selection import select_omp
-from vllm_kvcompress.matching.units import Units, finish, within
+from vllm_kvcompress.matching.units import Units, within
 
 FACTORS = INTERIOR + NEWTON + 1  # factorisations of a part's system
 MOST_SHARE = 1 - 1e-6  # of the softmax that a part has, so that what is beside it has some
@@ -70,19 +69,6 @@ def fit_by_parts(
     most: int,
     most_kept: int | None = None,
     **options: float,
-) -> Fit:
-    """As `fitting_by_parts`, at once."""
-    return finish(fitting_by_parts(problem, own, columns, present, most, most_kept, **options))
-
-
-def fitting_by_parts(
-    problem: Problem,
-    own: Own,
-    columns: Tensor,
-    present: Tensor,
-    most: int,
-    most_kept: int | None = None,
-    **options: float,
 ) -> Units[Fit]:
     """Biases and values as of `fit`, solved for at most so many columns at a time.
 
@@ -104,38 +90,30 @@ def fitting_by_parts(
     """
     bias, values = torch.zeros_like(columns, dtype=torch.float32), torch.zeros_like(own.queries).float()
     parts = parts_of(problem.keys.shape[1], columns.shape[1], most, most_kept)
-    whole, begin = _with_own(problem, own, present), _attention_share(problem, columns.shape[1], parts)
-    reference = yield from within(attending(whole), 0.0, begin)
-    for done, together in _groups(problem, whole, reference, columns, present, parts):
-        yield begin + (1 - begin) * done
-        some = together()
+
+    def each(some: _Parts) -> None:
         solved = fit(some.problem, some.reference, some.own(columns), some.present(), **options)  # type: ignore[arg-type]
         biases, matched = (tensor.chunk(len(some.windows)) for tensor in (solved.bias, solved.values))
         for place, there, added, means in zip(some.place, some.there, biases, matched, strict=True):
             bias.scatter_add_(1, place, torch.where(there, added, 0.0))
             at = place[..., None].expand_as(means)
             values.scatter_add_(1, at, torch.where(there[..., None], means, 0.0))
+
+    yield from _by_parts(problem, own, columns, present, parts, each)
     return Fit(bias, values)
 
 
 def select_by_parts(
-    problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int, leading: int = 0
-) -> tuple[Tensor, Tensor]:
-    """As `selecting_by_parts`, at once."""
-    return finish(selecting_by_parts(problem, own, columns, present, most, leading))
-
-
-def selecting_by_parts(
     problem: Problem, own: Own, columns: Tensor, present: Tensor, most: int, leading: int = 0
 ) -> Units[tuple[Tensor, Tensor]]:
     """Other columns than these, as many of each part, by orthogonal matching pursuit (`select_omp`).
 
     What is beside a part counts in its softmax, as a sink does. Time, but that of the attention over all,
     grows with the number of parts, where it would with the cube of the columns, and so does memory. Units are
-    as of `fitting_by_parts`.
+    as of `fit_by_parts`.
 
     Args:
-        problem: as of `fitting_by_parts`.
+        problem: as of `fit_by_parts`.
         own: likewise.
         columns: likewise.
         present: likewise.
@@ -147,11 +125,8 @@ def selecting_by_parts(
     """
     kept = torch.zeros(*problem.keys.shape[:2], dtype=torch.int8, device=columns.device)
     parts = parts_of(kept.shape[1], columns.shape[1], most)
-    whole, begin = _with_own(problem, own, present), _attention_share(problem, columns.shape[1], parts)
-    reference = yield from within(attending(whole), 0.0, begin)
-    for done, together in _groups(problem, whole, reference, columns, present, parts, leading, omp=True):
-        yield begin + (1 - begin) * done
-        some = together()
+
+    def each(some: _Parts) -> None:
         there = some.present()
         before = max(leading - some.windows[0].start, 0)
         chosen, found = select_omp(
@@ -160,6 +135,8 @@ def selecting_by_parts(
         count = len(some.windows)
         for window, which, are in zip(some.windows, chosen.chunk(count), found.chunk(count), strict=True):
             kept[:, window].scatter_add_(1, which, are.to(torch.int8))
+
+    yield from _by_parts(problem, own, columns, present, parts, each, leading, omp=True)
     return padded(kept > 0, columns.shape[1])
 
 
@@ -189,25 +166,28 @@ def _attention_share(problem: Problem, kept: int, parts: int) -> float:
     return attention / (attention + again + systems)
 
 
-def _groups(
+def _by_parts(
     problem: Problem,
-    whole: Problem,
-    reference: Reference,
+    own: Own,
     columns: Tensor,
     present: Tensor,
     parts: int,
+    each: Callable[[_Parts], None],
     leading: int = 0,
     *,
     omp: bool = False,
-) -> Iterator[tuple[float, Callable[[], _Parts]]]:
-    """All columns, in so many parts, some of which are made together; and what part of all is done with them.
+) -> Units[None]:
+    """Attend to all columns, then do `each` to them in so many parts, some of which are made together.
 
     Parts without a kept column are left out, those with leading ones are made alone.
     """
     (heads, tokens, size), queries = problem.keys.shape, problem.queries.shape[1]
+    whole, begin = _with_own(problem, own, present), _attention_share(problem, columns.shape[1], parts)
+    reference = yield from within(attending(whole), 0.0, begin)
     if parts == 1:
         place = torch.arange(columns.shape[1], device=columns.device).expand_as(columns)
-        yield 1.0, partial(_Parts, [slice(0, tokens)], whole, reference, [place], [present])
+        yield 1.0
+        each(_Parts([slice(0, tokens)], whole, reference, [place], [present]))
         return
     edges = [-(-tokens * edge // parts) for edge in range(parts + 1)]  # the first part has as many as any
     inside = [
@@ -225,10 +205,8 @@ def _groups(
         if group and full:
             width = max(widths[some] for some in group)
             ranges, masks = [edges[some : some + 2] for some in group], [inside[some] for some in group]
-            yield (
-                (part + 1) / parts,
-                partial(_together, whole, reference, queries, ranges, masks, width),
-            )
+            yield begin + (1 - begin) * ((part + 1) / parts)
+            each(_together(whole, reference, queries, ranges, masks, width))
             group = []
 
 

@@ -12,10 +12,10 @@ from vllm_kvcompress.matching import (
     Problem,
     Units,
     chunk_bytes_on,
-    fitting_by_parts,
+    fit_by_parts,
     parts_of,
     peak_bytes,
-    selecting_by_parts,
+    select_by_parts,
     whole_bytes,
     within,
 )
@@ -198,11 +198,11 @@ class AttentionMatching(Policy):
         begin = 0.0
         if self.keys == "omp":
             begin, asked = PURSUIT, self._problem(observation, heads, columns)
-            pursuing = selecting_by_parts(*asked, columns, present, PURSUED, leading)
+            pursuing = select_by_parts(*asked, columns, present, PURSUED, leading)
             columns, present = yield from within(pursuing, 0.0, begin)
         wanted = {"bias": self.bias, "values": self.values, "value_ridge": self.ridge}
         problem, own = self._problem(observation, heads, columns)
-        fitting = fitting_by_parts(problem, own, columns, present, PART, KEPT, **wanted)
+        fitting = fit_by_parts(problem, own, columns, present, PART, KEPT, **wanted)
         return columns, present, (yield from within(fitting, begin, 1.0))
 
     def _problem(self, observation: LayerObservation, heads: slice, columns: Tensor) -> tuple[Problem, Own]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvcompress import __version__
-from vllm_kvcompress.config import KVCompressionConfig, KVCompressionError
+from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation import options, report
 from vllm_kvcompress.evaluation.host import cache_groups, checkpoint, context_limit, engine_dtype
 from vllm_kvcompress.evaluation.pictures import MODES
@@ -161,7 +161,6 @@ class Work:
         documents: of the retrieval tasks and of the divergences.
         samples: questions, in the order in which they are asked.
         texts: true continuations.
-        configs: what they are compacted by.
         limit: tokens of the model's context.
         length: tokens that the longest of them takes.
         too_long: what was left out, with the tokens that it would take.
@@ -170,7 +169,6 @@ class Work:
     documents: list[retrieval.Document]
     samples: list[Sample]
     texts: list[dict[str, Any]]
-    configs: list[KVCompressionConfig]
     limit: int
     length: int
     too_long: dict[str, int]
@@ -187,8 +185,7 @@ class Work:
         tokenizer = _tokenizer(model)
         prose = arguments.text.read_text(encoding="utf-8") if arguments.text else retrieval.default_prose()
         limit = context_limit(model)
-        configs = [KVCompressionConfig.parse(row.spec) for row in rows if not row.spec.startswith(STOCK)]
-        room = behind(configs)
+        room = behind(row.spec for row in rows if not row.spec.startswith(STOCK))
         documents = retrieval.documents(tokenizer, lengths, arguments.repetitions, prose, arguments.seed)
         samples = [s for document in documents for s in document.samples if s.task in tasks]
         samples += _benchmark_samples(tasks, arguments, tokenizer, limit, room)
@@ -207,7 +204,6 @@ class Work:
             documents,
             [sample for sample in samples if sample.id in fitting],
             [text for text in texts if text["id"] in fitting],
-            configs,
             limit,
             max(fitting.values(), default=0),
             {name: tokens for name, tokens in needs.items() if tokens > limit},
@@ -227,7 +223,10 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
 
     from vllm_kvcompress.evaluation.engine import Engine
 
-    room = max(STEP_ROOM, behind(work.configs))
+    stock = [row for row in rows if row.spec.startswith(STOCK)]
+    ours = [row for row in rows if row not in stock]
+    specs = [row.spec for row in ours]
+    room = max(STEP_ROOM, behind(specs))
     length = min(work.limit, work.length + room)
     references: dict[str, Any] = {}  # of the full cache, for engines that cannot serve it
 
@@ -252,11 +251,8 @@ def _measure(arguments, model, work: Work, rows: list[Variant], store: Store) ->
                 step()
 
     own = {document.text for document in work.documents}
-    stock = [row for row in rows if row.spec.startswith(STOCK)]
     try:
-        ours = [row for row in rows if row not in stock]
-        most = max_model_len(length, work.limit, work.configs)
-        config = served_by([row.spec for row in ours])
+        most, config = max_model_len(length, work.limit, specs), served_by(specs)
         measure(Engine(model, most, arguments.block_size, config=config), ours, stock)
         for row in stock:
             blocks = STEP_BATCH * -(-length // arguments.block_size) * cache_groups(model) + 1

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     prompt = opening(tokenizer, _text(tokenizer, arguments))[: arguments.tokens]
     limit = context_limit(arguments.model)
-    more = max(OUTPUT, behind([config]))
+    more = max(OUTPUT, behind([arguments.compression]))
     if (longest := len(prompt) + more) > limit:
         raise KVCompressionError(
             f"a prompt of {len(prompt)} tokens and {more} more exceed the model's context of {limit}; "
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     engine = Engine(
         arguments.model,
-        max_model_len(longest, limit, [config]),
+        max_model_len(longest, limit, [arguments.compression]),
         arguments.block_size,
         config=served_by([arguments.compression]),
     )

@@ -22,6 +22,7 @@ from vllm_kvcompress import __version__, scorers
 from vllm_kvcompress.config import KVCompressionError
 from vllm_kvcompress.evaluation.host import checkpoint, context_limit, model_config
 from vllm_kvcompress.evaluation.quality import texts
+from vllm_kvcompress.evaluation.variants import ROOM
 from vllm_kvcompress.scorers import Scorer
 
 TEACHER = "kvzip:budget=0.5"
@@ -29,14 +30,13 @@ LEAST = 1e-6  # scores below it are as good as none
 BATCH, RATE, DECAY = 256, 1e-3, 1e-2
 EMPHASIS = 0.5  # on tokens that score well: budgets choose among those
 EIGHTH = 8
-BEHIND = 320  # tokens of context for the instruction and the output, and what a repetition needs at least
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Train a scorer, and say how well it tells what it has not seen."""
     model = checkpoint(arguments.model)
     number, tokens = arguments.scorer_documents, arguments.tokens
-    if 2 * tokens + BEHIND > (limit := context_limit(model)):
+    if 2 * tokens + ROOM > (limit := context_limit(model)):
         raise KVCompressionError(
             f"documents of {tokens} tokens are repeated, and twice that is beyond the context of {limit}; "
             "lower --tokens"
@@ -127,7 +127,7 @@ def collect(model: str, prompts: Sequence[Sequence[int]], folder: Path, tqdm: An
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     if missing:
         longest = max(map(len, prompts))
-        engine = Engine(model, 2 * longest + BEHIND)
+        engine = Engine(model, 2 * longest + ROOM)
         watch = _Watch(engine.compactor)
         for index in tqdm(missing, desc="repeating documents"):
             engine.run([Ask(prompts[index], TEACHER, max_tokens=2, ignore_eos=True)])

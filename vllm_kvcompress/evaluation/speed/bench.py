@@ -28,7 +28,7 @@ from vllm_kvcompress.evaluation.speed.prefixes import (
 )
 from vllm_kvcompress.evaluation.speed.rates import ASKED, measure_rates, rates_table
 from vllm_kvcompress.evaluation.speed.served import SERVED, measure_serving
-from vllm_kvcompress.evaluation.speed.stepped import measure_steps, output_room, ratios
+from vllm_kvcompress.evaluation.speed.stepped import longest_steps, measure_steps, ratios
 from vllm_kvcompress.evaluation.variants import behind
 from vllm_kvcompress.plan import Plan
 
@@ -116,9 +116,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check_lengths(arguments: argparse.Namespace, config: KVCompressionConfig, parts: list[str]) -> None:
     """Refuse lengths that some part could not be measured at, before the first is measured."""
-    room = max(arguments.output_tokens, behind([config]))
+    room = max(arguments.output_tokens, behind([arguments.compression]))
     longest = {
-        "steps": max(arguments.contexts) + max(output_room(arguments), behind([config])),
+        "steps": longest_steps(arguments),
         "serve": max(arguments.prompt, arguments.short) + room,
         "rates": arguments.prompt + room + ASKED,
         "document": arguments.prompt + room,

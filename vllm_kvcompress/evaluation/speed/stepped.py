@@ -32,14 +32,14 @@ class SteppedEngine:
         torch.compiler.set_stance("force_eager")  # or vLLM compiles a sampler for every new batch size
         self.variant = variant
         self.max_tokens = output_room(arguments)
+        longest = longest_steps(arguments)
         config = KVCompressionConfig.parse(arguments.compression)
-        longest = max(arguments.contexts) + max(self.max_tokens, behind([config]))
         blocks = arguments.batch * (longest // arguments.block_size + 1) * cache_groups(arguments.model)
         self.llm = LLM(
             arguments.model,
             dtype=engine_dtype(),
             enforce_eager=True,
-            max_model_len=max_model_len(longest, context_limit(arguments.model), [config]),
+            max_model_len=max_model_len(longest, context_limit(arguments.model), [arguments.compression]),
             block_size=arguments.block_size,
             num_gpu_blocks_override=2 * blocks,
             max_num_seqs=max(16, arguments.batch),
@@ -237,6 +237,11 @@ def measure_steps(arguments: argparse.Namespace) -> dict[str, Any]:
             )
             computed = context // arguments.block_size * arguments.block_size
     return {"batch": arguments.batch, "rows": rows}
+
+
+def longest_steps(arguments: argparse.Namespace) -> int:
+    """Tokens that the longest request whose steps are measured may have, or what it needs to be repeated."""
+    return max(arguments.contexts) + max(output_room(arguments), behind([arguments.compression]))
 
 
 def output_room(arguments: argparse.Namespace) -> int:
